@@ -1,0 +1,34 @@
+# Every target sets up .venv by itself. On a machine without a CUDA GPU the versions of constraints-cpu.txt are taken;
+# `make CONSTRAINTS=/dev/null ...` leaves all versions to pip.
+PYTHON ?= python3
+BIN := .venv/bin
+CONSTRAINTS ?= $(if $(shell command -v nvidia-smi),/dev/null,constraints-cpu.txt)
+READY := .venv/ready
+
+.PHONY: quickstart quickstart-short test lint bench gpu-test stories260k clean
+
+quickstart: $(READY)
+	$(BIN)/hylo quickstart --out runs/quickstart
+
+quickstart-short: $(READY)
+	$(BIN)/hylo quickstart --short --out runs/quickstart-short
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(READY)
+	$(BIN)/python -m bench gated_rms_norm
+
+clean:
+	rm -rf .venv build runs
+
+$(READY): pyproject.toml setup.py CMakeLists.txt constraints-cpu.txt $(shell find csrc -type f)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev]'
+	touch $@

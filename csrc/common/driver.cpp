@@ -1,0 +1,123 @@
+#include "common/driver.h"
+
+#include <dlfcn.h>
+
+#include <stdexcept>
+
+namespace hylo {
+namespace {
+
+// From the driver API's documentation: these numbers are part of its binary interface.
+constexpr int kSuccess = 0;
+constexpr int kLocalBytes = 3;    // CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES
+constexpr int kRegisters = 4;     // CU_FUNC_ATTRIBUTE_NUM_REGS
+
+struct Driver {
+  int (*cuInit)(unsigned);
+  int (*cuGetErrorName)(int, const char**);
+  int (*cuGetErrorString)(int, const char**);
+  int (*cuDeviceGet)(int*, int);
+  int (*cuDevicePrimaryCtxRetain)(void**, int);
+  int (*cuCtxGetCurrent)(void**);
+  int (*cuCtxPushCurrent)(void*);
+  int (*cuCtxPopCurrent)(void**);
+  int (*cuModuleLoadData)(void**, const void*);
+  int (*cuModuleGetFunction)(void**, void*, const char*);
+  int (*cuFuncGetAttribute)(int*, int, void*);
+  int (*cuLaunchKernel)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**,
+                        void**);
+};
+
+template <class Function>
+void find(void* library, const char* symbol, Function& out) {
+  out = reinterpret_cast<Function>(dlsym(library, symbol));
+  if (out == nullptr) throw std::runtime_error(std::string("the CUDA driver is too old: it has no ") + symbol);
+}
+
+Driver open_driver() {
+  void* library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
+  if (library == nullptr) throw std::runtime_error(std::string("no CUDA driver: ") + dlerror());
+  Driver driver;
+  find(library, "cuInit", driver.cuInit);
+  find(library, "cuGetErrorName", driver.cuGetErrorName);
+  find(library, "cuGetErrorString", driver.cuGetErrorString);
+  find(library, "cuDeviceGet", driver.cuDeviceGet);
+  find(library, "cuDevicePrimaryCtxRetain", driver.cuDevicePrimaryCtxRetain);
+  find(library, "cuCtxGetCurrent", driver.cuCtxGetCurrent);
+  find(library, "cuCtxPushCurrent_v2", driver.cuCtxPushCurrent);
+  find(library, "cuCtxPopCurrent_v2", driver.cuCtxPopCurrent);
+  find(library, "cuModuleLoadData", driver.cuModuleLoadData);
+  find(library, "cuModuleGetFunction", driver.cuModuleGetFunction);
+  find(library, "cuFuncGetAttribute", driver.cuFuncGetAttribute);
+  find(library, "cuLaunchKernel", driver.cuLaunchKernel);
+  return driver;
+}
+
+const Driver& driver() {
+  static const Driver opened = open_driver();
+  return opened;
+}
+
+void check(int status, const char* call) {
+  if (status == kSuccess) return;
+  const char* name = nullptr;
+  const char* text = nullptr;
+  driver().cuGetErrorName(status, &name);
+  driver().cuGetErrorString(status, &text);
+  throw std::runtime_error(std::string(call) + " failed with " + (name ? name : std::to_string(status).c_str()) + ": " +
+                           (text ? text : "unknown error"));
+}
+
+// Makes a context current for a scope; costs one query where it is current already, as it is under torch.
+class CurrentContext {
+ public:
+  explicit CurrentContext(void* wanted) {
+    void* current = nullptr;
+    check(driver().cuCtxGetCurrent(&current), "cuCtxGetCurrent");
+    if (current == wanted) return;
+    check(driver().cuCtxPushCurrent(wanted), "cuCtxPushCurrent");
+    pushed_ = true;
+  }
+  ~CurrentContext() {
+    void* popped = nullptr;
+    if (pushed_) driver().cuCtxPopCurrent(&popped);
+  }
+  CurrentContext(const CurrentContext&) = delete;
+  CurrentContext& operator=(const CurrentContext&) = delete;
+
+ private:
+  bool pushed_ = false;
+};
+
+}  // namespace
+
+Kernel::Kernel(const std::string& cubin, const std::string& name, int device) {
+  int handle = 0;
+  void* module = nullptr;
+  check(driver().cuInit(0), "cuInit");
+  check(driver().cuDeviceGet(&handle, device), "cuDeviceGet");
+  check(driver().cuDevicePrimaryCtxRetain(&context_, handle), "cuDevicePrimaryCtxRetain");
+  const CurrentContext scope(context_);
+  check(driver().cuModuleLoadData(&module, cubin.data()), "cuModuleLoadData");
+  check(driver().cuModuleGetFunction(&function_, module, name.c_str()), "cuModuleGetFunction");
+}
+
+void Kernel::launch(unsigned blocks, unsigned threads, void* params, void* stream) const {
+  const CurrentContext scope(context_);
+  void* arguments[] = {params};
+  check(driver().cuLaunchKernel(function_, blocks, 1, 1, threads, 1, 1, 0, stream, arguments, nullptr),
+        "cuLaunchKernel");
+}
+
+int Kernel::registers() const { return attribute(kRegisters); }
+
+int Kernel::local_bytes() const { return attribute(kLocalBytes); }
+
+int Kernel::attribute(int which) const {
+  const CurrentContext scope(context_);
+  int value = 0;
+  check(driver().cuFuncGetAttribute(&value, which, function_), "cuFuncGetAttribute");
+  return value;
+}
+
+}  // namespace hylo

@@ -1,0 +1,75 @@
+"""Gated DeltaNet mixer (arXiv 2412.06464), with the parameter names of flash-linear-attention."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Cache
+
+from hylo.config import HyloConfig
+from hylo.mixers.recurrent import GatedRMSNorm, LayerState, ShortConv, reset_decay, reset_time_step, widened, without_padding
+from hylo_ops import chunk_gated_delta_rule, recurrent_gated_delta_rule
+
+
+class GatedDeltaNet(nn.Module):
+    """H heads with a state of [K, V] each; q and k are L2-normalised, the output is normed and gated.
+
+    Source: arXiv 2604.24715, and flash-linear-attention's defaults for what it leaves open.
+    """
+
+    def __init__(self, config: HyloConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        d, heads, width = config.hidden_size, config.linear_num_heads, config.linear_conv_kernel_dim
+        keys, values = heads * config.linear_key_head_dim, heads * config.linear_value_head_dim
+        self.q_proj = nn.Linear(d, keys, bias=False)
+        self.k_proj = nn.Linear(d, keys, bias=False)
+        self.v_proj = nn.Linear(d, values, bias=False)
+        self.g_proj = nn.Linear(d, values, bias=False)
+        self.a_proj = nn.Linear(d, heads, bias=False)
+        self.b_proj = nn.Linear(d, heads, bias=False)
+        self.q_conv1d = ShortConv(keys, width, bias=False)
+        self.k_conv1d = ShortConv(keys, width, bias=False)
+        self.v_conv1d = ShortConv(values, width, bias=False)
+        self.A_log = nn.Parameter(torch.empty(heads))
+        self.dt_bias = nn.Parameter(torch.empty(heads))
+        self.o_norm = GatedRMSNorm((config.linear_value_head_dim,), config.linear_norm_eps, norm_before_gate=True)
+        self.o_proj = nn.Linear(values, d, bias=False)
+
+    def reset_parameters(self) -> None:
+        for conv in (self.q_conv1d, self.k_conv1d, self.v_conv1d):
+            conv.reset_parameters()
+        reset_decay(self.A_log, 0.0)
+        reset_time_step(self.dt_bias)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """[B, T, D] -> [B, T, D]; `attention_mask` [B, T] is 0 at padding."""
+        x = without_padding(hidden_states, attention_mask)
+        state = LayerState(past_key_values, self.layer_idx, x.shape[1])
+        q, k, v = self._convolved(x, state)
+        g = -widened(self.A_log).exp() * F.softplus(widened(self.a_proj(x)) + widened(self.dt_bias))
+        beta = widened(self.b_proj(x)).sigmoid()
+        o = state.recur(chunk_gated_delta_rule, recurrent_gated_delta_rule, _unit(q), _unit(k), v, g, beta)
+        return self.o_proj(self.o_norm(o, self.g_proj(x)))
+
+    def _convolved(self, x: Tensor, state: LayerState) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k [B, T, H, K] and v [B, T, H, V]. The three convolutions run as one over all channels."""
+        qkv = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
+        weight = torch.cat([self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight])
+        sizes = [self.q_proj.out_features, self.k_proj.out_features, self.v_proj.out_features]
+        parts = state.convolve(qkv, weight, None).split(sizes, dim=-1)
+        q, k, v = (t.unflatten(-1, (len(self.A_log), -1)) for t in parts)
+        return q, k, v
+
+
+def _unit(x: Tensor) -> Tensor:
+    """L2 norm over the head; the eps stands inside the root, as in flash-linear-attention."""
+    wide = widened(x)
+    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)

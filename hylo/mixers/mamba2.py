@@ -1,0 +1,60 @@
+"""Mamba2 mixer with grouped heads, as MambaInLlama cuts it out of attention (arXiv 2408.15237)."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+from transformers import initialization as init
+
+from hylo.config import HyloConfig
+from hylo.mixers.recurrent import GatedRMSNorm, LayerState, ShortConv, reset_decay, reset_time_step, widened, without_padding
+from hylo_ops import chunk_ssd, recurrent_ssd
+
+
+class Mamba2(nn.Module):
+    """One head for each query head of the base; x and B come from its key-value heads and are shared by several.
+
+    in_proj rows: [z Hq*h | x Hkv*h | B Hkv*h | C Hq*h | dt Hq], with h both head and state width.
+    Source: arXiv 2604.24715; Mamba2 itself arXiv 2405.21060.
+    """
+
+    def __init__(self, config: HyloConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.heads, self.head_dim = config.num_attention_heads, config.head_dim
+        self.inner, self.shared = self.heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.in_proj = nn.Linear(config.hidden_size, 2 * self.inner + 2 * self.shared + self.heads, bias=False)
+        self.conv1d = ShortConv(self.inner + 2 * self.shared, config.linear_conv_kernel_dim, bias=True)
+        self.A_log = nn.Parameter(torch.empty(self.heads))
+        self.dt_bias = nn.Parameter(torch.empty(self.heads))
+        self.D = nn.Parameter(torch.empty(self.heads))
+        self.norm = GatedRMSNorm((self.heads, self.head_dim), config.linear_norm_eps, norm_before_gate=False)
+        self.out_proj = nn.Linear(self.inner, config.hidden_size, bias=False)
+
+    def reset_parameters(self) -> None:
+        self.conv1d.reset_parameters()
+        reset_decay(self.A_log, 1.0)
+        reset_time_step(self.dt_bias)
+        init.ones_(self.D)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """[B, T, D] -> [B, T, D]; `attention_mask` [B, T] is 0 at padding."""
+        state = LayerState(past_key_values, self.layer_idx, hidden_states.shape[1])
+        projected = self.in_proj(without_padding(hidden_states, attention_mask))
+        z, xbc, dt = projected.split([self.inner, self.inner + 2 * self.shared, self.heads], dim=-1)
+        # the convolution's bias makes padding non-zero again
+        xbc = without_padding(state.convolve(xbc, self.conv1d.weight, self.conv1d.bias), attention_mask)
+        sizes = [self.shared, self.shared, self.inner]
+        x, b, c = (t.unflatten(-1, (-1, self.head_dim)) for t in xbc.split(sizes, dim=-1))
+        a = -widened(self.A_log).exp()
+        options: dict[str, Any] = {"d": self.D, "dt_bias": self.dt_bias, "dt_softplus": True}
+        o = state.recur(partial(chunk_ssd, **options), partial(recurrent_ssd, **options), x, dt, a, b, c)
+        return self.out_proj(self.norm(o, z))

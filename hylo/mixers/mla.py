@@ -1,0 +1,165 @@
+"""Multi-Head Latent Attention with key-value heads shared by groups of query heads (docs/mla_absorb.md)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, StaticCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import eager_attention_forward
+
+from hylo.config import HyloConfig
+from hylo.mixers.recurrent import widened
+from hylo.mixers.rope import rotate
+from hylo_ops import mla_absorb
+from hylo_ops.fused import mla_step
+
+
+class MultiHeadLatentAttention(nn.Module):
+    """Caches one row [latent R | rotated key E | key scales] a token, shared by all heads.
+
+    Many tokens: the rows are expanded to keys and values and go through transformers' attention interface. One token
+    on a cache: the up-projections are absorbed into query and output, and attention reads the rows as they are.
+
+    With `qk_norm` the RMS of an expanded key depends on token and head. Its inverse, one scale for each key-value
+    head, is stored in the row, and the norm's weight is folded into the up-projection and the rope key; so both
+    forms read the same numbers.
+    Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1; arXiv 2604.24715 for the shared heads.
+    """
+
+    def __init__(self, config: HyloConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.rank, self.nope, self.rope = config.kv_lora_rank, config.qk_nope_head_dim, config.qk_rope_head_dim
+        self.value = config.v_head_dim
+        self.scaling = config.qk_head_dim**-0.5
+        self.num_key_value_groups, self.is_causal = self.heads // self.kv_heads, True  # read by the attention interface
+        self.q_a_proj = nn.Linear(config.hidden_size, config.q_lora_rank, bias=False)
+        self.q_b_proj = nn.Linear(config.q_lora_rank, self.heads * config.qk_head_dim, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(config.hidden_size, self.rank + self.rope, bias=False)
+        self.kv_b_proj = nn.Linear(self.rank, self.kv_heads * (self.nope + self.value), bias=False)
+        self.o_proj = nn.Linear(self.heads * self.value, config.hidden_size, bias=False)
+        self.q_norm = nn.RMSNorm(config.qk_head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(config.qk_head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        cache_starts: Tensor | None = None,
+        absorb: bool = False,
+        **kwargs: Any,
+    ) -> Tensor:
+        """[B, T, D] -> [B, T, D].
+
+        Args:
+            position_embeddings: cos and sin [B or 1, T, E] of the tokens.
+            attention_mask: 4-D mask of the expanded form, None for plain causal.
+            cache_starts: [B]. First cached token that is no padding (absorbed form).
+            absorb: one token a sequence, on a cache that holds its past.
+        """
+        q = self.q_b_proj(self.q_a_proj(hidden_states)).unflatten(-1, (self.heads, -1))
+        if self.q_norm is not None:
+            q = self.q_norm(q)
+        q_nope, q_rope = q.split([self.nope, self.rope], dim=-1)
+        row = self._row(hidden_states)
+        if absorb and isinstance(past_key_values, StaticCache):
+            o = self._step_in_place(q_nope, q_rope, row, position_embeddings, past_key_values, cache_starts)
+        else:
+            q_rope, rows = rotate(q_rope, *position_embeddings), self._rotated(row, position_embeddings)
+            if past_key_values is not None:
+                # zero width: the values are in the row as well
+                keys, _ = past_key_values.update(rows[:, None], rows[:, None, :, :0], self.layer_idx)
+                rows = keys[:, 0]
+            if absorb:
+                o = self._absorbed(q_nope, q_rope, rows, cache_starts)
+            else:
+                o = self._expanded(torch.cat([q_nope, q_rope], dim=-1), rows, attention_mask, **kwargs)
+        return self.o_proj(o.flatten(2))
+
+    def up_projections(self) -> tuple[Tensor, Tensor]:
+        """Keys [Hkv, nope, R], with the key norm's weight folded in, and values [Hkv, V, R]."""
+        weight = self.kv_b_proj.weight.unflatten(0, (self.kv_heads, -1))
+        w_uk, w_uv = weight.split([self.nope, self.value], dim=1)
+        if self.k_norm is not None:
+            w_uk = w_uk * self.k_norm.weight[: self.nope, None]
+        return w_uk, w_uv
+
+    def _row(self, hidden_states: Tensor) -> Tensor:
+        """[B, T, R + E (+ Hkv)]: latent, unrotated key, key scales."""
+        row = self.kv_a_proj_with_mqa(hidden_states)
+        if self.k_norm is None:
+            return row
+        latent, rope = row.split([self.rank, self.rope], dim=-1)
+        w_k = self.kv_b_proj.weight.unflatten(0, (self.kv_heads, -1))[:, : self.nope]
+        k_nope = widened(torch.einsum("btr,gnr->btgn", latent, w_k.to(latent.dtype)))
+        squares = k_nope.square().sum(-1) + widened(rope).square().sum(-1, keepdim=True)  # [B, T, Hkv]
+        scales = torch.rsqrt(squares / (self.nope + self.rope) + self.config.rms_norm_eps)
+        weighted = rope * self.k_norm.weight[self.nope :]
+        return torch.cat([latent, weighted.to(row.dtype), scales.to(row.dtype)], dim=-1)
+
+    def _rotated(self, row: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
+        latent, rope, scales = row.tensor_split([self.rank, self.rank + self.rope], dim=-1)
+        return torch.cat([latent, rotate(rope[:, :, None], *position_embeddings)[:, :, 0], scales], dim=-1)
+
+    def _expanded(self, q: Tensor, rows: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
+        """q [B, T, H, nope + E], rows [B, S, row] -> [B, T, H, V]."""
+        latent, rope, scales = rows.tensor_split([self.rank, self.rank + self.rope], dim=-1)
+        w_uk, w_uv = self.up_projections()
+        k_nope = torch.einsum("bsr,gnr->bgsn", latent, w_uk.to(latent.dtype))
+        v = torch.einsum("bsr,gvr->bgsv", latent, w_uv.to(latent.dtype))
+        k = torch.cat([k_nope, rope[:, None].expand(-1, self.kv_heads, -1, -1)], dim=-1)
+        if self.k_norm is not None:
+            k = k * scales.transpose(1, 2)[..., None]
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        o, _ = attend(self, q.transpose(1, 2), k, v, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
+        return o
+
+    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, rows: Tensor, cache_starts: Tensor | None) -> Tensor:
+        """q [B, 1, H, nope], [B, 1, H, E], rows [B, S, row] -> [B, 1, H, V]."""
+        w_uk, w_uv = (w.to(q_nope.dtype).repeat_interleave(self.num_key_value_groups, 0) for w in self.up_projections())
+        q_latent = torch.einsum("bthn,hnr->bthr", q_nope, w_uk)
+        o_latent = mla_absorb(
+            q_latent,
+            q_rope,
+            rows,
+            cache_seqlens=torch.full((rows.shape[0],), rows.shape[1], dtype=torch.int32, device=rows.device),
+            cache_starts=cache_starts,
+            scale=self.scaling,
+            key_scale=rows[..., self.rank + self.rope :] if self.k_norm is not None else None,
+        )
+        return torch.einsum("bthr,hvr->bthv", o_latent, w_uv)
+
+    def _step_in_place(
+        self,
+        q_nope: Tensor,
+        q_rope: Tensor,
+        row: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        cache: StaticCache,
+        cache_starts: Tensor | None,
+    ) -> Tensor:
+        """The whole step in one op on a preallocated cache: rotate, append, attend, up-project."""
+        layer: Any = cache.layers[self.layer_idx]
+        position = layer.cumulative_length.to(torch.int32).expand(row.shape[0])
+        w_uk, w_uv = (w.to(row.dtype) for w in self.up_projections())
+        o = mla_step(
+            q_nope,
+            q_rope,
+            row,
+            w_uk,
+            w_uv,
+            layer.keys[:, 0],
+            cache_seqlens=position + 1,
+            cache_starts=cache_starts,
+            position=position,
+            cos=position_embeddings[0],
+            sin=position_embeddings[1],
+            scale=self.scaling,
+            key_scale=self.kv_heads if self.k_norm is not None else None,
+        )
+        layer.cumulative_length.add_(1)
+        return o

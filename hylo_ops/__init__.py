@@ -1,0 +1,20 @@
+"""Fast primitives for hybrid language models: import it in any model; it needs nothing else of this project."""
+
+from hylo_ops import fused
+from hylo_ops.causal_conv1d.op import causal_conv1d, recurrent_causal_conv1d
+from hylo_ops.gated_delta_rule.op import chunk_gated_delta_rule, recurrent_gated_delta_rule
+from hylo_ops.gated_rms_norm.op import gated_rms_norm
+from hylo_ops.mla_absorb.op import mla_absorb
+from hylo_ops.ssd.op import chunk_ssd, recurrent_ssd
+
+__all__ = [
+    "causal_conv1d",
+    "chunk_gated_delta_rule",
+    "chunk_ssd",
+    "fused",
+    "gated_rms_norm",
+    "mla_absorb",
+    "recurrent_causal_conv1d",
+    "recurrent_gated_delta_rule",
+    "recurrent_ssd",
+]

@@ -1,0 +1,1 @@
+"""Short depthwise causal convolution with an optional SiLU: training, prefill and decode."""

@@ -1,0 +1,1 @@
+"""Gated delta rule: chunked over many tokens, recurrent for decode."""

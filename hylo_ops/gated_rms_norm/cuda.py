@@ -1,0 +1,110 @@
+"""The CUDA backend of the gated RMS norm: picks the kernel for the inputs and launches it on the current stream."""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from hylo_ops import cubin
+
+KERNEL = "gated_rms_norm_fwd_kernel_y"
+MAX_WIDTH = 16384  # kMaxWidth of csrc/gated_rms_norm/traits.cuh
+
+_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+_CAPABILITY = (9, 0)
+_MAX_ACCESS_BYTES = 16
+_Key = tuple[int, torch.dtype, torch.dtype, int, int, str | None]
+
+_launchers: dict[_Key, Callable[..., None]] = {}
+
+
+def forward(
+    x: Tensor, gate: Tensor, weight: Tensor, eps: float, norm_before_gate: bool, *, cubin_source: str | None = None
+) -> Tensor:
+    """The op's forward for inputs that `why_not` lets pass; see `hylo_ops.gated_rms_norm` for shapes.
+
+    Never synchronises. The first call of a shape loads its kernel, which a CUDA graph cannot capture.
+
+    Args:
+        cubin_source: None | "packaged" | "nvrtc", as `hylo_ops.cubin.device_code` has it.
+    """
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if not y.numel():
+        return y
+    device = x.get_device()
+    vector = _vector(x, gate, weight)
+    key = (device, x.dtype, weight.dtype, x.shape[3], vector, cubin_source)
+    launch = _launchers.get(key) or _load(key)
+    launch(
+        x.data_ptr(),
+        gate.data_ptr(),
+        weight.data_ptr(),
+        y.data_ptr(),
+        x.shape,
+        x.stride(),
+        gate.stride(),
+        weight.stride(0) if weight.ndim == 2 else 0,
+        vector,
+        eps,
+        norm_before_gate,
+        torch._C._cuda_getCurrentRawStream(device),
+    )
+    return y
+
+
+def why_not(x: Tensor, gate: Tensor, weight: Tensor) -> str | None:
+    """The reason why `forward` cannot take these inputs, or None. Shapes are taken to be the op's."""
+    if not x.is_cuda:
+        return f"x is on {x.device}, not on a CUDA device"
+    if x.dtype not in _TYPES:
+        return f"x is {x.dtype}, not bfloat16, float16 or float32"
+    if gate.dtype != x.dtype:
+        return f"gate is {gate.dtype}, x is {x.dtype}"
+    if weight.dtype != x.dtype and weight.dtype != torch.float32:
+        return f"weight is {weight.dtype}, neither {x.dtype} as x is nor float32"
+    for name, tensor in (("x", x), ("gate", gate), ("weight", weight)):
+        if tensor.stride(-1) != 1:
+            return f"the last dim of {name} is not contiguous: its strides are {tensor.stride()}"
+    width = x.shape[3]
+    if not 0 < width <= MAX_WIDTH:
+        return f"V is {width}, not between 1 and {MAX_WIDTH}"
+    reason = _device_reason(x.get_device()) or cubin.why_not_native()
+    if reason is None and cubin.why_not_nvrtc() is not None:  # then only what is packaged runs
+        reason = cubin.why_not(_spec(x.dtype, weight.dtype, width, _vector(x, gate, weight)))
+    return reason
+
+
+def _load(key: _Key) -> Callable[..., None]:
+    device, x_dtype, weight_dtype, width, vector, source = key
+    kernel = cubin.load(_spec(x_dtype, weight_dtype, width, vector), KERNEL, device, source=source)
+    _launchers[key] = functools.partial(cubin.native().gated_rms_norm_forward, kernel)
+    return _launchers[key]
+
+
+@functools.cache
+def _device_reason(device: int) -> str | None:
+    if torch.version.cuda is None:
+        return "this torch is not built for CUDA"
+    capability = torch.cuda.get_device_capability(device)
+    if capability != _CAPABILITY:
+        return f"cuda:{device} has compute capability {capability}, the kernel is compiled for {_CAPABILITY}"
+    return None
+
+
+@functools.cache
+def _spec(x_dtype: torch.dtype, weight_dtype: torch.dtype, width: int, vector: int) -> cubin.Spec:
+    types = (("T", _TYPES[x_dtype]), ("W", _TYPES[weight_dtype]))
+    return cubin.Spec("gated_rms_norm", (("V", width), ("VEC", vector), *types))
+
+
+def _vector(x: Tensor, gate: Tensor, weight: Tensor) -> int:
+    """Elements of one access: as many as 16 bytes hold and every row's start is aligned to."""
+    x_b, x_t, x_h, _ = x.stride()
+    gate_b, gate_t, gate_h, _ = gate.stride()
+    steps = x_b | x_t | x_h | gate_b | gate_t | gate_h | x.shape[3]
+    size, weight_size = x.element_size(), weight.element_size()
+    weight_starts = weight.data_ptr() | (weight.stride(0) * weight_size if weight.ndim == 2 else 0)
+    # The weight is read by as many elements, so its bytes count by the ratio of the sizes.
+    starts = x.data_ptr() | gate.data_ptr() | steps * size | weight_starts * size // weight_size | _MAX_ACCESS_BYTES
+    return (starts & -starts) // size

@@ -1,0 +1,117 @@
+"""How an op enters `torch.library`: schema, fake, choice of backend at run time, and autograd through a second op.
+
+The backward is an op of its own, so that a compiled graph holds it whole: `torch.compile` and `opcheck` never look
+into a backend.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hylo_ops.backend import Backend, choose
+
+_LIBRARY = torch.library.Library("hylo_ops", "DEF")
+
+
+def define_op(
+    name: str,
+    schema: str,
+    *,
+    backends: Sequence[Backend],
+    fake: Callable[..., Any],
+    differentiable: Sequence[str] = (),
+) -> Callable[..., Any]:
+    """Registers `hylo_ops::<name>`; the schema's last argument is `str? backend`.
+
+    Args:
+        differentiable: names of the inputs that get a gradient, through `hylo_ops::<name>_backward`. Empty for
+            ops that update a state in place.
+    Returns:
+        The op, to be called with positional arguments.
+    """
+    arguments = [a.name for a in torch._C.parse_schema(f"hylo_ops::{name}{schema}").arguments]
+
+    def run(*args: Any) -> Any:
+        *inputs, requested = args
+        backend = choose(name, backends, requested, dict(zip(arguments, inputs, strict=False)))
+        return backend.forward(*inputs)
+
+    _LIBRARY.define(f"{name}{schema}")
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"hylo_ops::{name}", lambda *args: fake(*args[:-1]), lib=_LIBRARY)
+    if differentiable:
+        _define_backward(name, schema, arguments, backends, differentiable)
+    return getattr(torch.ops.hylo_ops, name)
+
+
+def _define_backward(
+    name: str, schema: str, arguments: list[str], backends: Sequence[Backend], differentiable: Sequence[str]
+) -> None:
+    positions = [arguments.index(argument) for argument in differentiable]
+    able = [backend for backend in backends if backend.backward is not None]
+    backward_schema = f"(Tensor[] grads, {schema[1 : schema.index(')')]}) -> Tensor[]"
+
+    def wanted(inputs: Sequence[Any]) -> list[Tensor]:
+        return [inputs[i] for i in positions if inputs[i] is not None]
+
+    def run(grads: list[Tensor], *args: Any) -> list[Tensor]:
+        *inputs, requested = args
+        backend = choose(f"{name}_backward", able, requested, dict(zip(arguments, inputs, strict=False)))
+        assert backend.backward is not None
+        return backend.backward(grads, *inputs)
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.tensors = [isinstance(value, Tensor) for value in inputs]
+        ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
+        ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
+
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        saved = iter(ctx.saved_tensors)
+        inputs = [next(saved) if is_tensor else other for is_tensor, other in zip(ctx.tensors, ctx.others, strict=True)]
+        results = iter(backward_op(list(grads), *inputs))
+        found = {i: next(results) for i in positions if inputs[i] is not None}
+        return tuple(found.get(i) for i in range(len(inputs)))
+
+    _LIBRARY.define(f"{name}_backward{backward_schema}")
+    _LIBRARY.impl(f"{name}_backward", run, "CompositeExplicitAutograd")
+    torch.library.register_fake(
+        f"hylo_ops::{name}_backward",
+        lambda grads, *args: [torch.empty_like(t) for t in wanted(args)],
+        lib=_LIBRARY,
+    )
+    backward_op = getattr(torch.ops.hylo_ops, f"{name}_backward")
+    torch.library.register_autograd(f"hylo_ops::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
+
+
+def reference_backend(forward: Callable[..., Any], differentiable: Sequence[str] = ()) -> Backend:
+    """The eager PyTorch form as a backend; its backward runs the forward again and asks autograd.
+
+    Args:
+        forward: takes the op's inputs, under the op's names and in its order.
+    """
+    positions = [list(inspect.signature(forward).parameters).index(name) for name in differentiable]
+
+    def backward(grads: list[Tensor], *inputs: Any) -> list[Tensor]:
+        args = list(inputs)
+        leaves = []
+        with torch.enable_grad():
+            for i in positions:
+                if args[i] is not None:
+                    args[i] = args[i].detach().requires_grad_()
+                    leaves.append(args[i])
+            outputs = forward(*args)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            reached = [(o, g) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]
+            found = torch.autograd.grad(
+                [o for o, _ in reached], leaves, [g for _, g in reached], allow_unused=True, materialize_grads=True
+            )
+        return list(found)
+
+    return Backend("reference", _anywhere, forward, backward if differentiable else None)
+
+
+def _anywhere(**_: Any) -> None:
+    """There is no input the reference refuses."""

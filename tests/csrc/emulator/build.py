@@ -1,0 +1,41 @@
+"""Compiles the emulated driver with kernel variants inside, as a libcuda.so.1 for a test's own subprocess."""
+
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from hylo_ops.cubin import Spec, cuda_include_dirs, source_dir
+
+HERE = Path(__file__).parent
+
+
+def why_not() -> str | None:
+    if shutil.which("g++") is None:
+        return "g++ is not installed"
+    try:
+        cuda_include_dirs()
+    except NotImplementedError as reason:
+        return str(reason)
+    return None
+
+
+def kernel_name(spec: Spec) -> str:
+    """What stands in for the cubin of a spec."""
+    return spec.file_name("emulated")
+
+
+def build(specs: list[Spec], folder: Path) -> Path:
+    """Returns the folder that belongs in front of LD_LIBRARY_PATH."""
+    includes = [f"-I{d}" for d in (HERE, source_dir(), *cuda_include_dirs())]
+    compile_one = ["g++", "-std=c++17", "-O0", "-fPIC", "-w", *includes, "-c"]
+    commands = [[*compile_one, str(HERE / "driver.cpp"), "-o", str(folder / "driver.o")]]
+    for i, spec in enumerate(specs):
+        macros = [f"-DHYLO_{name}={value}" for name, value in spec.defines]
+        macros += [f'-DHYLO_NAME="{kernel_name(spec)}"', f"-DHYLO_SYMBOL=emulated_{i}"]
+        commands.append([*compile_one, *macros, str(HERE / f"{spec.stem}.cpp"), "-o", str(folder / f"{i}.o")])
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda command: subprocess.run(command, check=True), commands))
+    objects = [command[-1] for command in commands]
+    subprocess.run(["g++", "-shared", "-o", str(folder / "libcuda.so.1"), *objects], check=True)
+    return folder

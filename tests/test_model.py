@@ -1,0 +1,294 @@
+"""HyloForCausalLM: published sizes, one result from every path, padding, save and load, rejected configurations."""
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+import hylo
+from hylo.errors import UserError
+from hylo.mixers.rope import Rotary
+
+PUBLISHED = {
+    "Llama-4MLA12GDN": 1_673_797_776,
+    "Llama-8MLA8GDN": 1_613_437_024,
+    "Llama-6MLA22GDN": 4_267_821_452,
+    "Llama-14MLA14GDN": 3_971_381_500,
+    "Qwen-7MLA21GDN": 2_284_173_820,
+    "Qwen-14MLA14GDN": 2_182_902_440,
+    "Qwen-14MLA14M2": 2_065_541_280,
+}
+LAYOUTS = {
+    "gdn": ["gated_deltanet", "mla", "gated_deltanet", "mla"],
+    "mamba2": ["mla", "mamba2", "mamba2"],
+    "mla": ["mla", "mla"],
+    "linear": ["gated_deltanet", "mamba2"],
+}
+
+
+def make_config(layout="gdn", **changes):
+    mixers = LAYOUTS[layout]
+    return hylo.HyloConfig(
+        **{
+            "vocab_size": 97,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": len(mixers),
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "q_lora_rank": 24,
+            "kv_lora_rank": 16,
+            "qk_nope_head_dim": 4,
+            "qk_rope_head_dim": 4,
+            "v_head_dim": 8,
+            "linear_num_heads": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 16,
+            "mixer_types": list(mixers),
+            "max_position_embeddings": 128,
+            "initializer_range": 0.2,
+        }
+        | changes
+    )
+
+
+def make_model(layout="gdn", dtype=torch.float64, seed=0, **changes):
+    torch.manual_seed(seed)
+    return hylo.HyloForCausalLM(make_config(layout, **changes)).to(dtype).eval()
+
+
+def tokens(batch=2, length=21, seed=1):
+    return torch.randint(0, 97, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(("name", "parameters"), PUBLISHED.items())
+def test_published_parameter_totals(name, parameters):
+    with torch.device("meta"):
+        model = hylo.HyloForCausalLM(hylo.published_variants()[name])
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+def test_published_layouts_and_rope():
+    short, long = hylo.published_variants(), hylo.published_variants(65536)
+    assert short["Llama-4MLA12GDN"].mla_layers == [1, 5, 10, 14]
+    assert short["Qwen-7MLA21GDN"].mla_layers == [1, 5, 9, 13, 17, 21, 25]
+    assert [c["Llama-8MLA8M2"].rope_parameters["factor"] for c in (short, long)] == [4, 32]
+    assert short["Qwen-14MLA14GDN"].rope_parameters["rope_type"] == "default"
+    assert long["Qwen-14MLA14GDN"].rope_parameters["factor"] == 2
+    with pytest.raises(UserError, match="8192 or 65536, got 4096"):
+        hylo.published_variants(4096)
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("rope", [4, 0])
+@pytest.mark.parametrize("layout", ["gdn", "mamba2", "mla"])
+@pytest.mark.parametrize("cache_class", [DynamicCache, StaticCache])
+def test_every_path_gives_the_same_logits(layout, cache_class, qk_norm, rope):
+    """One forward = uneven chunks through a cache = token by token (absorbed), in float64."""
+    model = make_model(layout, qk_norm=qk_norm, qk_rope_head_dim=rope, qk_nope_head_dim=8 - rope)
+    if qk_norm:
+        for module in model.modules():
+            if isinstance(module, torch.nn.RMSNorm):
+                torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+    ids = tokens()
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+        for cuts in ([5, 9, 1, 1, 5], [1] * 21, [20, 1]):
+            cache = cache_class(config=model.config, **({"max_cache_len": 32} if cache_class is StaticCache else {}))
+            parts = [model(part, past_key_values=cache, use_cache=True).logits for part in ids.split(cuts, dim=1)]
+            torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-9)
+
+
+def test_decode_is_absorbed_and_prefill_expanded(monkeypatch):
+    model, calls = make_model(), []
+    mixer = type(model.model.layers[1].mixer)
+    for name in ("_absorbed", "_expanded", "_step_in_place"):
+        original = getattr(mixer, name)
+        monkeypatch.setattr(
+            mixer, name, lambda *a, _name=name, _original=original, **k: (calls.append(_name), _original(*a, **k))[1]
+        )
+    ids = tokens(1, 6)
+    with torch.no_grad():
+        cache = model(ids[:, :5], use_cache=True).past_key_values
+        model(ids[:, 5:], past_key_values=cache, use_cache=True)
+        assert calls == ["_expanded"] * 2 + ["_absorbed"] * 2
+        calls.clear()
+        static = StaticCache(config=model.config, max_cache_len=8)
+        model(ids[:, :5], past_key_values=static, use_cache=True)
+        keys = static.layers[1].keys
+        model(ids[:, 5:], past_key_values=static, use_cache=True)
+        assert calls == ["_expanded"] * 2 + ["_step_in_place"] * 2
+        assert static.layers[1].keys.data_ptr() == keys.data_ptr()
+
+
+def test_cache_holds_one_row_a_token_and_one_state_a_sequence():
+    model = make_model("gdn", qk_norm=True, dtype=torch.float32)
+    cache = model(tokens(2, 7), use_cache=True).past_key_values
+    assert type(cache) is DynamicCache
+    assert cache.layers[1].keys.shape == (2, 1, 7, 16 + 4 + 2)
+    assert cache.layers[1].values.shape == (2, 1, 7, 0)
+    assert cache.layers[0].conv_states[0].shape == (2, 2 * 8 * 2 + 2 * 16, 4)
+    assert cache.layers[0].recurrent_states[0].shape == (2, 2, 8, 16)
+    assert cache.layers[0].recurrent_states[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("layout", ["gdn", "mamba2", "mla"])
+@pytest.mark.parametrize("implementation", ["dynamic", "static"])
+def test_generate_equals_greedy_by_hand(layout, implementation):
+    model = make_model(layout)
+    ids = tokens(2, 9)
+    expected = ids
+    with torch.no_grad():
+        for _ in range(8):
+            expected = torch.cat([expected, model(expected, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    settings = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": implementation, "pad_token_id": 0}
+    assert torch.equal(model.generate(ids, attention_mask=torch.ones_like(ids), **settings), expected)
+    for chunk in (1, 2, 4, 9, 50):
+        found = model.generate(ids, attention_mask=torch.ones_like(ids), prefill_chunk_size=chunk, **settings)
+        assert torch.equal(found, expected), f"prefill_chunk_size {chunk}"
+
+
+def test_generate_of_a_purely_recurrent_model():
+    model = make_model("linear")
+    ids = tokens(2, 9)
+    expected = ids
+    with torch.no_grad():
+        for _ in range(5):
+            expected = torch.cat([expected, model(expected, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    found = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, pad_token_id=0)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("layout", ["gdn", "mamba2"])
+@pytest.mark.parametrize("implementation", ["dynamic", "static"])
+def test_left_padding_changes_nothing(layout, implementation):
+    model = make_model(layout)
+    short, long = tokens(1, 5, seed=3), tokens(1, 9, seed=4)
+    padded = torch.cat([torch.cat([torch.zeros(1, 4, dtype=torch.long), short], 1), long])
+    mask = torch.ones_like(padded)
+    mask[0, :4] = 0
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "cache_implementation": implementation}
+    both = model.generate(padded, attention_mask=mask, **settings)
+    for row, alone in zip(both, (short, long), strict=True):
+        single = model.generate(alone, attention_mask=torch.ones_like(alone), **settings)
+        assert torch.equal(row[-6:], single[0, -6:])
+
+
+def test_beam_search_reorders_the_states():
+    model = make_model()
+    ids = tokens(1, 6)
+    found = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, num_beams=3, do_sample=False, pad_token_id=0
+    )
+    uncached = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=5,
+        num_beams=3,
+        do_sample=False,
+        pad_token_id=0,
+        use_cache=False,
+    )
+    assert torch.equal(found, uncached)
+
+
+def test_logits_to_keep():
+    model = make_model(dtype=torch.float32)
+    ids = tokens()
+    logits = model(ids).logits
+    assert torch.equal(model(ids, logits_to_keep=3).logits, logits[:, -3:])
+    picked = torch.tensor([2, 5])
+    assert torch.equal(model(ids, logits_to_keep=picked).logits, logits[:, picked])
+
+
+@pytest.mark.parametrize("layout", ["gdn", "mamba2"])
+def test_save_and_load(tmp_path, layout):
+    model = make_model(layout, dtype=torch.float32, qk_norm=True)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").is_file()
+    assert isinstance(AutoConfig.from_pretrained(tmp_path), hylo.HyloConfig)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert isinstance(again, hylo.HyloForCausalLM)
+    assert again.config.mixer_types == LAYOUTS[layout]
+    ids = tokens()
+    assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_gradients_reach_every_parameter():
+    for layout in LAYOUTS:
+        model = make_model(layout, dtype=torch.float32, qk_norm=True).train()
+        model(tokens(), labels=tokens()).loss.backward()
+        without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+        assert without == []
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    plain = make_model(dtype=torch.float32).train()
+    checkpointed = copy.deepcopy(plain)
+    checkpointed.gradient_checkpointing_enable()
+    for model in (plain, checkpointed):
+        model(tokens(), labels=tokens(), use_cache=False).loss.backward()
+    for a, b in zip(plain.parameters(), checkpointed.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_bf16_autocast_and_bf16_weights_run():
+    model = make_model("mamba2", dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = model(tokens()).logits
+    half = copy.deepcopy(model).to(torch.bfloat16)(tokens(), use_cache=True)
+    assert torch.isfinite(mixed).all()
+    assert torch.isfinite(half.logits).all()
+    assert half.past_key_values.layers[1].recurrent_states[0].dtype == torch.float32
+
+
+def test_compiles_without_a_graph_break():
+    model = make_model(dtype=torch.float32)
+    ids = tokens()
+    expected = model(ids, use_cache=False).logits
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(ids, use_cache=False).logits, expected)
+
+
+def test_yarn_stretches_the_rope_slice_alone():
+    """Angles and factor against transformers' own YaRN of a head as wide as the slice."""
+    config = make_config(
+        qk_rope_head_dim=32,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 5e5,
+            "factor": 4.0,
+            "original_max_position_embeddings": 2048,
+        },
+    )
+    cos, sin = Rotary(config)(torch.tensor([[0, 1, 5000]]), torch.float32)
+    assert cos.shape == (1, 3, 32)
+    torch.testing.assert_close(cos[0, 0], torch.full((32,), 0.1 * torch.log(torch.tensor(4.0)).item() + 1))
+    wide = copy.copy(config)
+    wide.head_dim = 32
+    inverse, factor = ROPE_INIT_FUNCTIONS["yarn"](wide, torch.device("cpu"))
+    torch.testing.assert_close(sin[0, 2, :16], (5000 * inverse).sin() * factor)
+    # ramp of recipe 1.8: pairs up to 2 keep the base frequency, pairs from 8 on are divided by the factor
+    base = 5e5 ** -(torch.arange(0, 32, 2) / 32)
+    ratio = inverse / base
+    torch.testing.assert_close(ratio[:3], torch.ones(3))
+    torch.testing.assert_close(ratio[8:], torch.full((8,), 0.25))
+    assert ((ratio[3:8] < 1) & (ratio[3:8] > 0.25)).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mixer_types": ["mla", "attention", "mla", "mla"]}, "got 'attention'"),
+        ({"mixer_types": ["mla"]}, "num_hidden_layers = 4, got 1"),
+        ({"kv_lora_rank": 0}, "kv_lora_rank must be positive, got 0"),
+        ({"qk_rope_head_dim": 3}, "qk_rope_head_dim must be even and not negative, got 3"),
+        ({"num_key_value_heads": 3}, "multiple of num_key_value_heads, got 4 and 3"),
+    ],
+)
+def test_rejected_configurations(changes, message):
+    with pytest.raises(UserError, match=message):
+        make_config(**changes)
