@@ -25,6 +25,9 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python -m bench gated_rms_norm
 
+gpu-test: $(READY)
+	PYTHON=$(abspath $(BIN)/python) tests/gpu.sh runs/gpu-test
+
 clean:
 	rm -rf .venv build runs
 

@@ -4,7 +4,8 @@
 #     tests/gpu.sh OUT_DIR [COMMIT]
 #
 # Leaves in OUT_DIR: environment.txt build.log pytest.log memcheck.log racecheck.log initcheck.log bench.log
-# gated_rms_norm.json summary.txt. Every step runs; the exit status is 1 if any failed. PYTHON names the interpreter.
+# gated_rms_norm.json
+# train_step.json summary.txt. Every step runs; the exit status is 1 if any failed. PYTHON names the interpreter.
 set -uo pipefail
 [ $# -ge 1 ] || { echo "usage: tests/gpu.sh OUT_DIR [COMMIT]" >&2; exit 2; }
 mkdir -p "$1" || exit 2
@@ -35,9 +36,10 @@ environment() {
 step environment environment
 mv "$out/environment.log" "$out/environment.txt"
 step build "$python" -m pip install --no-build-isolation --no-deps -e .
-step pytest "$python" -m pytest -m gpu -ra -q tests/csrc tests/ops
+step pytest "$python" -m pytest -m gpu -ra -q tests/csrc tests/ops tests/test_model_gpu.py
 for tool in memcheck racecheck initcheck; do
   step "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -m tests.csrc.sanitizer_run
 done
 step bench "$python" -m bench gated_rms_norm --out "$out" --commit "$commit"
+step train_step "$python" -m bench.train_step --out "$out/train_step.json"
 exit $failed
