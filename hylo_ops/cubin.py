@@ -6,6 +6,7 @@ other sources is never taken. Only `load` needs a GPU.
 
 import functools
 import hashlib
+import importlib
 import importlib.util
 import os
 import tempfile
@@ -99,10 +100,9 @@ def why_not(spec: Spec) -> str | None:
 def native() -> ModuleType:
     """`hylo_ops._C`."""
     try:
-        from hylo_ops import _C
+        return importlib.import_module("hylo_ops._C")
     except ImportError as error:
         raise NotImplementedError(f"hylo_ops._C is not built ({error}); reinstall hylo to build it") from error
-    return _C
 
 
 def source_dir() -> Path:

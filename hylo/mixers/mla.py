@@ -63,7 +63,7 @@ class MultiHeadLatentAttention(nn.Module):
         """
         q = self.q_b_proj(self.q_a_proj(hidden_states)).unflatten(-1, (self.heads, -1))
         if self.q_norm is not None:
-            q = self.q_norm(q)
+            q = self.q_norm(q.to(self.q_norm.weight.dtype)).to(q.dtype)  # autocast leaves the weight wide
         q_nope, q_rope = q.split([self.nope, self.rope], dim=-1)
         row = self._row(hidden_states)
         if absorb and isinstance(past_key_values, StaticCache):

@@ -1,0 +1,228 @@
+"""A whole run: checks first, then the student, then the stages in order, each from the result of the one before."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from hylo.atomic import atomic_directory, remove_directory
+from hylo.distill.data import Batches, pack
+from hylo.distill.dry_run import run_dry
+from hylo.distill.engine import StageJob, last_step, place_model, train_stage, whole_state
+from hylo.distill.log import LOG_FILE, StageLog, open_board, rewind_log
+from hylo.distill.models import (
+    check_fit,
+    check_same_tokens,
+    load_config,
+    load_model,
+    load_tokenizer,
+    meta_model,
+    resolve_device,
+    teachers,
+    with_rope,
+)
+from hylo.distill.output import is_finished, owned_output, result_directory, run_identity
+from hylo.distill.recipe import CeStage, IldStage, KlStage, Recipe, load_recipe
+from hylo.distill.student import make_student, student_config, student_sources
+from hylo.distill.table import choose_trainable, parameter_groups, parameter_table
+from hylo.errors import UserError
+from hylo.upcycle.base import check_weight_files
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe checked against its models and data, before anything is written."""
+
+    recipe: Recipe
+    tokenizer: PreTrainedTokenizerBase
+    batches: list[Batches]
+    steps: list[int]
+    device: torch.device
+    data_key: str
+
+    def checkpoints(self, index: int) -> Path:
+        return Path(self.recipe.output) / self.recipe.stages[index].name / "checkpoints"
+
+
+def run_recipe(
+    recipe: Recipe | str | Path,
+    *,
+    resume: bool = False,
+    dry_run: bool = False,
+    steps: int | None = None,
+    steps_scale: float | None = None,
+    overrides: Sequence[str] = (),
+    console: Console | None = None,
+) -> Path | None:
+    """Run every stage of a recipe.
+
+    Args:
+        recipe: a Recipe, or the path of a YAML file.
+        resume: continue this recipe's own unfinished run; without one it starts afresh.
+        dry_run: build the models without weights, print the tables, check the first batch, write nothing.
+        steps: optimiser steps of every stage, instead of the recipe's.
+        steps_scale: factor on the recipe's steps of every stage.
+        overrides: "key.subkey=value" changes to a recipe given as a path.
+    Returns:
+        Directory of the last stage's model (Hugging Face layout); None for a dry run.
+    Raises:
+        UserError: anything in the recipe, its files or its output directory does not fit; nothing was written.
+        SystemExit: 143 after SIGTERM, with the state saved.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(recipe, overrides=overrides)
+    elif overrides:
+        raise UserError("overrides belong to a recipe given as a path")
+    console = console or Console()
+    if dry_run:
+        run_dry(recipe, console)
+        return None
+    identity = run_identity(recipe, steps, steps_scale)
+    if is_finished(recipe, identity, resume=resume):
+        return result_directory(recipe, -1)
+    with _one_progress_bar():
+        plan = make_plan(recipe, steps, steps_scale)
+        output = Path(recipe.output)
+        with owned_output(output, identity | {"data": plan.data_key}):
+            board = open_board(output / "tensorboard", recipe.tensorboard)
+            return run_stages(plan, make_student(recipe, output), board, console)
+
+
+def make_plan(recipe: Recipe, steps: int | None, scale: float | None) -> Plan:
+    """Check recipe, models and data against each other and cut the data into batches."""
+    device = resolve_device(recipe.device)
+    tokenizer = check_models(recipe)
+    packed = pack(recipe.data, tokenizer)
+    batches = [
+        Batches(
+            packed.tokens,
+            length=stage.sequence_length,
+            sequences_per_step=stage.sequences_per_step,
+            seed=recipe.seed,
+            fraction=stage.data_fraction,
+        )
+        for stage in recipe.stages
+    ]
+    counts = [
+        steps or _scaled(stage_steps(stage, one.sequences), scale)
+        for stage, one in zip(recipe.stages, batches, strict=True)
+    ]
+    return Plan(recipe, tokenizer, batches, counts, device, packed.key)
+
+
+def check_models(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """Check every model the run will load, as far as configurations and file headers tell; returns the tokenizer."""
+    config = student_config(recipe)
+    for stage in recipe.stages:
+        config = with_rope(config, stage.rope)
+        teacher = recipe.teacher_of(stage)
+        check_fit(stage, config, None if teacher is None else load_config(teacher, "teacher"))
+        if stage.trainable != "all":
+            choose_trainable(meta_model(config), stage.trainable)
+    for source in [*student_sources(recipe.student), *teachers(recipe)]:
+        if Path(source).is_dir():  # a hub id is checked when it is fetched
+            check_weight_files(Path(source))
+    tokenizer = load_tokenizer(recipe.data.tokenizer or student_sources(recipe.student)[0])
+    check_same_tokens(recipe, tokenizer, config)
+    return tokenizer
+
+
+def stage_steps(stage: IldStage | KlStage | CeStage, sequences: int) -> int:
+    """Optimiser steps of a stage, given the sequences in one epoch of its share of the data."""
+    if stage.steps is not None:
+        return stage.steps
+    if stage.tokens is not None:
+        return math.ceil(stage.tokens / (stage.sequences_per_step * stage.sequence_length))
+    assert stage.epochs is not None
+    return max(1, int(stage.epochs * sequences / stage.sequences_per_step))
+
+
+def run_stages(plan: Plan, student: Path, board: Any, console: Console) -> Path:
+    """Run the stages that have no result yet, in order; returns the last result."""
+    earlier: list[str] = []
+    for index, stage in enumerate(plan.recipe.stages):
+        result, checkpoints = result_directory(plan.recipe, index), plan.checkpoints(index)
+        if not result.exists():
+            rewind_log(Path(plan.recipe.output) / LOG_FILE, earlier, stage.name, last_step(checkpoints))
+            _run_stage(plan, index, student, board, console)
+        if checkpoints.exists():
+            remove_directory(checkpoints)
+        student = result
+        earlier.append(stage.name)
+    return student
+
+
+def _run_stage(plan: Plan, index: int, origin: Path, board: Any, console: Console) -> None:
+    recipe, stage = plan.recipe, plan.recipe.stages[index]
+    config = with_rope(load_config(str(origin), "student"), stage.rope)
+    student = load_model(str(origin), "student", dtype=torch.float32, config=config)
+    choose_trainable(student, stage.trainable)
+    teacher = recipe.teacher_of(stage) or "none"
+    title = f"stage {stage.name} ({stage.kind}): {plan.steps[index]} steps, teacher {teacher}"
+    console.print(parameter_table(title, parameter_groups(student)))
+
+    def open_log(start: int) -> StageLog:
+        return StageLog(
+            Path(recipe.output),
+            stage.name,
+            steps=plan.steps[index],
+            start=start,
+            tokens_per_step=stage.sequences_per_step * stage.sequence_length,
+            board=board,
+            console=console,
+        )
+
+    train_stage(_job(plan, index, student), open_log)
+    with atomic_directory(result_directory(recipe, index)) as partial:
+        student.save_pretrained(partial, state_dict=whole_state(student))
+        plan.tokenizer.save_pretrained(partial)
+
+
+def _job(plan: Plan, index: int, student: PreTrainedModel) -> StageJob:
+    recipe, stage = plan.recipe, plan.recipe.stages[index]
+    return StageJob(
+        stage=stage,
+        student=place_model(student, plan.device),
+        teacher=_load_teacher(recipe.teacher_of(stage), recipe, plan.device),
+        batches=plan.batches[index],
+        steps=plan.steps[index],
+        checkpoints=plan.checkpoints(index),
+        keep_checkpoints=recipe.keep_checkpoints,
+        seed=recipe.seed,
+        bf16=recipe.precision == "bf16",
+        device=plan.device,
+    )
+
+
+def _load_teacher(source: str | None, recipe: Recipe, device: torch.device) -> nn.Module | None:
+    if source is None:
+        return None
+    dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+    teacher = load_model(source, "teacher", dtype=dtype).eval().requires_grad_(False)
+    return place_model(teacher, device)
+
+
+def _scaled(steps: int, scale: float | None) -> int:
+    return steps if scale is None else max(1, round(steps * scale))
+
+
+@contextmanager
+def _one_progress_bar() -> Iterator[None]:
+    """Silence the bars that transformers draws while it reads and writes weights: the run has its own."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
