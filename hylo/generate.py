@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import hylo  # noqa: F401  registers the Auto classes
 from hylo.errors import UserError
@@ -34,11 +34,11 @@ def generate_text(
     ids = tokenizer(prompt, return_tensors="pt").input_ids.to(device)
     if ids.shape[1] == 0:
         raise UserError(f"the prompt must hold at least one token, got {prompt!r}")
-    model: Any = AutoModelForCausalLM.from_pretrained(model_dir)
-    model.to(device).eval()
-    limit = model.config.max_position_embeddings
+    limit = AutoConfig.from_pretrained(model_dir).max_position_embeddings
     if ids.shape[1] + max_new_tokens > limit:
         raise UserError(f"{ids.shape[1]} tokens of prompt and {max_new_tokens} new ones exceed the model's {limit}")
+    model: Any = AutoModelForCausalLM.from_pretrained(model_dir)
+    model.to(device).eval()
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     found = model.generate(

@@ -8,7 +8,15 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from hylo.config import HyloConfig
-from hylo.mixers.recurrent import GatedRMSNorm, LayerState, ShortConv, reset_decay, reset_time_step, widened, without_padding
+from hylo.mixers.recurrent import (
+    GatedRMSNorm,
+    LayerState,
+    ShortConv,
+    reset_decay,
+    reset_time_step,
+    widened,
+    without_padding,
+)
 from hylo_ops import chunk_gated_delta_rule, recurrent_gated_delta_rule
 
 

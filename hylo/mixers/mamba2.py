@@ -9,7 +9,15 @@ from transformers import Cache
 from transformers import initialization as init
 
 from hylo.config import HyloConfig
-from hylo.mixers.recurrent import GatedRMSNorm, LayerState, ShortConv, reset_decay, reset_time_step, widened, without_padding
+from hylo.mixers.recurrent import (
+    GatedRMSNorm,
+    LayerState,
+    ShortConv,
+    reset_decay,
+    reset_time_step,
+    widened,
+    without_padding,
+)
 from hylo_ops import chunk_ssd, recurrent_ssd
 
 
