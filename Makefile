@@ -11,7 +11,7 @@ quickstart: $(READY)
 	$(BIN)/hylo quickstart --out runs/quickstart
 
 quickstart-short: $(READY)
-	$(BIN)/hylo quickstart --short --out runs/quickstart-short
+	$(BIN)/python -m tests.run_quickstart_short --out runs/quickstart-short
 
 test: $(READY)
 	$(BIN)/python -m pytest
@@ -27,6 +27,10 @@ bench: $(READY)
 
 gpu-test: $(READY)
 	PYTHON=$(abspath $(BIN)/python) tests/gpu.sh runs/gpu-test
+
+# Needs the checkpoint and the stories in ../shared/data (docs/upcycling.md).
+stories260k: $(READY)
+	$(BIN)/python -m tests.run_stories260k --out runs/stories260k
 
 clean:
 	rm -rf .venv build runs

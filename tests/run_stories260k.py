@@ -29,8 +29,8 @@ PROMPT = "Once upon a time"
 # One MLA layer that caches 26 + 6 of the teacher's 5 x 2 x 4 x 8 = 320 elements a token.
 LAYOUT: dict[str, Any] = {"mla_layers": [1], "kv_lora_rank": 26, "qk_rope_head_dim": 6}
 STAGES: list[dict[str, Any]] = [
-    {"name": "ild", "kind": "ild", "steps": 200, "sequence_length": 512, "batch_size": 4, "learning_rate": 2e-3},
-    {"name": "kd", "kind": "kl", "steps": 1200, "sequence_length": 512, "batch_size": 4, "learning_rate": 2e-3},
+    {"name": "ild", "kind": "ild", "steps": 100, "sequence_length": 256, "batch_size": 8, "learning_rate": 2e-3},
+    {"name": "kd", "kind": "kl", "steps": 1200, "sequence_length": 256, "batch_size": 8, "learning_rate": 2e-3},
 ]
 SHARED = {"betas": [0.9, 0.95], "warmup_ratio": 0.03, "checkpoint_every": 400, "log_every": 20}
 
