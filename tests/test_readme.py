@@ -1,5 +1,6 @@
 """What the README shows is there and runs: make targets, command lines, the Python example, the file tree, links."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -53,3 +54,23 @@ def test_links_lead_somewhere():
 
 def test_continuous_integration_calls_the_test_command():
     assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_quoted_results_are_the_recorded_ones():
+    """Numbers in README and docs are those of the recorded runs, which carry their commit."""
+    quickstart = json.loads((ROOT / "docs" / "results" / "quickstart.json").read_text())
+    for page in (README, (ROOT / "docs" / "quickstart.md").read_text()):
+        for name in ("teacher_loss", "loss_after_init", "loss_after_ild", "loss_after_kd"):
+            assert f"{quickstart[name]:.4f}" in page, name
+        assert f"{quickstart['cache_percent']:.2f} %" in page
+    stories = json.loads((ROOT / "docs" / "results" / "stories260k.json").read_text())
+    page = (ROOT / "docs" / "upcycling.md").read_text()
+    for run in stories["runs"]:
+        for name in ("loss_after_init", "loss_after_ild", "loss_after_kd"):
+            assert f"{run[name]:.3f}" in page, (run["mixer"], run["init"], name)
+
+
+def test_the_recorded_quickstart_meets_its_bar():
+    quickstart = json.loads((ROOT / "docs" / "results" / "quickstart.json").read_text())
+    assert quickstart["loss_after_kd"] <= 1.1 * quickstart["teacher_loss"]
+    assert quickstart["cache_percent"] <= 10
