@@ -28,11 +28,16 @@ HELD_OUT = 200  # stories
 PROMPT = "Once upon a time"
 # One MLA layer that caches 26 + 6 of the teacher's 5 x 2 x 4 x 8 = 320 elements a token.
 LAYOUT: dict[str, Any] = {"mla_layers": [1], "kv_lora_rank": 26, "qk_rope_head_dim": 6}
-STAGES: list[dict[str, Any]] = [
-    {"name": "ild", "kind": "ild", "steps": 100, "sequence_length": 256, "batch_size": 8, "learning_rate": 2e-3},
-    {"name": "kd", "kind": "kl", "steps": 1200, "sequence_length": 256, "batch_size": 8, "learning_rate": 2e-3},
-]
-SHARED = {"betas": [0.9, 0.95], "warmup_ratio": 0.03, "checkpoint_every": 400, "log_every": 20}
+STEPS = {"ild": {"gated_deltanet": 100, "mamba2": 100}, "kd": {"gated_deltanet": 1200, "mamba2": 1500}}
+SHARED: dict[str, Any] = {
+    "sequence_length": 256,
+    "batch_size": 8,
+    "learning_rate": 2e-3,
+    "betas": [0.9, 0.95],
+    "warmup_ratio": 0.03,
+    "checkpoint_every": 400,
+    "log_every": 20,
+}
 
 
 def prepare(out: Path) -> tuple[Path, list[str]]:
@@ -70,7 +75,8 @@ def greedy(directory: Path, new_tokens: int = 120) -> str:
     return str(tokenizer.decode(found[0], skip_special_tokens=True))
 
 
-def recipe(base: Path, student: Path, out: Path) -> Any:
+def recipe(base: Path, student: Path, mixer: str, out: Path) -> Any:
+    stages = [{"name": kind, "kind": "kl" if kind == "kd" else kind, "steps": STEPS[kind][mixer]} for kind in STEPS]
     return parse_recipe(
         {
             "name": out.name,
@@ -85,7 +91,7 @@ def recipe(base: Path, student: Path, out: Path) -> Any:
                 "tokenizer": str(out.parent / "tokenizer"),
                 "cache_dir": str(out.parent / "tokens"),
             },
-            "stages": [{**stage, **SHARED} for stage in STAGES],
+            "stages": [{**stage, **SHARED} for stage in stages],
         }
     )
 
@@ -93,13 +99,15 @@ def recipe(base: Path, student: Path, out: Path) -> Any:
 def run(base: Path, held_out: list[str], mixer: str, init: str, out: Path) -> dict[str, Any]:
     begin = time.perf_counter()
     result = upcycle(str(base), mixer=mixer, init=init, out=str(out / "student"), **LAYOUT)
-    distillation = run_recipe(recipe(base, out / "student", out))
+    distillation = run_recipe(recipe(base, out / "student", mixer, out))
     assert distillation is not None
     seconds = time.perf_counter() - begin
     teacher, hybrid = (cache_bytes(config, torch.float32) for config in (load_config(base), result.config))
     return {
         "mixer": mixer,
         "init": init,
+        "commit": commit(),
+        "steps": {stage: steps[mixer] for stage, steps in STEPS.items()},
         "cache_share": hybrid.per_token / teacher.per_token,
         "loss_after_init": loss(out / "student", held_out),
         "loss_after_ild": loss(out / "distillation" / "ild" / "model", held_out),
@@ -107,6 +115,11 @@ def run(base: Path, held_out: list[str], mixer: str, init: str, out: Path) -> di
         "seconds": seconds,
         "text": greedy(distillation),
     }
+
+
+def commit() -> str:
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def load_config(directory: Path) -> Any:
@@ -125,13 +138,10 @@ def main() -> int:
     shutil.rmtree(options.out, ignore_errors=True)
     options.out.mkdir(parents=True)
     base, held_out = prepare(options.out)
-    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    commit = subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
     results: dict[str, Any] = {
-        "commit": commit,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "stages": STAGES,
+        "training": SHARED,
         "layout": LAYOUT,
         "teacher_loss": loss(base, held_out),
         "teacher_text": greedy(base),
