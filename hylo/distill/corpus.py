@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hylo.distill.recipe import Data, Source
 from hylo.errors import UserError
+from hylo.text import read_utf8
 
 
 def documents(data: Data, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
@@ -72,21 +73,6 @@ def _documents(source: Source, exclude: list[str], tokenizer: PreTrainedTokenize
         else:
             text = read_utf8(path)
             yield from text.split(source.separator) if source.separator else [text]
-
-
-def read_utf8(path: Path) -> str:
-    """The text of a file, line ends as they are.
-
-    Raises:
-        UserError: the file cannot be read or is not UTF-8; the message has the offset of the first bad byte.
-    """
-    try:
-        return path.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise UserError(f"cannot read text file '{path}': {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        bad = error.object[error.start]
-        raise UserError(f"text file '{path}' is not UTF-8: byte 0x{bad:02x} at offset {error.start}") from None
 
 
 def _jsonl(path: Path, field: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:

@@ -16,6 +16,7 @@ from hylo.errors import UserError
 from hylo.evaluate.needle import CODE_NEEDLE, PROSE_NEEDLE, NeedleSettings
 from hylo.evaluate.plots import write_plots
 from hylo.evaluate.report import EvaluationReport, default_needle_lengths, evaluate, render_table
+from hylo.text import read_utf8
 
 NEEDLES = {"prose": PROSE_NEEDLE, "code": CODE_NEEDLE}
 
@@ -52,7 +53,7 @@ def evaluate_command(
             exists, no space to write, and what `evaluate` refuses.
     """
     _check_paths(model_dir, teacher_dir, text_path, out_dir)
-    text = read_text(text_path)
+    text = read_utf8(text_path)
     settings = _needle_settings(needle, needle_lengths, needle_repeats, window, seed)
     tokenizer = _load_tokenizer(model_dir, teacher_dir)
     model = _load_model(model_dir, device, dtype)
@@ -72,17 +73,6 @@ def evaluate_command(
     if console is not None:
         console.print(render_table(report))
     return report
-
-
-def read_text(path: Path) -> str:
-    """The text of a UTF-8 file; UserError where it is missing or not UTF-8."""
-    if not path.is_file():
-        raise UserError(f"text file '{path}' does not exist")
-    try:
-        return path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise UserError(f"text file '{path}' is not UTF-8: byte {byte:#04x} at offset {error.start}") from None
 
 
 def write_report(report: EvaluationReport, out_dir: Path) -> None:
