@@ -1,4 +1,4 @@
-"""What tests and benchmarks share: which backends run here, random inputs, and the error budget."""
+"""What tests and benchmarks share: names of dtypes, gradients, and the error budget."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,11 +7,6 @@ import torch
 from torch import Tensor
 
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
-
-
-def case_id(backend: str, dtype: torch.dtype, **dims: int) -> str:
-    """`triton-B2-T1000-H4-K128-V128-bf16`"""
-    return "-".join([backend, *(f"{letter}{size}" for letter, size in dims.items()), DTYPE_NAMES[dtype]])
 
 
 def relative_error(result: Tensor, exact: Tensor) -> float:
