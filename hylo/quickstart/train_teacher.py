@@ -2,7 +2,7 @@
 
 `python -m hylo.quickstart.train_teacher RECIPE OUT` trains in OUT/run and leaves the teacher in OUT/teacher; called
 again with the same arguments after a stop, it goes on from the newest checkpoint. The bundled copy lies in
-`hylo/quickstart/teacher/`.
+`hylo/quickstart/teacher/`. The text is the running Python's library, or another one's with `--library DIR`.
 """
 
 import argparse
@@ -47,18 +47,20 @@ def teacher_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
     )
 
 
-def train_teacher(recipe_path: Path, out: Path, console: Console) -> Path:
+def train_teacher(recipe_path: Path, out: Path, console: Console, library: Path | None = None) -> Path:
     """Train by `recipe_path` in `out`; returns the directory of the finished teacher, `out`/teacher.
+
+    The text is the standard library in `library`, by default the running Python's.
 
     Its training.json tells how it came about and how it does on the held-out text beside `xz -9e`.
 
     Raises:
-        UserError: the teacher is there already, or `out` holds another recipe's run.
+        UserError: the teacher is there already, `out` holds another recipe's run, or `library` lacks modules.
     """
     finished = out / "teacher"
     if finished.exists():
         raise UserError(f"output directory '{finished}' exists")
-    corpus = load_corpus()
+    corpus = load_corpus(library)
     random_teacher = _prepare(corpus, out)
     paths = {
         "output": out / "run",
@@ -133,10 +135,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path, help="YAML recipe with one stage of kind ce")
     parser.add_argument("out", type=Path, help="working directory; holds the finished teacher in the end")
+    parser.add_argument("--library", type=Path, help="standard library to read; the running Python's by default")
     arguments = parser.parse_args()
     console = Console()
     try:
-        teacher = train_teacher(arguments.recipe, arguments.out, console)
+        teacher = train_teacher(arguments.recipe, arguments.out, console, arguments.library)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
