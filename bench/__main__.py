@@ -5,7 +5,6 @@ import datetime
 import importlib
 import importlib.metadata
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import timing
+from hylo.provenance import source_commit
 
 STEMS = ["gated_rms_norm"]
 HERE = Path(__file__).parent
@@ -50,17 +50,12 @@ def meta(commit: str | None, bandwidth: float) -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return {
-        "commit": commit or commit_here(),
+        "commit": commit or source_commit() or "unknown",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "gpu": torch.cuda.get_device_name(),
         "copy_bytes_per_second": bandwidth,
         "versions": versions,
     }
-
-
-def commit_here() -> str:
-    git = subprocess.run(["git", "-C", str(HERE), "rev-parse", "HEAD"], capture_output=True, text=True)
-    return git.stdout.strip() if git.returncode == 0 else "unknown"
 
 
 def show(rows: list[dict[str, Any]]) -> None:

@@ -10,7 +10,6 @@ distillation, the seconds they took and the greedy text. Held out are the last 2
 import argparse
 import json
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from hylo.distill import parse_recipe, run_recipe
 from hylo.evaluate import cache_bytes
+from hylo.provenance import source_commit
 from hylo.upcycle import upcycle
 from tests import stories260k
 
@@ -106,7 +106,7 @@ def run(base: Path, held_out: list[str], mixer: str, init: str, out: Path) -> di
     return {
         "mixer": mixer,
         "init": init,
-        "commit": commit(),
+        "commit": source_commit(),
         "steps": {stage: steps[mixer] for stage, steps in STEPS.items()},
         "cache_share": hybrid.per_token / teacher.per_token,
         "loss_after_init": loss(out / "student", held_out),
@@ -115,11 +115,6 @@ def run(base: Path, held_out: list[str], mixer: str, init: str, out: Path) -> di
         "seconds": seconds,
         "text": greedy(distillation),
     }
-
-
-def commit() -> str:
-    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def load_config(directory: Path) -> Any:

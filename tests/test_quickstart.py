@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from hylo.errors import UserError
 from hylo.quickstart import run
 from hylo.quickstart.__main__ import main
-from hylo.quickstart.corpus import Corpus, load_corpus, xz_bits_per_byte
+from hylo.quickstart.corpus import Corpus, xz_bits_per_byte
 from hylo.quickstart.measure import held_out_text, model_loss, stage_rows, stage_seconds
 from hylo.quickstart.run import RECIPE, TEACHER, load, run_quickstart
 from hylo.quickstart.train_teacher import teacher_config
@@ -40,16 +40,6 @@ REPORT_FIELDS = {
     "short",
     "versions",
 }
-
-
-@pytest.fixture(scope="module")
-def corpus():
-    return load_corpus()
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(TEACHER)
 
 
 def test_teacher_is_small_and_of_the_recorded_shape(tokenizer):

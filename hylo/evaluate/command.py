@@ -1,8 +1,5 @@
 """`hylo evaluate` without the command line: directories in, a directory with report and plots out."""
 
-import errno
-import shutil
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +9,7 @@ from rich.console import Console
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hylo.atomic import atomic_directory
 from hylo.errors import UserError
 from hylo.evaluate.needle import CODE_NEEDLE, PROSE_NEEDLE, NeedleSettings
 from hylo.evaluate.plots import write_plots
@@ -77,21 +75,10 @@ def evaluate_command(
 
 def write_report(report: EvaluationReport, out_dir: Path) -> None:
     """Write `report.json` and the plots to a new directory, complete or not at all."""
-    if out_dir.exists():
-        raise UserError(f"output directory '{out_dir}' exists already")
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
-    try:
+    _check_new(out_dir)  # again: an evaluation takes long enough for somebody else to take the name
+    with atomic_directory(out_dir) as partial:
         (partial / "report.json").write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
         write_plots(report, partial)
-        partial.chmod(0o755)  # mkdtemp's is private
-        partial.rename(out_dir)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise UserError(f"no space left to write '{out_dir}'") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)  # gone already after the rename
 
 
 def _check_paths(model_dir: Path, teacher_dir: Path | None, text_path: Path, out_dir: Path) -> None:
@@ -101,6 +88,10 @@ def _check_paths(model_dir: Path, teacher_dir: Path | None, text_path: Path, out
             raise UserError(f"{role} directory '{path}' {state}")
     if not text_path.is_file():
         raise UserError(f"text file '{text_path}' does not exist")
+    _check_new(out_dir)
+
+
+def _check_new(out_dir: Path) -> None:
     if out_dir.exists():
         raise UserError(f"output directory '{out_dir}' exists already")
 

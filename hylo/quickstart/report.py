@@ -1,8 +1,6 @@
 """What the quickstart found out, as one JSON file with fixed fields."""
 
 import platform
-import subprocess
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -10,6 +8,7 @@ import transformers
 from pydantic import BaseModel, ConfigDict
 
 from hylo.evaluate import EvaluationReport
+from hylo.provenance import source_commit
 from hylo.quickstart.corpus import Corpus, xz_bits_per_byte
 
 T = TypeVar("T")
@@ -146,19 +145,9 @@ def _needle(grids: Any) -> Needle:
 
 def _versions() -> Versions:
     return Versions(
-        commit=_commit(),
+        commit=source_commit(),
         python=platform.python_version(),
         torch=torch.__version__,
         transformers=transformers.__version__,
         threads=torch.get_num_threads(),
     )
-
-
-def _commit() -> str | None:
-    """Short hash of the checkout that this file lies in, with `-dirty` where files differ from it."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        answer = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return answer.stdout.strip()

@@ -8,16 +8,23 @@ from pathlib import Path
 from hylo_ops.cubin import Spec, cuda_include_dirs, source_dir
 
 HERE = Path(__file__).parent
+HOST_HEADER = "crt/host_defines.h"
 
 
 def why_not() -> str | None:
     if shutil.which("g++") is None:
         return "g++ is not installed"
     try:
-        cuda_include_dirs()
+        folders = header_dirs()
     except NotImplementedError as reason:
         return str(reason)
-    return None
+    return None if any((f / HOST_HEADER).exists() for f in folders) else f"no CUDA toolkit here has {HOST_HEADER}"
+
+
+def header_dirs() -> list[Path]:
+    """What NVRTC compiles with, and the toolkit beside nvcc, which has the host headers that torch's wheels lack."""
+    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    return [*map(Path, cuda_include_dirs()), Path(nvcc).resolve().parent.parent / "include"]
 
 
 def kernel_name(spec: Spec) -> str:
@@ -27,7 +34,7 @@ def kernel_name(spec: Spec) -> str:
 
 def build(specs: list[Spec], folder: Path) -> Path:
     """Returns the folder that belongs in front of LD_LIBRARY_PATH."""
-    includes = [f"-I{d}" for d in (HERE, source_dir(), *cuda_include_dirs())]
+    includes = [f"-I{d}" for d in (HERE, source_dir(), *header_dirs())]
     compile_one = ["g++", "-std=c++17", "-O0", "-fPIC", "-w", *includes, "-c"]
     commands = [[*compile_one, str(HERE / "driver.cpp"), "-o", str(folder / "driver.o")]]
     for i, spec in enumerate(specs):
