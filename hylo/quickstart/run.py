@@ -28,10 +28,11 @@ RECIPE = Path(__file__).parent / "quickstart.yaml"
 SHORT_SCALE = 0.1  # share of the recipe's steps that the short form takes
 STAGES = ("ild", "kd")
 
-# One MLA layer of 96 + 16 cached elements a token, 8.75 % of the teacher's 5 layers x 2 x 4 heads x 32.
+# One MLA layer of 96 + 16 cached elements a token, 8.75 % of the teacher's 5 layers x 2 x 4 heads x 32. It stands
+# where the teacher looks back over the whole context; in any other place the loss rises fivefold (docs/quickstart.md).
 HYBRID: dict[str, Any] = {
     "mixer": "gated_deltanet",
-    "mla_layers": [2],
+    "mla_layers": [3],
     "init": "aligned",
     "kv_lora_rank": 96,
     "q_lora_rank": 256,
