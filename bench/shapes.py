@@ -37,3 +37,52 @@ GATED_RMS_NORM = [
     NormCase("mamba2-1b-decode-1", 1, 1, 32, 64, False),
     NormCase("mamba2-1b-decode-64", 64, 1, 32, 64, False),
 ]
+
+
+@dataclass(frozen=True)
+class DeltaCase:
+    """q and k [B, T, G, K], v [B, T, H, V]; one token a sequence is decode, on a state of its own dtype."""
+
+    name: str
+    B: int
+    T: int
+    G: int
+    H: int
+    K: int
+    V: int
+    state_dtype: torch.dtype = torch.float32
+    initial_state: bool = False  # decode always has one
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def shape(self) -> dict[str, int]:
+        return {"B": self.B, "T": self.T, "G": self.G, "H": self.H, "K": self.K, "V": self.V}
+
+    @property
+    def passes(self) -> tuple[str, ...]:
+        return ("decode",) if self.T == 1 else ("forward", "backward")
+
+
+GATED_DELTA_RULE = [
+    DeltaCase("hylo-1b-8k", 1, 8192, 6, 6, 256, 512),
+    DeltaCase("hylo-1b-4x8k", 4, 8192, 6, 6, 256, 512),
+    DeltaCase("hylo-1b-64k", 1, 65536, 6, 6, 256, 512),
+    DeltaCase("hylo-3b-8k", 1, 8192, 9, 9, 256, 512),
+    DeltaCase("hylo-3b-64k", 1, 65536, 9, 9, 256, 512),
+    DeltaCase("d128-8k", 1, 8192, 16, 16, 128, 128),
+    DeltaCase("d128-32k", 1, 32768, 16, 16, 128, 128),
+    DeltaCase("d128-8x4k", 8, 4096, 16, 16, 128, 128),
+    DeltaCase("d128-gva-64k", 1, 65536, 16, 32, 128, 128),
+    DeltaCase("d128-4x8k", 4, 8192, 16, 16, 128, 128),
+    DeltaCase("d64-8k", 1, 8192, 32, 32, 64, 64),
+    DeltaCase("d256-64k", 1, 65536, 8, 8, 256, 256),
+    # With a state to begin with: what errors its gradient has.
+    DeltaCase("hylo-1b-8k-state", 1, 8192, 6, 6, 256, 512, initial_state=True),
+    DeltaCase("d128-8k-state", 1, 8192, 16, 16, 128, 128, initial_state=True),
+    *(
+        DeltaCase(f"{name}-decode-{B}{suffix}", B, 1, *dims, state_dtype)
+        for name, dims in (("d128-gva", (16, 32, 128, 128)), ("hylo-1b", (6, 6, 256, 512)))
+        for state_dtype, suffix in ((torch.float32, ""), (torch.bfloat16, "-bf16-state"))
+        for B in (1, 32, 256)
+    ),
+]

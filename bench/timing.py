@@ -1,4 +1,8 @@
-"""Clocks: device time of eager calls and of CUDA graphs, rotated over contestants; host time of a call; bandwidth."""
+"""Clocks: device time of eager calls and of CUDA graphs, rotated over contestants; host time; what the card reaches.
+
+A graph is captured on the current stream, which must not be the default one: autograd runs a backward on the stream of
+its forward, and only there can it be captured.
+"""
 
 import statistics
 import time
@@ -8,7 +12,7 @@ import torch
 
 Call = Callable[[], object]
 
-ROUNDS = 20
+ROUNDS, FEWEST_ROUNDS = 20, 5
 CALLS_A_ROUND = 20
 HOST_CALLS = 10_000
 _DRAIN_EVERY = 200  # launches; well under the launch queue's depth, so that a call never waits for the device
@@ -25,49 +29,59 @@ def device_us(call: Call, calls: int) -> float:
     return 1000 * begin.elapsed_time(end) / calls
 
 
-def capture(call: Call) -> torch.cuda.CUDAGraph:
-    """A graph of CALLS_A_ROUND calls. Raises RuntimeError where the call cannot be captured."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.current_stream().wait_stream(stream)
+def capture(call: Call, calls: int) -> torch.cuda.CUDAGraph:
+    """A graph of so many calls. Raises where the call cannot be captured."""
+    call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(CALLS_A_ROUND):
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        for _ in range(calls):
             call()
     return graph
 
 
-def rotate(calls: Mapping[str, Call]) -> dict[str, dict[str, float | str | None]]:
+def rotate(calls: Mapping[str, Call], seconds: float) -> dict[str, dict[str, float | str | None]]:
     """Medians over rounds; in each round every contestant runs once, eager and as a graph.
 
+    Args:
+        seconds: about how long the rounds take; long calls get fewer of them, but never under FEWEST_ROUNDS.
     Returns:
         Per name `us` and `graph_us`, microseconds a call; `graph_us` is None, with `graph_error`, where capture failed.
     """
     graphs: dict[str, torch.cuda.CUDAGraph] = {}
     results: dict[str, dict[str, float | str | None]] = {}
+    if not calls:
+        return results
+    for call in calls.values():
+        call()  # compiles, autotunes
+    rounds, calls_a_round = plan(sum(device_us(call, 3) for call in calls.values()), seconds)
     for name, call in calls.items():
-        device_us(call, CALLS_A_ROUND)  # compiles, autotunes, warms up
+        device_us(call, calls_a_round)  # warms up
         results[name] = {"us": None, "graph_us": None}
         try:
-            graphs[name] = capture(call)
-        except RuntimeError as error:
+            graphs[name] = capture(call, calls_a_round)
+        except Exception as error:  # each library has its own
             torch.cuda.synchronize()
-            results[name]["graph_error"] = str(error).splitlines()[0]
+            results[name]["graph_error"] = f"{type(error).__name__}: {' '.join(str(error).splitlines()[:1])}"
     eager: dict[str, list[float]] = {name: [] for name in calls}
     replayed: dict[str, list[float]] = {name: [] for name in graphs}
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for name, call in calls.items():
-            eager[name].append(device_us(call, CALLS_A_ROUND))
+            eager[name].append(device_us(call, calls_a_round))
             if name in graphs:
-                replayed[name].append(device_us(graphs[name].replay, 1) / CALLS_A_ROUND)
+                replayed[name].append(device_us(graphs[name].replay, 1) / calls_a_round)
     for name in calls:
         results[name]["us"] = statistics.median(eager[name])
         if name in graphs:
             results[name]["graph_us"] = statistics.median(replayed[name])
     return results
+
+
+def plan(sweep_us: float, seconds: float) -> tuple[int, int]:
+    """(rounds, calls a round) that fit the time, where one call of every contestant takes `sweep_us` together."""
+    sweeps = int(seconds * 1e6 / (2 * sweep_us))  # each is run eager and as a graph
+    calls_a_round = min(max(sweeps // ROUNDS, 1), CALLS_A_ROUND)
+    return min(max(sweeps // calls_a_round, FEWEST_ROUNDS), ROUNDS), calls_a_round
 
 
 def host_us(call: Call) -> float:
@@ -86,7 +100,8 @@ def host_us(call: Call) -> float:
 
 
 def peak_bytes(call: Call) -> int:
-    """Device memory that one call takes beyond what is held before it."""
+    """Device memory that one call takes beyond what is held before it; the first call compiles and does not count."""
+    call()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -101,3 +116,11 @@ def copy_bandwidth() -> float:
     target = torch.empty_like(source)
     rate = statistics.median(device_us(lambda: target.copy_(source), 5) for _ in range(5))
     return 2 * source.numel() / (rate * 1e-6)
+
+
+def product_flop_rate() -> float:
+    """FLOP a second of a bf16 matrix product of 8192 cubed: the other roof of this very machine."""
+    size = 8192
+    a, b = (torch.randn(size, size, device="cuda").bfloat16() for _ in range(2))
+    rate = statistics.median(device_us(lambda: a @ b, 10) for _ in range(5))
+    return 2 * size**3 / (rate * 1e-6)

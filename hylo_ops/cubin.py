@@ -33,16 +33,17 @@ class Spec:
     """One kernel file compiled for one set of dims.
 
     Args:
-        stem: csrc/<stem>/kernel.cuh.
+        stem, unit: csrc/<stem>/<unit>.cuh.
         defines: (name, value) pairs, passed as -DHYLO_<name>=<value>, in the order the file name has them.
     """
 
     stem: str
     defines: tuple[tuple[str, int | str], ...]
+    unit: str = "kernel"
 
     def file_name(self, key: str) -> str:
         dims = "-".join(f"{name}{value}" for name, value in self.defines)
-        return f"{self.stem}-{dims}-{ARCH}-{key}.cubin"
+        return f"{self.stem}-{self.unit}-{dims}-{ARCH}-{key}.cubin"
 
 
 def device_code(spec: Spec, *, source: str | None = None, cache_dir: Path | None = None) -> bytes:
@@ -65,9 +66,9 @@ def device_code(spec: Spec, *, source: str | None = None, cache_dir: Path | None
     return _cached(spec, cache_dir or default_cache_dir())
 
 
-def load(spec: Spec, kernel: str, device: int, *, source: str | None = None) -> "Kernel":
-    """The kernel of that name, ready to launch on a CUDA device (torch's index)."""
-    return native().Kernel(device_code(spec, source=source), kernel, device)
+def load(spec: Spec, kernel: str, device: int, *, shared_bytes: int = 0, source: str | None = None) -> "Kernel":
+    """The kernel of that name, ready to launch on a CUDA device (torch's index) with so much dynamic shared memory."""
+    return native().Kernel(device_code(spec, source=source), kernel, device, shared_bytes)
 
 
 @functools.cache
@@ -147,12 +148,12 @@ def cuda_include_dirs() -> list[str]:
 
 
 def compile_nvrtc(spec: Spec, root: Path | None = None) -> bytes:
-    """Compiles csrc/<stem>/kernel.cuh; tens of milliseconds. Raises RuntimeError with NVRTC's log."""
+    """Compiles csrc/<stem>/<unit>.cuh; tens of milliseconds. Raises RuntimeError with NVRTC's log."""
     program, options, _ = _nvrtc()
     include = [str(root or source_dir()), *cuda_include_dirs()]
     macros = [(f"HYLO_{name}", str(value)) for name, value in spec.defines]
     chosen = options(arch=ARCH, std="c++17", include_path=include, define_macro=macros)
-    compiled = program(f'#include "{spec.stem}/kernel.cuh"\n', "c++", chosen).compile("cubin")
+    compiled = program(f'#include "{spec.stem}/{spec.unit}.cuh"\n', "c++", chosen).compile("cubin")
     return bytes(compiled.code)
 
 

@@ -1,6 +1,6 @@
 """The whole road on a real checkpoint: stories260K becomes 1 MLA + 4 linear layers, aligned and distilled on a CPU.
 
-    python -m tests.run_stories260k [--out runs/stories260k] [--mixer NAME ...] [--init NAME ...]
+    python -m tests.run_stories260k [--out runs/stories260k] [--mixer NAME ...] [--init NAME ...] [--device cuda]
 
 One run for each mixer and initialisation; `results.json` has the losses after initialisation, alignment and
 distillation, the seconds they took and the greedy text. Held out are the last 200 stories, one story a sequence cut at
@@ -75,7 +75,7 @@ def greedy(directory: Path, new_tokens: int = 120) -> str:
     return str(tokenizer.decode(found[0], skip_special_tokens=True))
 
 
-def recipe(base: Path, student: Path, mixer: str, out: Path) -> Any:
+def recipe(base: Path, student: Path, mixer: str, device: str, out: Path) -> Any:
     stages = [{"name": kind, "kind": "kl" if kind == "kd" else kind, "steps": STEPS[kind][mixer]} for kind in STEPS]
     return parse_recipe(
         {
@@ -83,7 +83,7 @@ def recipe(base: Path, student: Path, mixer: str, out: Path) -> Any:
             "output": str(out / "distillation"),
             "seed": 1,
             "precision": "fp32",
-            "device": "cpu",
+            "device": device,
             "student": {"path": str(student)},
             "teacher": str(base),
             "data": {
@@ -96,17 +96,20 @@ def recipe(base: Path, student: Path, mixer: str, out: Path) -> Any:
     )
 
 
-def run(base: Path, held_out: list[str], mixer: str, init: str, out: Path) -> dict[str, Any]:
+def run(
+    base: Path, held_out: list[str], mixer: str, init: str, device: str, commit: str | None, out: Path
+) -> dict[str, Any]:
     begin = time.perf_counter()
     result = upcycle(str(base), mixer=mixer, init=init, out=str(out / "student"), **LAYOUT)
-    distillation = run_recipe(recipe(base, out / "student", mixer, out))
+    distillation = run_recipe(recipe(base, out / "student", mixer, device, out))
     assert distillation is not None
     seconds = time.perf_counter() - begin
     teacher, hybrid = (cache_bytes(config, torch.float32) for config in (load_config(base), result.config))
     return {
         "mixer": mixer,
         "init": init,
-        "commit": source_commit(),
+        "device": device,
+        "commit": commit,
         "steps": {stage: steps[mixer] for stage, steps in STEPS.items()},
         "cache_share": hybrid.per_token / teacher.per_token,
         "loss_after_init": loss(out / "student", held_out),
@@ -126,6 +129,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/stories260k"), help="new directory")
     parser.add_argument("--mixer", nargs="+", default=["gated_deltanet", "mamba2"])
     parser.add_argument("--init", nargs="+", default=["published", "aligned"])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where to align and distil")
+    parser.add_argument("--commit", help="what the result is of, where there is no git to ask")
     options = parser.parse_args()
     if not stories260k.CHECKPOINT.is_file():
         print(f"error: the checkpoint is not there: {stories260k.CHECKPOINT.name}", file=sys.stderr)
@@ -144,7 +149,9 @@ def main() -> int:
     }
     for mixer in options.mixer:
         for init in options.init:
-            results["runs"].append(run(base, held_out, mixer, init, options.out / f"{mixer}-{init}"))
+            out = options.out / f"{mixer}-{init}"
+            commit = options.commit or source_commit()
+            results["runs"].append(run(base, held_out, mixer, init, options.device, commit, out))
             (options.out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
             print(json.dumps(results["runs"][-1], indent=1), flush=True)
     return 0

@@ -1,22 +1,36 @@
 """The benchmark's command line and its rows, without a GPU: the clocks are replaced, everything else is real."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 import hylo_ops
 from bench import __main__ as command
-from bench import gated_rms_norm as bench
-from bench import peers, timing
+from bench import contest, gated_delta_rule, gated_rms_norm, peers, timing
+from bench.contest import Roofs, Work
 
-CASE = bench.CASES["mamba2-1b-decode-64"]
+CASE = gated_rms_norm.CASES["mamba2-1b-decode-64"]
 TIMES = {"us": 20.0, "graph_us": 4.0}
+ROOFS = Roofs(bytes_per_second=1e12, flop_per_second=1e15)
 
 
 @pytest.fixture
-def on_cpu(monkeypatch):
-    """Inputs on the CPU, every backend the reference, clocks that return fixed numbers."""
+def clocks(monkeypatch):
+    """Clocks that return fixed numbers: ours TIMES, a peer longer ones."""
+    others = {"us": 30.0, "graph_us": 12.0}
+    ours = ("reference", "cuda", "triton")
+    monkeypatch.setattr(
+        timing, "rotate", lambda calls, seconds: {name: dict(TIMES if name in ours else others) for name in calls}
+    )
+    monkeypatch.setattr(timing, "host_us", lambda call: 7.5)
+    monkeypatch.setattr(timing, "peak_bytes", lambda call: 123)
+
+
+@pytest.fixture
+def on_cpu(monkeypatch, clocks):
+    """Inputs on the CPU, every backend the reference."""
     public = hylo_ops.gated_rms_norm
 
     def reference(x, gate, weight, **keywords):
@@ -27,11 +41,12 @@ def on_cpu(monkeypatch):
         return x.to(case.dtype), x.flip(0).to(case.dtype), torch.ones(case.H, case.V, dtype=case.dtype)
 
     monkeypatch.setattr(hylo_ops, "gated_rms_norm", reference)
-    monkeypatch.setattr(bench, "inputs", inputs)
-    clocks = {name: {"us": 30.0, "graph_us": 12.0} for name in bench.PEERS}
-    monkeypatch.setattr(timing, "rotate", lambda calls: {name: dict({**clocks, "ours": TIMES}[name]) for name in calls})
-    monkeypatch.setattr(timing, "host_us", lambda call: 7.5)
-    monkeypatch.setattr(timing, "peak_bytes", lambda call: 123)
+    monkeypatch.setattr(gated_rms_norm, "inputs", inputs)
+
+
+def norm_row(*chosen_peers):
+    (row,) = gated_rms_norm.run(CASE, ["cuda"], list(chosen_peers), ROOFS)
+    return json.loads(json.dumps(row))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="an NVIDIA GPU is here")
@@ -47,6 +62,8 @@ def test_without_a_gpu_one_sentence(tmp_path):
         (["no_such_op"], "there is no benchmark 'no_such_op'"),
         (["gated_rms_norm", "--case", "gdn-1b-8k", "huge"], "there is no case 'huge'"),
         (["gated_rms_norm", "--peers", "flash"], "there is no peer 'flash'"),
+        (["gated_delta_rule", "--peers", "fla,flash_qla,flash"], "there is no peer 'flash'; there are fla, flash_qla,"),
+        (["gated_delta_rule", "--backend", "cuda", "hip"], "there is no backend 'hip'; there are cuda, triton"),
     ],
 )
 def test_unknown_names_are_quoted(arguments, message):
@@ -54,8 +71,16 @@ def test_unknown_names_are_quoted(arguments, message):
         command.main(arguments)
 
 
+def test_names_come_apart_or_with_commas():
+    known = ["fla", "flash_qla", "flashinfer"]
+    for written in (["fla,flashinfer"], ["fla", "flashinfer"], ["fla,", "flashinfer"]):
+        assert command.choose("peer", written, known) == ["fla", "flashinfer"]
+    assert command.choose("peer", [], known) == []
+    assert command.choose("peer", None, known) == known
+
+
 def test_a_row_counts_and_compares(on_cpu):
-    row = json.loads(json.dumps(bench.run(CASE, ["torch", "mamba_ssm"], bandwidth=1e12)))
+    row = norm_row("torch", "mamba_ssm")
     assert row["shape"] == {"B": 64, "T": 1, "H": 32, "V": 64}
     assert row["pass"] == "decode"
     assert row["bytes"] == (3 * 64 * 32 * 64 + 32 * 64) * 2
@@ -66,8 +91,8 @@ def test_a_row_counts_and_compares(on_cpu):
 
 
 def test_a_wrong_peer_is_not_compared(on_cpu, monkeypatch):
-    monkeypatch.setitem(bench.PEERS, "torch", lambda x, *rest: lambda: torch.zeros_like(x))
-    row = bench.run(CASE, ["torch"], bandwidth=1e12)
+    monkeypatch.setitem(gated_rms_norm.PEERS, "torch", lambda x, *rest: lambda: torch.zeros_like(x))
+    row = norm_row("torch")
     assert "disagrees with float64" in row["peers"]["torch"]["missing"]
     assert row["ratio"] is None
 
@@ -76,10 +101,22 @@ def test_a_missing_and_a_broken_peer_are_named(on_cpu, monkeypatch):
     def broken(*_):
         raise OSError("cannot load its library")
 
-    monkeypatch.setitem(bench.PEERS, "torch", broken)
-    row = bench.run(CASE, ["torch", "fla"], bandwidth=1e12)
+    monkeypatch.setitem(gated_rms_norm.PEERS, "torch", broken)
+    row = norm_row("torch", "fla")
     assert "cannot load its library" in row["peers"]["torch"]["missing"]
     assert row["peers"]["fla"]["missing"]
+
+
+def test_a_peer_that_breaks_at_full_size_is_named(on_cpu, monkeypatch):
+    def peak_bytes(call):
+        if not isinstance(call, type(lambda: 0)):
+            return 123
+        raise MemoryError("no memory for it")
+
+    monkeypatch.setattr(timing, "peak_bytes", peak_bytes)
+    row = norm_row("torch")
+    assert "no memory for it" in row["peers"]["torch"]["missing"]
+    assert (row["best_peer"], row["us"]) == (None, 20.0)
 
 
 def test_our_own_wrong_result_stops_before_the_clock(on_cpu, monkeypatch):
@@ -89,17 +126,168 @@ def test_our_own_wrong_result_stops_before_the_clock(on_cpu, monkeypatch):
         return right(*tensors, backend=backend, **keywords) * (2 if backend == "cuda" else 1)
 
     monkeypatch.setattr(hylo_ops, "gated_rms_norm", wrong_in_cuda)
-    monkeypatch.setattr(timing, "rotate", lambda calls: pytest.fail("timed a wrong result"))
+    monkeypatch.setattr(timing, "rotate", lambda calls, seconds: pytest.fail("timed a wrong result"))
     with pytest.raises(AssertionError, match="mamba2-1b-decode-64: error"):
-        bench.run(CASE, [], bandwidth=1e12)
+        norm_row()
 
 
 def test_eager_mode_where_a_side_is_not_captured():
     entries = {"a": {"us": 50.0, "graph_us": None}, "b": {"missing": "not installed"}}
-    assert bench.comparison(TIMES, entries) == {"mode": "eager", "best_peer": "a", "ratio": 2.5}
+    assert contest.comparison(TIMES, entries) == {"mode": "eager", "best_peer": "a", "ratio": 2.5}
 
 
 def test_fla_is_refused_where_it_has_no_such_form():
     x = torch.zeros(1, 1, 2, 8)
     with pytest.raises(peers.Missing):
-        bench.PEERS["fla"](x, x, torch.ones(2, 8), 1e-5, False)
+        gated_rms_norm.PEERS["fla"](x, x, torch.ones(2, 8), 1e-5, False)
+
+
+def test_the_higher_of_two_floors_counts():
+    assert Work(bytes=10**9, flop=10**9).floor_us(ROOFS) == pytest.approx(1000)
+    assert Work(bytes=10**6, flop=10**12).floor_us(ROOFS) == pytest.approx(1000)
+
+
+@pytest.mark.parametrize(
+    ("sweep_us", "expected"), [(10, (20, 20)), (500, (20, 20)), (2_000, (20, 12)), (50_000, (10, 1)), (10**6, (5, 1))]
+)
+def test_long_calls_get_fewer_rounds(sweep_us, expected):
+    assert timing.plan(sweep_us, seconds=1.0) == expected
+
+
+def test_nobody_to_time():
+    assert timing.rotate({}, seconds=1.0) == {}
+
+
+# (B, T, G, H, K, V) of issue 3's table
+HYLO = [(1, 8192, 6), (4, 8192, 6), (1, 65536, 6), (1, 8192, 9), (1, 65536, 9)]
+CHUNKED = [(B, T, H, H, 256, 512) for B, T, H in HYLO] + [
+    (1, 8192, 16, 16, 128, 128),
+    (1, 32768, 16, 16, 128, 128),
+    (8, 4096, 16, 16, 128, 128),
+    (1, 65536, 16, 32, 128, 128),
+    (4, 8192, 16, 16, 128, 128),
+    (1, 8192, 32, 32, 64, 64),
+    (1, 65536, 8, 8, 256, 256),
+]
+DECODED = [(B, 1, *dims) for dims in ((16, 32, 128, 128), (6, 6, 256, 512)) for B in (1, 32, 256)]
+
+
+def test_the_delta_rule_has_every_case_of_the_bar():
+    cases = gated_delta_rule.CASES.values()
+    plain = [tuple(case.shape.values()) for case in cases if case.T > 1 and not case.initial_state]
+    assert plain == CHUNKED
+    for state_dtype in (torch.float32, torch.bfloat16):
+        found = [tuple(case.shape.values()) for case in cases if case.T == 1 and case.state_dtype == state_dtype]
+        assert found == DECODED
+    assert {case.passes for case in cases if case.T > 1} == {("forward", "backward")}
+    assert {case.passes for case in cases if case.T == 1} == {("decode",)}
+    assert {case.dtype for case in cases} == {torch.bfloat16}
+    assert {"fla", "flash_qla", "flashinfer"} <= set(gated_delta_rule.PEERS)
+    assert gated_delta_rule.GATES == {"fast": 1.0, "slow": 0.01}
+
+
+def test_work_of_the_delta_rule_by_hand():
+    """K = V = 128, 16 heads, 8192 tokens: 167 and 475 kFLOP a token and head; the final state is 1 MiB."""
+    case = gated_delta_rule.CASES["d128-8k"]
+    forward, backward = (gated_delta_rule.work(case, pass_) for pass_ in ("forward", "backward"))
+    assert forward.flop == 8192 * 16 * (98304 + 65536 + 2730)
+    assert backward.flop == 8192 * 16 * (294912 + 163840 + 16384)
+    assert forward.bytes == 8192 * (4 * 2048 * 2 + 8 * 16) + 2**20
+    assert backward.bytes == 8192 * (2 * 7 * 2048 + 16 * 16) + 2**20
+    # one token of 32 sequences: 64 MiB of states read and written, 7 FLOP an element; 16 query-key and 32 value heads
+    decode = gated_delta_rule.work(gated_delta_rule.CASES["d128-gva-decode-32"], "decode")
+    assert decode.flop == 7 * 32 * 32 * 128 * 128
+    assert decode.bytes == 2 * 64 * 2**20 + 32 * (4 * 128 * 48 + 8 * 32)
+    # a state to begin with: read in the forward; in the backward read again, and its gradient written
+    with_state = gated_delta_rule.CASES["d128-8k-state"]
+    assert gated_delta_rule.work(with_state, "forward").bytes == forward.bytes + 2**20
+    assert gated_delta_rule.work(with_state, "backward").bytes == backward.bytes + 2 * 2**20
+
+
+def test_the_float64_check_fits_the_memory():
+    for case in gated_delta_rule.CASES.values():
+        tokens = gated_delta_rule.checked_tokens(case)
+        assert gated_delta_rule.exact_bytes(replace(case, T=tokens)) <= gated_delta_rule.MAX_EXACT_BYTES
+        assert tokens == case.T or (tokens % 64 == 0 and tokens > 20_000)
+
+
+TINY = replace(gated_delta_rule.CASES["d128-8k"], name="tiny", B=2, T=70, G=1, H=2, K=16, V=32)
+
+
+@pytest.fixture
+def delta_on_cpu(monkeypatch, clocks):
+    draw = gated_delta_rule.draw
+    monkeypatch.setattr(gated_delta_rule, "draw", lambda case, gates: draw(case, gates, device="cpu"))
+
+
+def delta_rows(case, backends=("reference",), chosen_peers=()):
+    return json.loads(json.dumps(gated_delta_rule.run(case, list(backends), list(chosen_peers), ROOFS)))
+
+
+def test_gates_activated_inside_a_kernel_are_the_same():
+    case = replace(TINY, T=1)
+    for gates, scale in gated_delta_rule.GATES.items():
+        x = gated_delta_rule.draw(case, gates, device="cpu")
+        g = -x.a_log.double().exp() * torch.nn.functional.softplus(x.a.double() + x.dt_bias.double())
+        torch.testing.assert_close(x.g.double(), g, rtol=1e-6, atol=0)
+        torch.testing.assert_close(x.beta.double(), x.b.double().sigmoid(), rtol=1e-6, atol=0)
+        assert x.g.max() < 0
+        assert scale * 1e-3 < -x.g.median() < scale * 0.2
+
+
+def test_rows_of_every_pass_and_gate_set(delta_on_cpu):
+    names = ["fla", "flash_qla", "flashinfer"]
+    rows = delta_rows(replace(TINY, initial_state=True), chosen_peers=names)
+    rows += delta_rows(replace(TINY, B=1, T=1), chosen_peers=names)
+    found = [(row["gates"], row["pass"]) for row in rows]
+    assert found == [
+        *(("fast", "forward"), ("fast", "backward"), ("slow", "forward"), ("slow", "backward")),
+        *(("fast", "decode"), ("slow", "decode")),
+    ]
+    outputs = {"o", "final_state"}
+    for row in rows:
+        backward = row["pass"] == "backward"
+        assert set(row["errors"]) == ({"dq", "dk", "dv", "dg", "dbeta", "dstate"} if backward else outputs)
+        assert row["error"] == max(row["errors"].values()) < 5e-3
+        assert row["checked_T"] == row["shape"]["T"]
+        assert row["host_us"] == (7.5 if row["pass"] == "decode" else None)
+        assert (row["peak_bytes"], row["backend"], row["state_dtype"]) == (123, "reference", "fp32")
+        assert row["peers"].keys() == set(names)
+        assert all(entry["missing"] for entry in row["peers"].values())
+
+
+def test_a_backend_that_cannot_run_is_missing_with_its_reason(delta_on_cpu):
+    for case in (TINY, replace(TINY, T=1)):
+        for row in delta_rows(case, backends=("cuda", "triton")):
+            assert row["missing"]
+            assert row["us"] is row["roofline"] is row["ratio"] is row["error"] is None
+        command.show(delta_rows(case, backends=("cuda", "reference"), chosen_peers=["fla"]))
+
+
+def test_a_peer_of_the_delta_rule_is_compared_in_every_pass(delta_on_cpu, monkeypatch):
+    for pass_, form in gated_delta_rule.OURS.items():
+        monkeypatch.setitem(peers.GATED_DELTA_RULE[pass_], "fla", lambda x, form=form: form("reference", x))
+    for row in (*delta_rows(TINY, chosen_peers=["fla"]), *delta_rows(replace(TINY, T=1), chosen_peers=["fla"])):
+        assert (row["best_peer"], row["ratio"]) == ("fla", pytest.approx(3.0))
+        assert row["peers"]["fla"]["errors"] == row["errors"]
+
+
+def test_a_long_case_is_checked_on_its_first_tokens(delta_on_cpu, monkeypatch):
+    monkeypatch.setattr(gated_delta_rule, "checked_tokens", lambda case: 64)
+    assert {row["checked_T"] for row in delta_rows(TINY)} == {64}
+
+
+def test_a_wrong_gradient_of_ours_stops_before_the_clock(delta_on_cpu, monkeypatch):
+    right = gated_delta_rule.our_chunk
+
+    def wrong(backend, x):
+        return right(backend, x if backend == "reference" else replace(x, g=x.g.detach() + 0 * x.g))
+
+    monkeypatch.setitem(gated_delta_rule.OURS, "backward", wrong)
+    monkeypatch.setattr(hylo_ops, "chunk_gated_delta_rule", reference_always(hylo_ops.chunk_gated_delta_rule))
+    with pytest.raises(AssertionError, match=r"tiny, backward: error 1.0e\+00 of dg"):
+        delta_rows(TINY, backends=["cuda"])
+
+
+def reference_always(function):
+    return lambda *tensors, backend, **keywords: function(*tensors, backend="reference", **keywords)

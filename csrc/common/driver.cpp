@@ -11,6 +11,12 @@ namespace {
 constexpr int kSuccess = 0;
 constexpr int kLocalBytes = 3;    // CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES
 constexpr int kRegisters = 4;     // CU_FUNC_ATTRIBUTE_NUM_REGS
+constexpr int kMaxShared = 8;     // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+constexpr int kUint16 = 1;        // CU_TENSOR_MAP_DATA_TYPE_UINT16: the copy engine moves bits
+constexpr int kNoInterleave = 0;  // CU_TENSOR_MAP_INTERLEAVE_NONE
+constexpr int kSwizzle128 = 3;    // CU_TENSOR_MAP_SWIZZLE_128B
+constexpr int kPromote256 = 3;    // CU_TENSOR_MAP_L2_PROMOTION_L2_256B
+constexpr int kFillZeros = 0;     // CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE
 
 struct Driver {
   int (*cuInit)(unsigned);
@@ -24,6 +30,9 @@ struct Driver {
   int (*cuModuleLoadData)(void**, const void*);
   int (*cuModuleGetFunction)(void**, void*, const char*);
   int (*cuFuncGetAttribute)(int*, int, void*);
+  int (*cuFuncSetAttribute)(void*, int, int);
+  int (*cuTensorMapEncodeTiled)(TensorMap*, int, std::uint32_t, void*, const std::uint64_t*, const std::uint64_t*,
+                                const std::uint32_t*, const std::uint32_t*, int, int, int, int);
   int (*cuLaunchKernel)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**,
                         void**);
 };
@@ -49,6 +58,8 @@ Driver open_driver() {
   find(library, "cuModuleLoadData", driver.cuModuleLoadData);
   find(library, "cuModuleGetFunction", driver.cuModuleGetFunction);
   find(library, "cuFuncGetAttribute", driver.cuFuncGetAttribute);
+  find(library, "cuFuncSetAttribute", driver.cuFuncSetAttribute);
+  find(library, "cuTensorMapEncodeTiled", driver.cuTensorMapEncodeTiled);
   find(library, "cuLaunchKernel", driver.cuLaunchKernel);
   return driver;
 }
@@ -91,7 +102,8 @@ class CurrentContext {
 
 }  // namespace
 
-Kernel::Kernel(const std::string& cubin, const std::string& name, int device) {
+Kernel::Kernel(const std::string& cubin, const std::string& name, int device, int shared_bytes)
+    : shared_bytes_(shared_bytes) {
   int handle = 0;
   void* module = nullptr;
   check(driver().cuInit(0), "cuInit");
@@ -100,12 +112,14 @@ Kernel::Kernel(const std::string& cubin, const std::string& name, int device) {
   const CurrentContext scope(context_);
   check(driver().cuModuleLoadData(&module, cubin.data()), "cuModuleLoadData");
   check(driver().cuModuleGetFunction(&function_, module, name.c_str()), "cuModuleGetFunction");
+  if (shared_bytes > 0) check(driver().cuFuncSetAttribute(function_, kMaxShared, shared_bytes), "cuFuncSetAttribute");
 }
 
-void Kernel::launch(unsigned blocks, unsigned threads, void* params, void* stream) const {
+void Kernel::launch(const Grid& grid, unsigned threads, void* params, void* stream) const {
   const CurrentContext scope(context_);
   void* arguments[] = {params};
-  check(driver().cuLaunchKernel(function_, blocks, 1, 1, threads, 1, 1, 0, stream, arguments, nullptr),
+  check(driver().cuLaunchKernel(function_, grid.x, grid.y, grid.z, threads, 1, 1, shared_bytes_, stream, arguments,
+                                nullptr),
         "cuLaunchKernel");
 }
 
@@ -118,6 +132,23 @@ int Kernel::attribute(int which) const {
   int value = 0;
   check(driver().cuFuncGetAttribute(&value, which, function_), "cuFuncGetAttribute");
   return value;
+}
+
+TensorMap box_map(std::uintptr_t tensor, const std::uint64_t (&sizes)[4], const std::int64_t (&strides)[4],
+                  unsigned columns, unsigned rows, int row_dim) {
+  constexpr std::uint64_t kBytes = 2;
+  std::uint64_t outer_strides[3];  // bytes; where a dim is 1, any valid number will do
+  for (int i = 1; i < 4; ++i) {
+    outer_strides[i - 1] = sizes[i] == 1 ? columns * kBytes : static_cast<std::uint64_t>(strides[i]) * kBytes;
+  }
+  std::uint32_t box[4] = {columns, 1, 1, 1};
+  box[row_dim] = rows;
+  const std::uint32_t every[4] = {1, 1, 1, 1};
+  TensorMap map;
+  check(driver().cuTensorMapEncodeTiled(&map, kUint16, 4, reinterpret_cast<void*>(tensor), sizes, outer_strides, box,
+                                        every, kNoInterleave, kSwizzle128, kPromote256, kFillZeros),
+        "cuTensorMapEncodeTiled");
+  return map;
 }
 
 }  // namespace hylo

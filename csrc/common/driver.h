@@ -1,19 +1,27 @@
 // The CUDA driver, found at run time: this code builds and imports where there is no CUDA at all.
 #pragma once
 
+#include <cstdint>
 #include <string>
 
+#include "common/tensor_map.h"
+
 namespace hylo {
+
+struct Grid {
+  unsigned x = 1, y = 1, z = 1;
+};
 
 // One kernel of a cubin, loaded on one device. It stays loaded until the process ends, since launches recorded in a
 // CUDA graph may outlive every object on the host.
 class Kernel {
  public:
-  // device: the ordinal that torch uses. Throws std::runtime_error, 'no CUDA driver' where there is none.
-  Kernel(const std::string& cubin, const std::string& name, int device);
+  // device: the ordinal that torch uses. shared_bytes: the most that a launch will ask for, beside what the kernel
+  // declares. Throws std::runtime_error, 'no CUDA driver' where there is none.
+  Kernel(const std::string& cubin, const std::string& name, int device, int shared_bytes);
 
   // Asynchronous, on the caller's stream; `params` is the kernel's only argument and is copied before the return.
-  void launch(unsigned blocks, unsigned threads, void* params, void* stream) const;
+  void launch(const Grid& grid, unsigned threads, void* params, void* stream) const;
 
   int registers() const;    // per thread
   int local_bytes() const;  // per thread: spills and stack
@@ -23,6 +31,13 @@ class Kernel {
 
   void* context_ = nullptr;
   void* function_ = nullptr;
+  unsigned shared_bytes_ = 0;
 };
+
+// How the copy engine reads boxes of `rows` x `columns` (the innermost dim and one of the outer ones, all others 1) into
+// shared memory, in rows of 128 bytes with their 16-byte pieces permuted, zeros where the tensor ends.
+// sizes and strides, in elements of two bytes, are of the four dims from the innermost out; strides[0] is 1.
+TensorMap box_map(std::uintptr_t tensor, const std::uint64_t (&sizes)[4], const std::int64_t (&strides)[4],
+                  unsigned columns, unsigned rows, int row_dim);
 
 }  // namespace hylo

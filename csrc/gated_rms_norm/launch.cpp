@@ -50,7 +50,7 @@ void forward(const Kernel& kernel, std::uintptr_t x, std::uintptr_t gate, std::u
                 static_cast<unsigned>(tiles),
                 eps,
                 norm_before_gate ? 1 : 0};
-  kernel.launch(static_cast<unsigned>(tiles * batches), block_threads(width, vector), &params,
+  kernel.launch({static_cast<unsigned>(tiles * batches)}, block_threads(width, vector), &params,
                 reinterpret_cast<void*>(stream));
 }
 

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from hylo_ops import checks
+from hylo_ops.backend import Backend
 from hylo_ops.common.sequences import working_dtype
-from hylo_ops.gated_delta_rule import reference
+from hylo_ops.gated_delta_rule import cuda, reference, triton
 from hylo_ops.library import define_op, reference_backend
 
 
@@ -134,7 +135,11 @@ _forward = define_op(
     "chunk_gated_delta_rule",
     "(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? initial_state, Tensor? cu_seqlens, "
     "float scale, bool fixed_split, str? backend) -> (Tensor, Tensor)",
-    backends=[reference_backend(reference.chunk_gated_delta_rule, _DIFFERENTIABLE)],
+    backends=[
+        Backend("cuda", cuda.chunk_why_not, cuda.chunk_forward),
+        Backend("triton", triton.chunk_why_not, triton.chunk_forward, triton.chunk_backward),
+        reference_backend(reference.chunk_gated_delta_rule, _DIFFERENTIABLE),
+    ],
     fake=_fake_forward,
     differentiable=_DIFFERENTIABLE,
 )
@@ -143,6 +148,10 @@ _recurrent = define_op(
     "recurrent_gated_delta_rule",
     "(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor(a!) state, float scale, Tensor? state_indices, "
     "str? backend) -> Tensor",
-    backends=[reference_backend(reference.recurrent_gated_delta_rule)],
+    backends=[
+        Backend("cuda", cuda.recurrent_why_not, cuda.recurrent_forward),
+        Backend("triton", triton.recurrent_why_not, triton.recurrent_forward),
+        reference_backend(reference.recurrent_gated_delta_rule),
+    ],
     fake=lambda q, k, v, *_: torch.empty_like(v, memory_format=torch.contiguous_format),
 )

@@ -83,7 +83,7 @@ class TestOnGpu:
 
     def test_unlisted_shape_is_not_packaged(self):
         x, gate, weight = Case((1, 2, 2, 24), torch.bfloat16, 8).inputs("cuda")
-        with pytest.raises(NotImplementedError, match="no cubin is packaged for gated_rms_norm-V24"):
+        with pytest.raises(NotImplementedError, match="no cubin is packaged for gated_rms_norm-kernel-V24"):
             cuda.forward(x, gate, weight, 1e-5, True, cubin_source="packaged")
 
     @pytest.mark.parametrize("case", LARGE, ids=lambda c: c.name)

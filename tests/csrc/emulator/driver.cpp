@@ -75,6 +75,8 @@ int cuCtxGetCurrent(void** out) { return *out = current_context, 0; }
 int cuCtxPushCurrent_v2(void* context) { return current_context = context, 0; }
 int cuCtxPopCurrent_v2(void** out) { return *out = current_context, current_context = nullptr, 0; }
 int cuFuncGetAttribute(int* out, int, void*) { return *out = 0, 0; }
+int cuFuncSetAttribute(void*, int, int) { return 0; }
+int cuTensorMapEncodeTiled() { return kNotFound; }  // there is no copy engine here
 int cuModuleLoadData(void** out, const void* image) {
   const auto found = kernels().find(static_cast<const char*>(image));
   if (found == kernels().end()) return kNotFound;

@@ -1,0 +1,94 @@
+// Hopper's bulk copies between global and shared memory, and the barriers in shared memory that say when they are done.
+#pragma once
+
+#include <cstdint>
+
+#include "common/tensor_map.h"
+
+namespace hylo {
+
+__device__ __forceinline__ std::uint32_t shared_address(const void* pointer) {
+  return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// What ordinary stores put into shared memory is seen by the copy engine and by wgmma.
+__device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Phases alternate 0, 1, 0, ...: each completes after `arrivals` arrivals and all bytes that were announced in it.
+class Barrier {
+ public:
+  __device__ __forceinline__ void init(int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&bits_)), "r"(arrivals) : "memory");
+  }
+  __device__ __forceinline__ void arrive() {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&bits_)) : "memory");
+  }
+  __device__ __forceinline__ void arrive_expecting(int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&bits_)), "r"(bytes)
+                 : "memory");
+  }
+  __device__ __forceinline__ void wait(int phase) {
+    asm volatile(
+        "{ .reg .pred done; "
+        "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; "
+        "@!done bra again; }" ::"r"(shared_address(&bits_)),
+        "r"(phase)
+        : "memory");
+  }
+  __device__ __forceinline__ std::uint32_t address() const { return shared_address(&bits_); }
+
+ private:
+  std::uint64_t bits_;
+};
+
+// Barriers that were just made are seen by the copy engine.
+__device__ __forceinline__ void fence_barrier_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+// One box of a tensor map of four dims, coordinates innermost first. One thread issues it.
+__device__ __forceinline__ void copy_box(void* shared, const TensorMap& map, Barrier& done, int x, int y, int z, int w) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(
+          shared_address(shared)),
+      "l"(&map), "r"(done.address()), "r"(x), "r"(y), "r"(z), "r"(w)
+      : "memory");
+}
+
+// Contiguous bytes; both addresses and the size are multiples of 16.
+__device__ __forceinline__ void copy_in(void* shared, const void* global, int bytes, Barrier& done) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(shared)),
+               "l"(global), "r"(bytes), "r"(done.address())
+               : "memory");
+}
+
+// Returns when the bytes have been read, so that the shared memory may change.
+__device__ __forceinline__ void copy_out(void* global, const void* shared, int bytes) {
+  asm volatile(
+      "cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2; "
+      "cp.async.bulk.commit_group; "
+      "cp.async.bulk.wait_group.read 0;" ::"l"(global),
+      "r"(shared_address(shared)), "r"(bytes)
+      : "memory");
+}
+
+// 8 x 8 matrices of 16-bit numbers, transposed on the way; lane 8 i + n gives the address of row n of matrix i.
+__device__ __forceinline__ void load_transposed(std::uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared::cta.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+__device__ __forceinline__ void store_transposed(void* row, const std::uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared::cta.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
+               "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
+}
+
+// Waits for the `threads` threads that name the same barrier (0 is __syncthreads').
+__device__ __forceinline__ void sync_threads(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+}  // namespace hylo

@@ -1,0 +1,181 @@
+"""The fast backends of gated_delta_rule on a GPU, against float64."""
+
+import itertools
+
+import pytest
+import torch
+
+from hylo_ops import chunk_gated_delta_rule, recurrent_gated_delta_rule
+from hylo_ops.gated_delta_rule import cuda
+from hylo_ops.testing import cast, gradients, relative_error
+from tests.ops.gated_delta_rule_cases import GATES, WIDTHS, make
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+BACKENDS = ["cuda", "triton"]
+NAMES = ("q", "k", "v", "g", "beta", "initial_state")
+HALVES = [torch.bfloat16, torch.float16]
+
+
+def near(found, exact, dtype, name):
+    """Products of 16-bit operands: all errs like a few roundings to 16 bits, and float32 like float32."""
+    unit = relative_error(exact.to(dtype), exact)
+    limit = 5e-6 if dtype == torch.float32 else 3 * unit
+    assert relative_error(found, exact) <= limit, f"{name}: {relative_error(found, exact):.2e}, limit {limit:.2e}"
+
+
+def exactly(inputs, **options):
+    return chunk_gated_delta_rule(**cast(inputs, torch.float64), backend="reference", **options)
+
+
+def check(inputs, backend, **options):
+    o, state = chunk_gated_delta_rule(**inputs, backend=backend, **options)
+    o_exact, state_exact = exactly(inputs, **options)
+    near(o, o_exact, inputs["q"].dtype, "o")
+    near(state, state_exact, inputs["q"].dtype, "final_state")
+    return o, state
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", HALVES, ids=["bf16", "fp16"])
+@pytest.mark.parametrize("gates", GATES)
+@pytest.mark.parametrize(("K", "V"), WIDTHS)
+def test_forward(backend, dtype, gates, K, V):
+    inputs = make(2, 333, 2, 4, K, V, dtype, gates, device="cuda")
+    first = check(inputs, backend)
+    second = chunk_gated_delta_rule(**inputs, backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize(("K", "V"), [(48, 80), (64, 64), (128, 128), (256, 512)])
+def test_triton_in_fp32(K, V):
+    check(make(2, 333, 2, 4, K, V, torch.float32, "fast", device="cuda"), "triton")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("T", [0, 1, 63, 64, 65, 129])
+def test_lengths(backend, T):
+    check(make(2, T, 1, 2, 64, 64, torch.bfloat16, "fast", device="cuda"), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_a_state_and_with_a_scale(backend):
+    inputs = make(2, 200, 2, 2, 128, 128, torch.bfloat16, "fast", device="cuda")
+    inputs["initial_state"] = None
+    check(inputs, backend, scale=0.3)
+
+
+@pytest.mark.parametrize("gates", ["fast", "slow"])
+@pytest.mark.parametrize(("K", "V"), [(64, 64), (128, 128), (256, 512)])
+def test_long_sequences_are_cut_into_segments(gates, K, V):
+    inputs = make(1, 8192, 2, 2, K, V, torch.bfloat16, gates, device="cuda")
+    blocks = V // 64 // cuda._warpgroups(K, V) * 2
+    assert cuda._segments(128, 1, blocks, 0) > 1
+    o, state = check(inputs, "cuda")
+    o_whole, state_whole = chunk_gated_delta_rule(**inputs, backend="cuda", fixed_split=True)
+    if gates == "slow":  # every cut is too early to forget what came before
+        assert torch.equal(o, o_whole)
+        assert torch.equal(state, state_whole)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("K", "V"), [(64, 64), (128, 128), (256, 512)])
+def test_packed_sequences_equal_single_ones_and_keep_to_themselves(backend, K, V):
+    bounds = [0, 70, 70, 71, 300, 900, 900]
+    inputs = make(1, 900, 2, 4, K, V, torch.bfloat16, "fast", len(bounds) - 1, device="cuda")
+    inputs["v"][:, 71:300] = torch.nan
+    cu = torch.tensor(bounds, dtype=torch.int32, device="cuda")
+    o, final = chunk_gated_delta_rule(**inputs, cu_seqlens=cu, fixed_split=True, backend=backend)
+    for n, (begin, end) in enumerate(itertools.pairwise(bounds)):
+        alone = {name: inputs[name][:, begin:end] for name in NAMES[:-1]}
+        state = inputs["initial_state"][n : n + 1]
+        o_n, final_n = chunk_gated_delta_rule(**alone, initial_state=state, fixed_split=True, backend=backend)
+        assert torch.equal(o[:, begin:end].nan_to_num(7), o_n.nan_to_num(7))
+        assert torch.equal(final[n : n + 1].nan_to_num(7), final_n.nan_to_num(7))
+        assert torch.isfinite(final[n]).all() == (n != 3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_batch_invariant_with_fixed_split(backend):
+    inputs = make(3, 2048, 2, 2, 128, 128, torch.bfloat16, "fast", device="cuda")
+    o, state = chunk_gated_delta_rule(**inputs, fixed_split=True, backend=backend)
+    one = {name: tensor[1:2] for name, tensor in inputs.items()}
+    o_one, state_one = chunk_gated_delta_rule(**one, fixed_split=True, backend=backend)
+    assert torch.equal(o[1:2], o_one)
+    assert torch.equal(state[1:2], state_one)
+
+
+def test_strided_views_are_read_in_place():
+    inputs = make(2, 200, 4, 4, 128, 128, torch.bfloat16, "fast", device="cuda")
+    joined = torch.cat([inputs[name].flatten(2) for name in ("q", "k", "v")], dim=-1)
+    views = dict(zip(("q", "k", "v"), (t.unflatten(-1, (4, 128)) for t in joined.split(512, -1)), strict=True))
+    assert cuda.chunk_why_not(**{**inputs, **views}) is None
+    o, _ = chunk_gated_delta_rule(**{**inputs, **views}, backend="cuda")
+    assert torch.equal(o, chunk_gated_delta_rule(**inputs, backend="cuda")[0])
+
+
+@pytest.mark.parametrize("gates", GATES)
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize(("K", "V"), [(48, 80), (64, 64), (128, 128), (256, 512)])
+def test_gradients(gates, dtype, K, V):
+    """Of the Triton backend, which is the default's backward as well."""
+    inputs = make(1, 333, 2, 4, K, V, dtype, gates, device="cuda")
+    exact = gradients(chunk_gated_delta_rule, cast(inputs, torch.float64) | {"backend": "reference"}, NAMES)
+    found = gradients(chunk_gated_delta_rule, inputs | {"backend": "triton"}, NAMES)
+    again = gradients(chunk_gated_delta_rule, inputs | {"backend": "triton"}, NAMES)
+    for name, gradient in found.items():
+        assert torch.equal(gradient, again[name]), name
+        unit = relative_error(exact[name].to(dtype), exact[name])
+        limit = 1e-5 if dtype == torch.float32 else 5 * unit
+        assert relative_error(gradient, exact[name]) <= limit, f"{name}: {relative_error(gradient, exact[name]):.2e}"
+
+
+def test_the_default_runs_forward_on_cuda_and_backward_on_triton():
+    inputs = make(1, 333, 2, 4, 128, 128, torch.bfloat16, "fast", device="cuda")
+    found = gradients(chunk_gated_delta_rule, inputs, NAMES)
+    on_triton = gradients(chunk_gated_delta_rule, inputs | {"backend": "triton"}, NAMES)
+    assert all(torch.equal(found[name], on_triton[name]) for name in NAMES)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("K", "V"), WIDTHS)
+def test_decode(backend, state_dtype, K, V):
+    inputs = make(3, 1, 2, 4, K, V, torch.bfloat16, "fast", 5, device="cuda")
+    pool = inputs.pop("initial_state").to(state_dtype)
+    indices = torch.tensor([4, -1, 0], dtype=torch.int32, device="cuda")
+    state, state_exact = pool.clone(), pool.double()
+    o = recurrent_gated_delta_rule(**inputs, state=state, state_indices=indices, backend=backend)
+    exact = cast(inputs, torch.float64)
+    o_exact = recurrent_gated_delta_rule(**exact, state=state_exact, state_indices=indices, backend="reference")
+    near(o, o_exact, torch.bfloat16, "o")
+    near(state, state_exact, state_dtype, "state")
+    assert torch.equal(state[1:4], pool[1:4])
+    assert not o[1].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_decode_in_a_cuda_graph(backend):
+    inputs = make(4, 1, 2, 4, 128, 128, torch.bfloat16, "fast", device="cuda")
+    state = inputs.pop("initial_state")
+    start = state.clone()
+    call = torch.cuda.CUDAGraph()
+    recurrent_gated_delta_rule(**inputs, state=state, backend=backend)
+    once = state.clone()
+    with torch.cuda.graph(call):
+        recurrent_gated_delta_rule(**inputs, state=state, backend=backend)
+    state.copy_(start)
+    call.replay()
+    assert torch.equal(state, once)
+
+
+def test_the_cuda_backend_names_its_reasons():
+    inputs = make(1, 64, 1, 1, 64, 64, torch.bfloat16, "fast", device="cuda")
+    for change, reason in (
+        ({"q": inputs["q"].float(), "k": inputs["k"].float(), "v": inputs["v"].float()}, "float32"),
+        ({"v": inputs["v"][..., :48]}, "V is 48"),
+        ({"q": inputs["q"][..., :48], "k": inputs["k"][..., :48]}, "K is 48"),
+    ):
+        assert reason in cuda.chunk_why_not(**{**inputs, "initial_state": None, **change})
