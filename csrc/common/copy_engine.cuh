@@ -1,14 +1,13 @@
 // Hopper's bulk copies between global and shared memory, and the barriers in shared memory that say when they are done.
 #pragma once
 
-#include <cstdint>
-
+#include "common/portable.h"
 #include "common/tensor_map.h"
 
 namespace hylo {
 
-__device__ __forceinline__ std::uint32_t shared_address(const void* pointer) {
-  return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));
+__device__ __forceinline__ Word shared_address(const void* pointer) {
+  return static_cast<Word>(__cvta_generic_to_shared(pointer));
 }
 
 // What ordinary stores put into shared memory is seen by the copy engine and by wgmma.
@@ -35,10 +34,10 @@ class Barrier {
         "r"(phase)
         : "memory");
   }
-  __device__ __forceinline__ std::uint32_t address() const { return shared_address(&bits_); }
+  __device__ __forceinline__ Word address() const { return shared_address(&bits_); }
 
  private:
-  std::uint64_t bits_;
+  DoubleWord bits_;
 };
 
 // Barriers that were just made are seen by the copy engine.
@@ -74,13 +73,13 @@ __device__ __forceinline__ void copy_out(void* global, const void* shared, int b
 }
 
 // 8 x 8 matrices of 16-bit numbers, transposed on the way; lane 8 i + n gives the address of row n of matrix i.
-__device__ __forceinline__ void load_transposed(std::uint32_t (&r)[4], const void* row) {
+__device__ __forceinline__ void load_transposed(Word (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared::cta.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(shared_address(row))
                : "memory");
 }
-__device__ __forceinline__ void store_transposed(void* row, const std::uint32_t (&r)[4]) {
+__device__ __forceinline__ void store_transposed(void* row, const Word (&r)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared::cta.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
                "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
                : "memory");

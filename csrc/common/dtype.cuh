@@ -12,6 +12,11 @@ using bf16 = __nv_bfloat16;
 using fp16 = __half;
 using fp32 = float;
 
+template <class T>
+constexpr bool kIsBf16 = false;
+template <>
+constexpr bool kIsBf16<bf16> = true;
+
 constexpr int kMaxAccessBytes = 16;
 
 HYLO_HOST_DEVICE constexpr int access_bytes(int bytes) { return bytes < kMaxAccessBytes ? bytes : kMaxAccessBytes; }

@@ -6,3 +6,12 @@
 #else
 #define HYLO_HOST_DEVICE
 #endif
+
+namespace hylo {
+
+// Device code includes no standard header: NVRTC has none.
+using Word = unsigned;
+using DoubleWord = unsigned long long;
+static_assert(sizeof(Word) == 4 && sizeof(DoubleWord) == 8);
+
+}  // namespace hylo

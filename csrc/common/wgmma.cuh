@@ -5,9 +5,6 @@
 // bits, are an A operand of 16 columns (`pack_operand`), so a result feeds the next product without leaving registers.
 #pragma once
 
-#include <cstdint>
-#include <type_traits>
-
 #include "common/dtype.cuh"
 
 namespace hylo::wgmma {
@@ -19,20 +16,20 @@ constexpr int kGroupBytes = 8 * 128;    // eight rows of it
 __device__ __forceinline__ int swizzled(int row, int piece) { return row * 128 + ((piece ^ (row & 7)) << 4); }
 
 // Tiles whose rows run along N and columns along K; more than 64 rows are tiles one after the other.
-__device__ __forceinline__ std::uint64_t descriptor_k_major(std::uint32_t address) {
-  return (address >> 4 & 0x3fff) | std::uint64_t{1} << 16 | std::uint64_t{kGroupBytes >> 4} << 32 |
-         std::uint64_t{1} << 62;
+__device__ __forceinline__ DoubleWord descriptor_k_major(Word address) {
+  return (address >> 4 & 0x3fff) | DoubleWord{1} << 16 | DoubleWord{kGroupBytes >> 4} << 32 |
+         DoubleWord{1} << 62;
 }
 
 // Tiles whose rows run along K and columns along N; columns beyond 64 continue `next_columns` bytes further.
-__device__ __forceinline__ std::uint64_t descriptor_n_major(std::uint32_t address, int next_columns) {
-  return (address >> 4 & 0x3fff) | static_cast<std::uint64_t>(next_columns >> 4) << 16 |
-         std::uint64_t{kGroupBytes >> 4} << 32 | std::uint64_t{1} << 62;
+__device__ __forceinline__ DoubleWord descriptor_n_major(Word address, int next_columns) {
+  return (address >> 4 & 0x3fff) | static_cast<DoubleWord>(next_columns >> 4) << 16 |
+         DoubleWord{kGroupBytes >> 4} << 32 | DoubleWord{1} << 62;
 }
 
 // What a descriptor grows by for the next 16 of K.
-constexpr std::uint64_t kNextKMajor = 32 >> 4;
-constexpr std::uint64_t kNextNMajor = 2 * kGroupBytes >> 4;
+constexpr DoubleWord kNextKMajor = 32 >> 4;
+constexpr DoubleWord kNextNMajor = 2 * kGroupBytes >> 4;
 
 // Registers written before are seen by the products after it.
 __device__ __forceinline__ void fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -50,9 +47,9 @@ __device__ __forceinline__ void pin(float (&d)[kSize]) {
 }
 
 template <class T>
-__device__ __forceinline__ std::uint32_t pack(float low, float high) {
-  std::uint32_t packed;
-  if constexpr (std::is_same_v<T, bf16>) {
+__device__ __forceinline__ Word pack(float low, float high) {
+  Word packed;
+  if constexpr (kIsBf16<T>) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
   } else {
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
@@ -61,8 +58,8 @@ __device__ __forceinline__ std::uint32_t pack(float low, float high) {
 }
 
 template <class T>
-__device__ __forceinline__ void unpack(std::uint32_t packed, float& low, float& high) {
-  if constexpr (std::is_same_v<T, bf16>) {
+__device__ __forceinline__ void unpack(Word packed, float& low, float& high) {
+  if constexpr (kIsBf16<T>) {
     low = __uint_as_float(packed << 16);
     high = __uint_as_float(packed & 0xffff0000u);
   } else {
@@ -74,7 +71,7 @@ __device__ __forceinline__ void unpack(std::uint32_t packed, float& low, float& 
 
 // Columns 16 i to 16 i + 15 of an accumulator as an A operand.
 template <class T, int kSize>
-__device__ __forceinline__ void pack_operand(std::uint32_t (&a)[4], const float (&d)[kSize], int i) {
+__device__ __forceinline__ void pack_operand(Word (&a)[4], const float (&d)[kSize], int i) {
 #pragma unroll
   for (int r = 0; r < 4; ++r) a[r] = pack<T>(d[8 * i + 2 * r], d[8 * i + 2 * r + 1]);
 }
@@ -83,8 +80,8 @@ __device__ __forceinline__ void pack_operand(std::uint32_t (&a)[4], const float 
 
 // A in shared memory as well, rows along M.
 template <class T>
-__device__ __forceinline__ void product_shared_64(float (&d)[32], std::uint64_t a, std::uint64_t b, bool accumulate) {
-  if constexpr (std::is_same_v<T, bf16>) {
+__device__ __forceinline__ void product_shared_64(float (&d)[32], DoubleWord a, DoubleWord b, bool accumulate) {
+  if constexpr (kIsBf16<T>) {
     asm volatile("{ .reg .pred p; setp.ne.b32 p, %34, 0; "
                  "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
                  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
@@ -113,9 +110,9 @@ __device__ __forceinline__ void product_shared_64(float (&d)[32], std::uint64_t 
 
 // N = 64.
 template <class T>
-__device__ __forceinline__ void product_64(float (&d)[32], const std::uint32_t (&a)[4], std::uint64_t b,
+__device__ __forceinline__ void product_64(float (&d)[32], const Word (&a)[4], DoubleWord b,
                                            bool accumulate) {
-  if constexpr (std::is_same_v<T, bf16>) {
+  if constexpr (kIsBf16<T>) {
     asm volatile("{ .reg .pred p; setp.ne.b32 p, %37, 0; "
                  "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
                  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
@@ -144,9 +141,9 @@ __device__ __forceinline__ void product_64(float (&d)[32], const std::uint32_t (
 
 // N = 128, its halves in two accumulators.
 template <class T>
-__device__ __forceinline__ void product_128(float (&d0)[32], float (&d1)[32], const std::uint32_t (&a)[4],
-                                            std::uint64_t b, bool accumulate) {
-  if constexpr (std::is_same_v<T, bf16>) {
+__device__ __forceinline__ void product_128(float (&d0)[32], float (&d1)[32], const Word (&a)[4],
+                                            DoubleWord b, bool accumulate) {
+  if constexpr (kIsBf16<T>) {
     asm volatile("{ .reg .pred p; setp.ne.b32 p, %69, 0; "
                  "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
                  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
@@ -189,9 +186,9 @@ __device__ __forceinline__ void product_128(float (&d0)[32], float (&d1)[32], co
 
 // N = 64, B with its rows along K.
 template <class T>
-__device__ __forceinline__ void product_n_major(float (&d)[32], const std::uint32_t (&a)[4], std::uint64_t b,
+__device__ __forceinline__ void product_n_major(float (&d)[32], const Word (&a)[4], DoubleWord b,
                                                 bool accumulate) {
-  if constexpr (std::is_same_v<T, bf16>) {
+  if constexpr (kIsBf16<T>) {
     asm volatile("{ .reg .pred p; setp.ne.b32 p, %37, 0; "
                  "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
                  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
@@ -220,9 +217,9 @@ __device__ __forceinline__ void product_n_major(float (&d)[32], const std::uint3
 
 // N = 128, B with its rows along K.
 template <class T>
-__device__ __forceinline__ void product_n_major(float (&d)[64], const std::uint32_t (&a)[4], std::uint64_t b,
+__device__ __forceinline__ void product_n_major(float (&d)[64], const Word (&a)[4], DoubleWord b,
                                                 bool accumulate) {
-  if constexpr (std::is_same_v<T, bf16>) {
+  if constexpr (kIsBf16<T>) {
     asm volatile("{ .reg .pred p; setp.ne.b32 p, %69, 0; "
                  "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
                  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
@@ -263,9 +260,9 @@ __device__ __forceinline__ void product_n_major(float (&d)[64], const std::uint3
 
 // N = 256, B with its rows along K.
 template <class T>
-__device__ __forceinline__ void product_n_major(float (&d)[128], const std::uint32_t (&a)[4], std::uint64_t b,
+__device__ __forceinline__ void product_n_major(float (&d)[128], const Word (&a)[4], DoubleWord b,
                                                 bool accumulate) {
-  if constexpr (std::is_same_v<T, bf16>) {
+  if constexpr (kIsBf16<T>) {
     asm volatile("{ .reg .pred p; setp.ne.b32 p, %133, 0; "
                  "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
                  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "

@@ -63,7 +63,7 @@ __device__ __forceinline__ void decay_products(const float (&keys)[32], const fl
         lower[i * kLowerStride + j + e] = seen && j + e < i ? beta * ratio * keys[d] : 0.0f;
         if (j + e == i) gates.key_norm2[i] = seen ? keys[d] : 0.0f;
       }
-      *reinterpret_cast<std::uint32_t*>(score_tile + wgmma::swizzled(i, block) + 4 * (lane() % 4)) =
+      *reinterpret_cast<Word*>(score_tile + wgmma::swizzled(i, block) + 4 * (lane() % 4)) =
           wgmma::pack<T>(p[0], p[1]);
     }
   }
@@ -103,8 +103,8 @@ __device__ __forceinline__ void invert_diagonal(float* lower) {
   for (int i = 0; i < kBlock; ++i) block[i * kLowerStride + column] = a[i];
 }
 
-__device__ __forceinline__ std::uint32_t to_tf32(float value) {
-  std::uint32_t bits;
+__device__ __forceinline__ Word to_tf32(float value) {
+  Word bits;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
   return bits;
 }
@@ -162,7 +162,7 @@ __device__ __forceinline__ void write_inverse(const float* lower, unsigned char*
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int piece = threadIdx.x % 2 * 4 + i;
-    std::uint32_t packed[4];
+    Word packed[4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int column = 8 * piece + 2 * j;
@@ -219,11 +219,11 @@ __device__ __forceinline__ void inverse(const Params& p, unsigned char* shared) 
   wgmma::fence();
 #pragma unroll
   for (int i = 0; i < kTiles; ++i) {
-    const std::uint64_t k = wgmma::descriptor_k_major(shared_address(keys + i * kTileSize));
-    const std::uint64_t q = wgmma::descriptor_k_major(shared_address(queries + i * kTileSize));
+    const DoubleWord k = wgmma::descriptor_k_major(shared_address(keys + i * kTileSize));
+    const DoubleWord q = wgmma::descriptor_k_major(shared_address(queries + i * kTileSize));
 #pragma unroll
     for (int s = 0; s < 4; ++s) {
-      const std::uint64_t step = s * wgmma::kNextKMajor;
+      const DoubleWord step = s * wgmma::kNextKMajor;
       wgmma::product_shared_64<T>(r_keys, k + step, k + step, i + s > 0);
       wgmma::product_shared_64<T>(r_scores, q + step, k + step, i + s > 0);
     }

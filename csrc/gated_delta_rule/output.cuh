@@ -116,7 +116,7 @@ class Columns {
     if (tokens < kChunk) clear_tail(stage, tokens);
     float r[32], o[32];
     read_state(stage, r, o);
-    std::uint32_t x[4][4];
+    Word x[4][4];
     write_strengths(stage, r, x);
 
     // Vn^T = X^T A^T; the state decays meanwhile.
@@ -131,7 +131,7 @@ class Columns {
     wgmma::wait<0>();
     wgmma::pin(r);
 
-    std::uint32_t written[4][4];
+    Word written[4][4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) wgmma::pack_operand<T>(x[i], r, i);
     scale_tokens(r, stage.factors(2));
@@ -143,7 +143,7 @@ class Columns {
     wgmma::fence();
     multiply(o, x, stage.record() + kRecordScores, true);
     wgmma::commit();
-    const std::uint64_t keys = wgmma::descriptor_n_major(shared_address(stage.keys(0)), Inputs::kPairSize);
+    const DoubleWord keys = wgmma::descriptor_n_major(shared_address(stage.keys(0)), Inputs::kPairSize);
 #pragma unroll
     for (int i = 0; i < 4; ++i) wgmma::product_n_major<T>(s_, written[i], keys + i * wgmma::kNextNMajor, true);
     wgmma::commit();
@@ -168,11 +168,11 @@ class Columns {
   __device__ __forceinline__ void read_state(const Inputs& stage, float (&r)[32], float (&o)[32]) {
 #pragma unroll
     for (int i = 0; i < Inputs::kPairs; ++i) {
-      std::uint32_t a[4][4];
+      Word a[4][4];
 #pragma unroll
       for (int j = 0; j < 4; ++j) wgmma::pack_operand<T>(a[j], s_, 4 * i + j);
       wgmma::fence();
-      const std::uint64_t pair = wgmma::descriptor_k_major(shared_address(stage.keys(i)));
+      const DoubleWord pair = wgmma::descriptor_k_major(shared_address(stage.keys(i)));
 #pragma unroll
       for (int j = 0; j < 4; ++j) wgmma::product_128<T>(r, o, a[j], pair + j * wgmma::kNextKMajor, i + j > 0);
       wgmma::commit();
@@ -183,13 +183,13 @@ class Columns {
   }
 
   // X = beta (V - decay R) as an operand; tokens that do not exist write nothing.
-  __device__ __forceinline__ void write_strengths(const Inputs& stage, const float (&r)[32], std::uint32_t (&x)[4][4]) {
+  __device__ __forceinline__ void write_strengths(const Inputs& stage, const float (&r)[32], Word (&x)[4][4]) {
     const float* beta = stage.factors(0);
     const float* from_start = stage.factors(1);
     const unsigned char* values = stage.values(warpgroup());
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      std::uint32_t v[4];
+      Word v[4];
       load_transposed(v, values + matrix_row(i));
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -210,9 +210,9 @@ class Columns {
   }
 
   // d += a b^T for a 64 x 64 tile b.
-  static __device__ __forceinline__ void multiply(float (&d)[32], const std::uint32_t (&a)[4][4],
+  static __device__ __forceinline__ void multiply(float (&d)[32], const Word (&a)[4][4],
                                                   const unsigned char* tile, bool accumulate) {
-    const std::uint64_t b = wgmma::descriptor_k_major(shared_address(tile));
+    const DoubleWord b = wgmma::descriptor_k_major(shared_address(tile));
 #pragma unroll
     for (int i = 0; i < 4; ++i) wgmma::product_64<T>(d, a[i], b + i * wgmma::kNextKMajor, accumulate || i > 0);
   }
@@ -239,7 +239,7 @@ class Columns {
     for (int i = 0; i < 32; ++i) o[i] *= p_.scale;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      std::uint32_t packed[4];
+      Word packed[4];
       wgmma::pack_operand<T>(packed, o, i);
       store_transposed(staging_ + matrix_row(i), packed);
     }

@@ -3,7 +3,6 @@
 //
 // Columns of the state are independent, so a block takes a few of them and all K rows. With R = S^T k and Q = S^T q of
 // the state as it was, delta = beta (v - decay R) and o = scale (decay Q + (k.q) delta): one sum over rows gives both.
-#include <cstdint>
 
 #include "common/dtype.cuh"
 #include "common/reduce.cuh"

@@ -50,7 +50,7 @@ def chunk_forward(
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     chunks = B * -(-T // _CHUNK) if cu_seqlens is None else T // _CHUNK + N  # no sequence leaves two chunks unfilled
     device = q.get_device()
-    warpgroups = _warpgroups(K, V)
+    warpgroups = _warpgroups(K, V, H * N, device)
     inverse, output = _kernels(device, q.dtype, K, warpgroups, cubin_source)
     g, beta = g.float().contiguous(), beta.float().contiguous()
     initial_state = None if initial_state is None else initial_state.float().contiguous()
@@ -172,9 +172,10 @@ def recurrent_why_not(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, 
     return _device_reason(q.get_device()) or cubin.why_not_native()
 
 
-def _warpgroups(K: int, V: int) -> int:
-    """Of a block: two share keys and queries where their registers hold it, each with 64 columns of V."""
-    return 2 if K <= 128 and V % (2 * _COLUMNS) == 0 else 1
+def _warpgroups(K: int, V: int, chains: int, device: int) -> int:
+    """Of a block, each with 64 columns of V: two share keys and queries where one alone would leave none idle."""
+    blocks = V // _COLUMNS * chains
+    return 2 if K <= 128 and V % (2 * _COLUMNS) == 0 and blocks > _multiprocessors(device) else 1
 
 
 def _segments(chunks: int, sequences: int, blocks: int, device: int) -> int:
@@ -195,7 +196,7 @@ def _pointer(tensor: Tensor | None) -> int:
 
 @functools.cache
 def _kernels(device: int, dtype: torch.dtype, K: int, warpgroups: int, source: str | None) -> tuple["Kernel", "Kernel"]:
-    spec = cubin.Spec("gated_delta_rule", (("T", _TYPES[dtype]), ("K", K), ("WG", warpgroups)), "forward")
+    spec = cubin.Spec("gated_delta_rule", (("T", _TYPES[dtype]), ("K", K), ("WG", warpgroups)))
     inverse_bytes, output_bytes = cubin.native().gated_delta_rule_shared_bytes(K, warpgroups)
     inverse, output = "gated_delta_rule_fwd_kernel_inverse", "gated_delta_rule_fwd_kernel_o"
     return (

@@ -43,8 +43,8 @@ def cuobjdump() -> str | None:
     return found or (str(bundled) if bundled.exists() else None)
 
 
-def resources(code: bytes, folder: Path) -> dict[str, int]:
-    """REG, STACK, SHARED, LOCAL of the kernel, as cuobjdump reports them."""
+def resources(code: bytes, folder: Path, kernel: str = KERNEL) -> dict[str, int]:
+    """REG, STACK, SHARED, LOCAL of a kernel, as cuobjdump reports them."""
     if cuobjdump() is None:
         pytest.skip("cuobjdump is neither installed nor in triton's package")
     path = folder / "kernel.cubin"
@@ -52,9 +52,59 @@ def resources(code: bytes, folder: Path) -> dict[str, int]:
     report = subprocess.run(
         [cuobjdump(), "--dump-resource-usage", str(path)], capture_output=True, text=True, check=True
     ).stdout
-    usage = re.search(rf"Function {KERNEL}:\s*(.*)", report)
+    usage = re.search(rf"Function {kernel}:\s*(.*)", report)
     assert usage, report
     return {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", usage[1])}
+
+
+def forward(dtype: str, width: int, warpgroups: int) -> Spec:
+    return Spec("gated_delta_rule", (("T", dtype), ("K", width), ("WG", warpgroups)))
+
+
+def step(dtype: str, state: str, width: int) -> Spec:
+    return Spec("gated_delta_rule", (("T", dtype), ("S", state), ("W", "fp32"), ("K", width)), "step")
+
+
+HALVES = ("bf16", "fp16")
+# With the bytes of stack that the state pass may use: where two warpgroups share a block, its loading warps spill.
+FORWARDS = [
+    (forward(dtype, width, warpgroups), stack)
+    for dtype in HALVES
+    for width, warpgroups, stack in ((64, 1, 0), (64, 2, 48), (128, 1, 0), (128, 2, 48), (256, 1, 0))
+]
+STEPS = [step(dtype, state, width) for dtype in HALVES for state in ("fp32", "bf16") for width in (64, 128, 256)]
+
+
+def check_gated_delta_rule(code: bytes, folder: Path, stack: int) -> None:
+    inverse = resources(code, folder, "gated_delta_rule_fwd_kernel_inverse")
+    assert inverse["STACK"] == inverse["LOCAL"] == 0
+    output = resources(code, folder, "gated_delta_rule_fwd_kernel_o")
+    assert output["STACK"] <= stack
+    assert output["LOCAL"] == 0
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(
+    ("listed", "stack"), FORWARDS, ids=lambda x: x.file_name("nvrtc") if isinstance(x, Spec) else f"stack{x}"
+)
+def test_nvrtc_compiles_gated_delta_rule(listed, stack, tmp_path):
+    check_gated_delta_rule(cubin.compile_nvrtc(listed), tmp_path, stack)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("listed", STEPS, ids=lambda s: s.file_name("nvrtc"))
+def test_nvrtc_compiles_the_decode_step(listed, tmp_path):
+    used = resources(cubin.compile_nvrtc(listed), tmp_path, "gated_delta_rule_fwd_kernel_step")
+    assert used["STACK"] == used["LOCAL"] == 0
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed, so no cubin is packaged")
+def test_the_build_packaged_gated_delta_rule(tmp_path):
+    listed = [spec for spec, _ in FORWARDS] + STEPS
+    packaged = cubin.packaged_path(listed[0]).parent
+    assert {f.name for f in packaged.glob("gated_delta_rule-*")} == {cubin.packaged_path(s).name for s in listed}
+    for spec, stack in FORWARDS:
+        check_gated_delta_rule(cubin.packaged_path(spec).read_bytes(), tmp_path, stack)
 
 
 @needs_nvrtc

@@ -71,7 +71,7 @@ def test_without_a_state_and_with_a_scale(backend):
 @pytest.mark.parametrize(("K", "V"), [(64, 64), (128, 128), (256, 512)])
 def test_long_sequences_are_cut_into_segments(gates, K, V):
     inputs = make(1, 8192, 2, 2, K, V, torch.bfloat16, gates, device="cuda")
-    blocks = V // 64 // cuda._warpgroups(K, V) * 2
+    blocks = V // 64 // cuda._warpgroups(K, V, 2, 0) * 2
     assert cuda._segments(128, 1, blocks, 0) > 1
     o, state = check(inputs, "cuda")
     o_whole, state_whole = chunk_gated_delta_rule(**inputs, backend="cuda", fixed_split=True)
