@@ -18,8 +18,7 @@ extern "C" __global__ void __launch_bounds__(hylo::gated_delta_rule::kInverseThr
   hylo::gated_delta_rule::inverse<hylo::HYLO_T, HYLO_K>(p, hylo::gated_delta_rule::aligned(shared));
 }
 
-extern "C" __global__ void __launch_bounds__(hylo::gated_delta_rule::output_threads(HYLO_WG),
-                                             hylo::gated_delta_rule::blocks_per_multiprocessor(HYLO_K))
+extern "C" __global__ void __launch_bounds__(hylo::gated_delta_rule::output_threads(HYLO_WG), 1)
     gated_delta_rule_fwd_kernel_o(const __grid_constant__ hylo::gated_delta_rule::Params p) {
   extern __shared__ unsigned char shared[];
   hylo::gated_delta_rule::output<hylo::HYLO_T, HYLO_K, HYLO_WG>(p, hylo::gated_delta_rule::aligned(shared));

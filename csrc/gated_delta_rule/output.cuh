@@ -289,7 +289,7 @@ struct Handover {
 
 template <class T, int kK, int kWarpgroups>
 __device__ __forceinline__ void output(const Params& p, unsigned char* shared) {
-  constexpr int kStages = stages_used(kK, kWarpgroups);
+  constexpr int kStages = stages(kK, kWarpgroups);
   constexpr int kSize = stage_size(kK, kWarpgroups);
   __shared__ Handover inputs[kStages], outputs[kWarpgroups];
   if (threadIdx.x == 0) {

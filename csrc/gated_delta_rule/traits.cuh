@@ -38,18 +38,15 @@ HYLO_HOST_DEVICE constexpr int stage_size(int width, int warpgroups) {
   return (2 * width / kTile + warpgroups) * kTileSize + kRecordSize;
 }
 
+// As many as fit, at most three; narrow heads leave room for a second block on the multiprocessor.
 HYLO_HOST_DEVICE constexpr int stages(int width, int warpgroups) {
+  if (width == 64) return 2;
   const int fit = (kSharedLimit - 2048 - warpgroups * kTileSize) / stage_size(width, warpgroups);
   return fit < 3 ? fit : 3;
 }
 
-// Narrow heads leave room for a second block on the multiprocessor.
-HYLO_HOST_DEVICE constexpr int stages_used(int width, int warpgroups) {
-  return width == 64 ? 2 : stages(width, warpgroups);
-}
-
 HYLO_HOST_DEVICE constexpr int output_shared(int width, int warpgroups) {
-  return stages_used(width, warpgroups) * stage_size(width, warpgroups) + warpgroups * kTileSize + 2048;
+  return stages(width, warpgroups) * stage_size(width, warpgroups) + warpgroups * kTileSize + 2048;
 }
 
 // One warp loads, one for each warpgroup stores. Beside two warpgroups they are a whole one, because registers change
@@ -58,7 +55,5 @@ HYLO_HOST_DEVICE constexpr int output_threads(int warpgroups) { return warpgroup
 
 constexpr int kColumnsRegisters = 232;
 constexpr int kLoaderRegisters = 40;
-
-HYLO_HOST_DEVICE constexpr int blocks_per_multiprocessor(int width) { return 1; }
 
 }  // namespace hylo::gated_delta_rule
