@@ -17,10 +17,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 if TYPE_CHECKING:
     from hylo_ops._C import Kernel
 
 ARCH = "sm_90a"
+_CAPABILITY = (9, 0)
 SOURCES = (None, "packaged", "nvrtc")
 
 _PACKAGE = Path(__file__).parent
@@ -69,6 +72,17 @@ def device_code(spec: Spec, *, source: str | None = None, cache_dir: Path | None
 def load(spec: Spec, kernel: str, device: int, *, shared_bytes: int = 0, source: str | None = None) -> "Kernel":
     """The kernel of that name, ready to launch on a CUDA device (torch's index) with so much dynamic shared memory."""
     return native().Kernel(device_code(spec, source=source), kernel, device, shared_bytes)
+
+
+@functools.cache
+def why_not_device(device: int) -> str | None:
+    """The reason why a CUDA device (torch's index) cannot run what is compiled for ARCH, or None."""
+    if torch.version.cuda is None:
+        return "this torch is not built for CUDA"
+    capability = torch.cuda.get_device_capability(device)
+    if capability != _CAPABILITY:
+        return f"cuda:{device} has compute capability {capability}, the kernel is compiled for {_CAPABILITY}"
+    return None
 
 
 @functools.cache

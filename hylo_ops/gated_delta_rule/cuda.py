@@ -17,7 +17,6 @@ _STEP_TYPES = _TYPES | {torch.float32: "fp32"}
 _STEP_ROWS = 16  # kStepRows of csrc/gated_delta_rule/step_traits.cuh
 _HALF_ULP_BITS = {torch.bfloat16: 9, torch.float16: 12}
 _WIDTHS = (64, 128, 256)
-_CAPABILITY = (9, 0)
 _CHUNK = 64  # kChunk of csrc/gated_delta_rule/traits.cuh
 _COLUMNS = 64  # of V, each warpgroup's
 _MAX_SEGMENTS = 32
@@ -106,7 +105,7 @@ def chunk_why_not(
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not _reachable(tensor):
             return f"the copy engine cannot read {name}: strides {tensor.stride()} or its start are not 16-byte aligned"
-    return _device_reason(q.get_device()) or cubin.why_not_native()
+    return cubin.why_not_device(q.get_device()) or cubin.why_not_native()
 
 
 def recurrent_forward(
@@ -169,7 +168,7 @@ def recurrent_why_not(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, 
         return "the last dims of q, k or state are not contiguous"
     if not (_reachable(v) and _reachable(state)):
         return f"v or state is not 16-byte aligned: strides {v.stride()} and {state.stride()}"
-    return _device_reason(q.get_device()) or cubin.why_not_native()
+    return cubin.why_not_device(q.get_device()) or cubin.why_not_native()
 
 
 def _warpgroups(K: int, V: int, chains: int, device: int) -> int:
@@ -217,13 +216,3 @@ def _step_kernel(
 @functools.cache
 def _multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@functools.cache
-def _device_reason(device: int) -> str | None:
-    if torch.version.cuda is None:
-        return "this torch is not built for CUDA"
-    capability = torch.cuda.get_device_capability(device)
-    if capability != _CAPABILITY:
-        return f"cuda:{device} has compute capability {capability}, the kernel is compiled for {_CAPABILITY}"
-    return None

@@ -12,7 +12,6 @@ KERNEL = "gated_rms_norm_fwd_kernel_y"
 MAX_WIDTH = 16384  # kMaxWidth of csrc/gated_rms_norm/traits.cuh
 
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-_CAPABILITY = (9, 0)
 _MAX_ACCESS_BYTES = 16
 _Key = tuple[int, torch.dtype, torch.dtype, int, int, str | None]
 
@@ -69,7 +68,7 @@ def why_not(x: Tensor, gate: Tensor, weight: Tensor) -> str | None:
     width = x.shape[3]
     if not 0 < width <= MAX_WIDTH:
         return f"V is {width}, not between 1 and {MAX_WIDTH}"
-    reason = _device_reason(x.get_device()) or cubin.why_not_native()
+    reason = cubin.why_not_device(x.get_device()) or cubin.why_not_native()
     if reason is None and cubin.why_not_nvrtc() is not None:  # then only what is packaged runs
         reason = cubin.why_not(_spec(x.dtype, weight.dtype, width, _vector(x, gate, weight)))
     return reason
@@ -80,16 +79,6 @@ def _load(key: _Key) -> Callable[..., None]:
     kernel = cubin.load(_spec(x_dtype, weight_dtype, width, vector), KERNEL, device, source=source)
     _launchers[key] = functools.partial(cubin.native().gated_rms_norm_forward, kernel)
     return _launchers[key]
-
-
-@functools.cache
-def _device_reason(device: int) -> str | None:
-    if torch.version.cuda is None:
-        return "this torch is not built for CUDA"
-    capability = torch.cuda.get_device_capability(device)
-    if capability != _CAPABILITY:
-        return f"cuda:{device} has compute capability {capability}, the kernel is compiled for {_CAPABILITY}"
-    return None
 
 
 @functools.cache

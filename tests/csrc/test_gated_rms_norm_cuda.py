@@ -54,13 +54,13 @@ def test_a_cpu_tensor_is_refused_with_the_reason():
 def test_another_architecture_is_refused_with_the_reason(monkeypatch, capability):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    reason = cuda._device_reason.__wrapped__(3)
+    reason = cubin.why_not_device.__wrapped__(3)
     assert reason == f"cuda:3 has compute capability {capability}, the kernel is compiled for (9, 0)"
 
 
 def test_a_torch_for_another_vendor_is_refused(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert cuda._device_reason.__wrapped__(0) == "this torch is not built for CUDA"
+    assert cubin.why_not_device.__wrapped__(0) == "this torch is not built for CUDA"
 
 
 class TestOnGpu:
