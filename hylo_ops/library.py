@@ -16,6 +16,19 @@ from hylo_ops.backend import Backend, choose
 _LIBRARY = torch.library.Library("hylo_ops", "DEF")
 
 
+def may_skip_dispatcher() -> bool:
+    """Whether a call of an op now would only go to its kernel: nothing compiles, traces, transforms or intercepts it.
+
+    Tensors can ask for the dispatcher too: subclasses, and those that want a gradient.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
 def define_op(
     name: str,
     schema: str,

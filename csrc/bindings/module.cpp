@@ -2,8 +2,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "bindings/gated_delta_rule_step.h"
 #include "common/driver.h"
-#include "gated_delta_rule/launch.h"
+#include "gated_delta_rule/launch_chunk.h"
+#include "gated_delta_rule/launch_gradients.h"
 #include "gated_rms_norm/launch.h"
 
 namespace py = pybind11;
@@ -16,9 +18,21 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("registers", &hylo::Kernel::registers)
       .def_property_readonly("local_bytes", &hylo::Kernel::local_bytes);
 
-  m.def("gated_delta_rule_record_size", [] { return hylo::gated_delta_rule::kRecordSize; });
-  m.def("gated_delta_rule_shared_bytes", &hylo::gated_delta_rule::shared_bytes);
-  m.def("gated_delta_rule_forward", &hylo::gated_delta_rule::forward, no_gil());
-  m.def("gated_delta_rule_step", &hylo::gated_delta_rule::step, no_gil());
+  using hylo::gated_delta_rule::ChunkCall;
+  using hylo::gated_delta_rule::Strides;
+  m.attr("GATED_DELTA_RULE_RECORD_BYTES") = hylo::gated_delta_rule::kRecordSize;
+  m.def("gated_delta_rule_chunk_shared_bytes", &hylo::gated_delta_rule::chunk_shared_bytes);
+  py::class_<ChunkCall>(m, "GatedDeltaRuleChunkCall")
+      .def(py::init<std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t,
+                    const std::array<std::int64_t, 7>&, const Strides&, const Strides&, int, int, int, float, float,
+                    std::uintptr_t>())
+      .def("inverse", &ChunkCall::inverse, no_gil())
+      .def("outputs", &ChunkCall::outputs, no_gil())
+      .def("states", &ChunkCall::states, no_gil())
+      .def("dstates", &ChunkCall::dstates, no_gil());
+  m.def("gated_delta_rule_gradients_shared_bytes", &hylo::gated_delta_rule::gradients_shared);
+  m.def("gated_delta_rule_gradients_parts", &hylo::gated_delta_rule::gradients_parts);
+  m.def("gated_delta_rule_gradients", &hylo::gated_delta_rule::gradients, no_gil());
+  hylo::define_gated_delta_rule_step(m);
   m.def("gated_rms_norm_forward", &hylo::gated_rms_norm::forward, no_gil());
 }

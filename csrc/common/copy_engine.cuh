@@ -62,21 +62,35 @@ __device__ __forceinline__ void copy_in(void* shared, const void* global, int by
                : "memory");
 }
 
-// Returns when the bytes have been read, so that the shared memory may change.
 __device__ __forceinline__ void copy_out(void* global, const void* shared, int bytes) {
-  asm volatile(
-      "cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2; "
-      "cp.async.bulk.commit_group; "
-      "cp.async.bulk.wait_group.read 0;" ::"l"(global),
-      "r"(shared_address(shared)), "r"(bytes)
-      : "memory");
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global),
+               "r"(shared_address(shared)), "r"(bytes)
+               : "memory");
 }
 
-// 8 x 8 matrices of 16-bit numbers, transposed on the way; lane 8 i + n gives the address of row n of matrix i.
+// One box back into a tensor, but for what lies past its end; copies of a thread are counted in groups.
+__device__ __forceinline__ void copy_box_out(const TensorMap& map, const void* shared, int x, int y, int z, int w) {
+  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(&map),
+               "r"(shared_address(shared)), "r"(x), "r"(y), "r"(z), "r"(w)
+               : "memory");
+}
+__device__ __forceinline__ void commit_copies_out() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// Returns when all but the thread's last kUnderWay groups have been read, so that their shared memory may change.
+template <int kUnderWay>
+__device__ __forceinline__ void await_copies_out() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kUnderWay) : "memory");
+}
+
+// 8 x 8 matrices of 16-bit numbers, straight or transposed on the way; lane 8 i + n gives the address of row n of matrix i.
 __device__ __forceinline__ void load_transposed(Word (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared::cta.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(shared_address(row))
+               : "memory");
+}
+__device__ __forceinline__ void store_matrices(void* row, const Word (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared::cta.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
+               "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
                : "memory");
 }
 __device__ __forceinline__ void store_transposed(void* row, const Word (&r)[4]) {
@@ -88,6 +102,10 @@ __device__ __forceinline__ void store_transposed(void* row, const Word (&r)[4]) 
 // Waits for the `threads` threads that name the same barrier (0 is __syncthreads').
 __device__ __forceinline__ void sync_threads(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+// The same without waiting: only tells that this thread came so far.
+__device__ __forceinline__ void arrive_threads(int barrier, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
 }  // namespace hylo

@@ -12,10 +12,13 @@ constexpr double kLog2E = 1.4426950408889634;
 constexpr float kLn2 = 0.6931471805599453f;
 constexpr double kEmptiesState = -1e4;  // stands for a gate of -inf: 2 to any difference across it is 0
 
-struct Gates {
-  double log2_decay[kChunk];  // from the chunk's start to each token
+// log2 of the decay from the chunk's start to each token is a sum of two floats: one alone costs accuracy.
+struct alignas(16) Gates {
+  float high[kChunk], low[kChunk];
   float beta[kChunk];
   float key_norm2[kChunk];
+
+  __device__ __forceinline__ float log2_ratio(int i, int j) const { return (high[i] - high[j]) + (low[i] - low[j]); }
 };
 
 // The first warp loads a chunk's gates and sums them up in float64: float32 sums cost as much accuracy as all the rest.
@@ -36,32 +39,43 @@ __device__ __forceinline__ void load_gates(const Params& p, const Chunk& chunk, 
     const double other = __shfl_up_sync(kAllLanes, through, step);
     if (lane() >= step) through += other;
   }
-  gates.log2_decay[2 * lane()] = through - log2_decay[1];
-  gates.log2_decay[2 * lane() + 1] = through;
+  const double sums[2] = {through - log2_decay[1], through};
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float high = static_cast<float>(sums[i]);
+    gates.high[2 * lane() + i] = high;
+    gates.low[2 * lane() + i] = static_cast<float>(sums[i] - high);
+  }
 }
 
 // Turns the products k k^T and q k^T of a thread's rows and columns into L and P.
 template <class T>
 __device__ __forceinline__ void decay_products(const float (&keys)[32], const float (&scores)[32], int tokens,
                                                Gates& gates, float* lower, unsigned char* score_tile) {
-  const int first_row = threadIdx.x / 32 * 16 + lane() / 4;
+  const int warp = uniform(threadIdx.x / 32);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int i = first_row + 8 * r;
-    const double decay = gates.log2_decay[i];
-    const float beta = gates.beta[i];
+    const int i = warp * 16 + lane() / 4 + 8 * r;
+    const float high = gates.high[i], low = gates.low[i], beta = gates.beta[i];
 #pragma unroll
     for (int block = 0; block < 8; ++block) {
       const int j = 8 * block + 2 * (lane() % 4);
-      float p[2];
+      float p[2] = {};
+      if (block < 2 * warp + 2) {  // the rest lies above the diagonal
+        const float2 other = *reinterpret_cast<const float2*>(gates.high + j);
+        const float2 rest = *reinterpret_cast<const float2*>(gates.low + j);
+        const float ratio[2] = {exp2_fast((high - other.x) + (low - rest.x)),
+                                exp2_fast((high - other.y) + (low - rest.y))};
+        float l[2];
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int d = 4 * block + 2 * r + e;
-        const bool seen = j + e <= i && i < tokens;
-        const float ratio = seen ? exp2f(static_cast<float>(decay - gates.log2_decay[j + e])) : 0.0f;
-        p[e] = seen ? ratio * scores[d] : 0.0f;
-        lower[i * kLowerStride + j + e] = seen && j + e < i ? beta * ratio * keys[d] : 0.0f;
-        if (j + e == i) gates.key_norm2[i] = seen ? keys[d] : 0.0f;
+        for (int e = 0; e < 2; ++e) {
+          const int d = 4 * block + 2 * r + e;
+          const bool seen = j + e <= i && i < tokens;
+          p[e] = seen ? ratio[e] * scores[d] : 0.0f;
+          l[e] = seen && j + e < i ? beta * ratio[e] * keys[d] : 0.0f;
+          if (j + e == i) gates.key_norm2[i] = seen ? keys[d] : 0.0f;
+        }
+        *reinterpret_cast<float2*>(lower + i * kLowerStride + j) = make_float2(l[0], l[1]);
       }
       *reinterpret_cast<Word*>(score_tile + wgmma::swizzled(i, block) + 4 * (lane() % 4)) =
           wgmma::pack<T>(p[0], p[1]);
@@ -178,15 +192,17 @@ __device__ __forceinline__ void write_inverse(const float* lower, unsigned char*
 // Each token multiplies the state by exp(g) (I - beta k k^T), whose norm is exp(g) max(1, |1 - beta k^2|).
 __device__ __forceinline__ void write_factors(const Gates& gates, float* factors) {
   const int t = threadIdx.x - kChunk;
-  factors[t] = gates.beta[t];
-  factors[kChunk + t] = exp2f(static_cast<float>(gates.log2_decay[t]));
-  factors[2 * kChunk + t] = exp2f(static_cast<float>(gates.log2_decay[kChunk - 1] - gates.log2_decay[t]));
-  factors[3 * kChunk + t] = 0.0f;
+  factors[kBeta * kChunk + t] = gates.beta[t];
+  factors[kFromStart * kChunk + t] = exp2_fast(gates.high[t] + gates.low[t]);
+  factors[kToEnd * kChunk + t] = exp2_fast(gates.log2_ratio(kChunk - 1, t));
+  factors[kDecayHigh * kChunk + t] = gates.high[t];
+  factors[kDecayLow * kChunk + t] = gates.low[t];
   const auto growth = [&](int i) { return __logf(fmaxf(1.0f, fabsf(1.0f - gates.beta[i] * gates.key_norm2[i]))); };
   float bound = growth(lane()) + growth(lane() + 32);
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) bound += __shfl_xor_sync(kAllLanes, bound, step);
-  if (t == 0) factors[3 * kChunk] = bound + kLn2 * static_cast<float>(gates.log2_decay[kChunk - 1]);
+  // Four floats, so that all of the record is written.
+  if (t < 4) factors[kFactors * kChunk + t] = bound + kLn2 * gates.high[kChunk - 1];
 }
 
 template <class T, int kK>
@@ -194,9 +210,9 @@ __device__ __forceinline__ void inverse(const Params& p, unsigned char* shared) 
   constexpr int kTiles = kK / kTile;
   __shared__ Gates gates;
   __shared__ Barrier loaded;
-  unsigned char* record = shared;
-  unsigned char* keys = shared + kRecordSize;
+  unsigned char* keys = shared;
   unsigned char* queries = keys + kTiles * kTileSize;
+  unsigned char* record = shared + inverse_inputs(kK);
   float* lower = reinterpret_cast<float*>(keys);  // once the products are done
 
   const int head = blockIdx.y;
@@ -224,8 +240,8 @@ __device__ __forceinline__ void inverse(const Params& p, unsigned char* shared) 
 #pragma unroll
     for (int s = 0; s < 4; ++s) {
       const DoubleWord step = s * wgmma::kNextKMajor;
-      wgmma::product_shared_64<T>(r_keys, k + step, k + step, i + s > 0);
-      wgmma::product_shared_64<T>(r_scores, q + step, k + step, i + s > 0);
+      wgmma::product_shared<T, wgmma::kAlongK, wgmma::kAlongK>(r_keys, k + step, k + step, i + s > 0);
+      wgmma::product_shared<T, wgmma::kAlongK, wgmma::kAlongK>(r_scores, q + step, k + step, i + s > 0);
     }
   }
   wgmma::commit();
@@ -250,6 +266,8 @@ __device__ __forceinline__ void inverse(const Params& p, unsigned char* shared) 
   if (threadIdx.x == 0) {
     const long long index = static_cast<long long>(blockIdx.x) * p.heads + head;
     copy_out(p.records + index * kRecordSize, record, kRecordSize);
+    commit_copies_out();
+    await_copies_out<0>();
   }
 }
 

@@ -1,96 +1,138 @@
 #include "gated_delta_rule/launch.h"
 
-#include "gated_delta_rule/params.h"
 #include "gated_delta_rule/step_params.h"
 #include "gated_delta_rule/step_traits.cuh"
 
 namespace hylo::gated_delta_rule {
 namespace {
 
-// Boxes of 64 tokens x 64 columns of one head.
-TensorMap tile_map(std::uintptr_t tensor, std::int64_t batch, std::int64_t tokens, std::int64_t heads,
-                   std::int64_t width, const Strides& strides) {
-  const auto size = [](std::int64_t n) { return static_cast<std::uint64_t>(n); };
-  return box_map(tensor, {size(width), size(heads), size(tokens), size(batch)},
-                 {strides[3], strides[2], strides[1], strides[0]}, kTile, kChunk, 2);
+constexpr std::int64_t kWidthUnit = 16, kMaxK = 256, kMaxGrid = 65535;
+constexpr int kNone = -1;
+
+int scalar_type(const ElementType& type) {
+  if (type == kBf16) return kScalarBf16;
+  if (type == kFp16) return kScalarFp16;
+  if (type == kFp32) return kScalarFp32;
+  return type == kFp64 ? kScalarFp64 : kNone;
+}
+
+template <class... Sizes>
+bool has_shape(const Tensor& tensor, Sizes... sizes) {
+  const std::int64_t wanted[] = {sizes...};
+  if (tensor.dims != static_cast<int>(sizeof...(sizes))) return false;
+  for (int i = 0; i < tensor.dims; ++i) {
+    if (tensor.shape[i] != wanted[i]) return false;
+  }
+  return true;
+}
+
+// Whether every row of the last dim starts at a multiple of 16 bytes and has its elements side by side.
+bool has_aligned_rows(const Tensor& tensor) {
+  const int last = tensor.dims - 1;
+  auto starts = reinterpret_cast<std::uintptr_t>(tensor.data);
+  for (int i = 0; i < last; ++i) {
+    if (tensor.shape[i] > 1) starts |= static_cast<std::uintptr_t>(tensor.strides[i] * tensor.bytes());
+  }
+  return tensor.strides[last] == 1 && starts % kStepAccess == 0;
+}
+
+bool has_shapes(const StepInputs& x) {
+  if (x.q.dims != 4 || x.v.dims != 4 || x.state.dims != 4) return false;
+  const auto B = x.q.shape[0], G = x.q.shape[2], K = x.q.shape[3], H = x.v.shape[2], V = x.v.shape[3];
+  if (!has_shape(x.q, B, 1, G, K) || !has_shape(x.k, B, 1, G, K) || !has_shape(x.v, B, 1, H, V)) return false;
+  if (G == 0 || H % G != 0 || !has_shape(x.gate, B, 1, H) || !has_shape(x.strength, B, 1, H)) return false;
+  if (x.raw && !(has_shape(x.a_log, H) && has_shape(x.dt_bias, H))) return false;
+  if (x.pool && !has_shape(x.indices, B)) return false;
+  return has_shape(x.state, x.pool ? x.state.shape[0] : B, H, K, V);
+}
+
+StepScalar scalar(const Tensor& tensor) {
+  const bool of_batch = tensor.dims == 3;  // else of the heads alone
+  return {tensor.data, of_batch ? tensor.strides[0] : 0, tensor.strides[tensor.dims - 1], scalar_type(tensor.type)};
 }
 
 }  // namespace
 
-std::pair<int, int> shared_bytes(int width, int warpgroups) {
-  return {inverse_shared(width), output_shared(width, warpgroups)};
+std::string step_why_not(const StepInputs& x, int device_type) {
+  const Tensor* all[] = {&x.q,     &x.k,       &x.v,      &x.gate,   &x.strength,
+                         &x.state, &x.indices, &x.a_log, &x.dt_bias};
+  const bool there[] = {true, true, true, true, true, true, x.pool, x.raw, x.raw};
+  if (x.q.device_type != device_type) return "q is not on a CUDA device";
+  for (int i = 0; i < 9; ++i) {
+    if (there[i] && (all[i]->device_type != device_type || all[i]->device != x.q.device)) {
+      return "the tensors are not on one device";
+    }
+  }
+  if (!has_shapes(x)) return "the shapes are not the op's";
+  if (x.k.type != x.q.type || x.v.type != x.q.type || (x.q.type != kBf16 && x.q.type != kFp16 && x.q.type != kFp32)) {
+    return "q, k and v are not of one dtype, bfloat16, float16 or float32";
+  }
+  for (const Tensor* gate : {&x.gate, &x.strength, &x.a_log, &x.dt_bias}) {
+    if (gate->data != nullptr && scalar_type(gate->type) == kNone) return "a gate is of no floating dtype";
+  }
+  if (x.state.type != kFp32 && x.state.type != kBf16) return "the state is not float32 or bfloat16";
+  if (x.pool && x.indices.type != kInt32 && x.indices.type != kInt64) return "state_indices are not int32 or int64";
+  const auto B = x.q.shape[0], K = x.q.shape[3], H = x.v.shape[2], V = x.v.shape[3];
+  if (K % kWidthUnit != 0 || K == 0 || K > kMaxK) {
+    return "K is " + std::to_string(K) + ", not a multiple of 16 up to 256";
+  }
+  if (V % kWidthUnit != 0 || V == 0) return "V is " + std::to_string(V) + ", not a multiple of 16";
+  if (B > kMaxGrid || H > kMaxGrid) return "there are more than 65535 sequences or heads";
+  if (x.state.strides[2] != V) return "the states of heads are not contiguous";
+  const char* names[] = {"q", "k", "v", "state"};
+  const Tensor* rows[] = {&x.q, &x.k, &x.v, &x.state};
+  for (int i = 0; i < 4; ++i) {
+    if (!has_aligned_rows(*rows[i])) {
+      return std::string("the last dim of ") + names[i] + " is not contiguous, or does not start at 16-byte multiples";
+    }
+  }
+  return {};
 }
 
-void forward(const Kernel& inverse, const Kernel& output, std::uintptr_t q, std::uintptr_t k, std::uintptr_t v,
-             std::uintptr_t g, std::uintptr_t beta, std::uintptr_t initial_state, std::uintptr_t cu_seqlens,
-             std::uintptr_t records, std::uintptr_t o, std::uintptr_t final_state,
-             const std::array<std::int64_t, 7>& shape, const Strides& q_strides, const Strides& k_strides,
-             const Strides& v_strides, int warpgroups, int chunks, int segments, float scale, float negligible,
-             std::uintptr_t stream) {
-  const auto [B, T, G, H, K, V, N] = shape;
-  Params params{};
-  if (chunks > 0) {
-    params.q = tile_map(q, B, T, G, K, q_strides);
-    params.k = tile_map(k, B, T, G, K, k_strides);
-    params.v = tile_map(v, B, T, H, V, v_strides);
+StepKind step_kind(const StepInputs& x) {
+  const auto K = x.q.shape[3];
+  const int bytes = static_cast<int>(x.state.bytes());
+  const auto all = x.q.shape[0] * x.v.shape[2] * K * x.v.shape[3] * bytes;
+  return {x.q.device, x.q.type, x.state.type, static_cast<int>(K), x.raw, step_team(static_cast<int>(K), bytes, all)};
+}
+
+void step(const Kernel& kernel, const StepInputs& x, const StepOptions& options, void* o, void* stream) {
+  const auto B = x.q.shape[0], G = x.q.shape[2], H = x.v.shape[2], V = x.v.shape[3];
+  if (B == 0 || H == 0) return;
+  StepParams params{};
+  params.q = x.q.data;
+  params.k = x.k.data;
+  params.v = x.v.data;
+  params.state = x.state.data;
+  params.o = o;
+  params.gate = scalar(x.gate);
+  params.strength = scalar(x.strength);
+  if (x.raw) {
+    params.a_log = scalar(x.a_log);
+    params.dt_bias = scalar(x.dt_bias);
   }
-  params.g = reinterpret_cast<const float*>(g);
-  params.beta = reinterpret_cast<const float*>(beta);
-  params.records = reinterpret_cast<unsigned char*>(records);
-  params.initial_state = reinterpret_cast<const float*>(initial_state);
-  params.final_state = reinterpret_cast<float*>(final_state);
-  params.o = reinterpret_cast<void*>(o);
-  params.cu_seqlens = reinterpret_cast<const int*>(cu_seqlens);
-  params.sequences = static_cast<int>(N);
-  params.tokens = static_cast<int>(T);
-  params.heads = static_cast<int>(H);
+  if (x.pool) {
+    params.indices = x.indices.data;
+    params.indices_stride = x.indices.strides[0];
+    params.wide_indices = x.indices.type == kInt64;
+  }
+  params.q_b = x.q.strides[0];
+  params.q_h = x.q.strides[2];
+  params.k_b = x.k.strides[0];
+  params.k_h = x.k.strides[2];
+  params.v_b = x.v.strides[0];
+  params.v_h = x.v.strides[2];
+  params.state_b = x.state.strides[0];
+  params.state_h = x.state.strides[1];
   params.group = static_cast<int>(H / G);
   params.values = static_cast<int>(V);
-  params.chunks = chunks;
-  params.segments = segments;
-  params.scale = scale;
-  params.negligible = negligible;
-
-  void* on = reinterpret_cast<void*>(stream);
-  const auto heads = static_cast<unsigned>(H);
-  if (chunks > 0) inverse.launch({static_cast<unsigned>(chunks), heads}, kInverseThreads, &params, on);
-  const auto columns = static_cast<unsigned>(V / (kTile * warpgroups));
-  output.launch({columns, heads, static_cast<unsigned>(N * segments)}, output_threads(warpgroups), &params, on);
-}
-
-void step(const Kernel& kernel, std::uintptr_t q, std::uintptr_t k, std::uintptr_t v, std::uintptr_t g,
-          std::uintptr_t beta, std::uintptr_t state, std::uintptr_t indices, std::uintptr_t o,
-          const std::array<std::int64_t, 4>& shape, const std::array<std::int64_t, 12>& strides, int state_bytes,
-          bool wide_indices, float scale, std::uintptr_t stream) {
-  const auto [B, G, H, V] = shape;
-  if (B * H * V == 0) return;
-  StepParams params{reinterpret_cast<const void*>(q),
-                    reinterpret_cast<const void*>(k),
-                    reinterpret_cast<const void*>(v),
-                    reinterpret_cast<const void*>(g),
-                    reinterpret_cast<const void*>(beta),
-                    reinterpret_cast<void*>(state),
-                    reinterpret_cast<const void*>(indices),
-                    reinterpret_cast<void*>(o),
-                    strides[0],
-                    strides[1],
-                    strides[2],
-                    strides[3],
-                    strides[4],
-                    strides[5],
-                    strides[6],
-                    strides[7],
-                    strides[8],
-                    strides[9],
-                    strides[10],
-                    strides[11],
-                    static_cast<int>(H / G),
-                    static_cast<int>(V),
-                    wide_indices ? 1 : 0,
-                    scale};
-  const auto blocks = static_cast<unsigned>(V / step_columns(state_bytes));
-  kernel.launch({blocks, static_cast<unsigned>(H), static_cast<unsigned>(B)}, kStepThreads, &params,
-                reinterpret_cast<void*>(stream));
+  params.normalise = options.normalise;
+  params.scale = options.scale;
+  params.most_strength = options.most_strength;
+  const int team = step_kind(x).team;
+  const auto columns = step_columns(team, static_cast<int>(x.state.bytes()));
+  const auto blocks = static_cast<unsigned>((V + columns - 1) / columns);
+  kernel.launch({blocks, static_cast<unsigned>(H), static_cast<unsigned>(B)}, static_cast<unsigned>(team), &params, stream);
 }
 
 }  // namespace hylo::gated_delta_rule

@@ -1,35 +1,51 @@
-// The launchers that the bindings expose.
+// The launcher of the decode step, that the bindings expose.
 #pragma once
 
-#include <array>
-#include <cstdint>
-#include <utility>
+#include <string>
 
 #include "common/driver.h"
-#include "gated_delta_rule/traits.cuh"
+#include "common/tensor.h"
 
 namespace hylo::gated_delta_rule {
 
-// Dynamic shared memory, in bytes, of _inverse and of _o at a key width and with so many warpgroups a block.
-std::pair<int, int> shared_bytes(int width, int warpgroups);
+struct StepInputs {
+  Tensor q, k;             // [B, 1, G, K]
+  Tensor v;                // [B, 1, H, V]
+  Tensor gate, strength;   // [B, 1, H]: g and beta, or a and b of raw gates
+  Tensor state;            // [B, H, K, V], or [P, H, K, V] with indices
+  Tensor a_log, dt_bias;   // [H], of raw gates
+  Tensor indices;          // [B]
+  bool raw = false, pool = false;  // whether the last ones are there
+};
 
-using Strides = std::array<std::int64_t, 4>;
+struct StepOptions {
+  float scale;
+  bool normalise;       // q and k
+  float most_strength;  // of raw gates: beta = most_strength sigmoid(b)
+};
 
-// The chunked forward in two launches. Pointers are of the tensors in params.h; 0 stands for an absent one.
-// shape: B, T, G, H, K, V, N. chunks: records there is room for. Strides in elements, of the dims B, T, heads, width; the
-// last is 1, the others are multiples of 8 (where a dim has more than one entry).
-void forward(const Kernel& inverse, const Kernel& output, std::uintptr_t q, std::uintptr_t k, std::uintptr_t v,
-             std::uintptr_t g, std::uintptr_t beta, std::uintptr_t initial_state, std::uintptr_t cu_seqlens,
-             std::uintptr_t records, std::uintptr_t o, std::uintptr_t final_state,
-             const std::array<std::int64_t, 7>& shape, const Strides& q_strides, const Strides& k_strides,
-             const Strides& v_strides, int warpgroups, int chunks, int segments, float scale, float negligible,
-             std::uintptr_t stream);
+// What a kernel is compiled for.
+struct StepKind {
+  int device;
+  ElementType type, state;
+  int K;
+  bool raw;
+  int team;  // threads of a block
 
-// The decode step. Pointers are of the tensors in step_params.h; indices 0 stands for none.
-// shape: B, G, H, V. strides: in elements, of batch and heads of q, k, v, g, beta and state.
-void step(const Kernel& kernel, std::uintptr_t q, std::uintptr_t k, std::uintptr_t v, std::uintptr_t g,
-          std::uintptr_t beta, std::uintptr_t state, std::uintptr_t indices, std::uintptr_t o,
-          const std::array<std::int64_t, 4>& shape, const std::array<std::int64_t, 12>& strides, int state_bytes,
-          bool wide_indices, float scale, std::uintptr_t stream);
+  bool operator==(const StepKind& other) const {
+    return device == other.device && type == other.type && state == other.state && K == other.K && raw == other.raw &&
+           team == other.team;
+  }
+};
+
+// The reason why no kernel takes these inputs on devices of a type, or an empty string. Looks at all that the op asks
+// of shapes and types.
+std::string step_why_not(const StepInputs& inputs, int device_type);
+
+// Of inputs that step_why_not lets pass.
+StepKind step_kind(const StepInputs& inputs);
+
+// The decode step of such inputs; o [B, 1, H, V] is contiguous, of the type of v.
+void step(const Kernel& kernel, const StepInputs& inputs, const StepOptions& options, void* o, void* stream);
 
 }  // namespace hylo::gated_delta_rule

@@ -1,110 +1,200 @@
-// Gated delta rule, one token: a head's state is read once, updated in registers and written once. A translation unit of
-// its own: the build passes HYLO_T (type of q, k, v and o), HYLO_S (of the state), HYLO_W (of g and beta) and HYLO_K.
+// Gated delta rule, one token: a head's state is read once, updated in registers and written once. A translation unit
+// of its own: the build passes HYLO_T (type of q, k, v and o), HYLO_S (of the state), HYLO_K, HYLO_RAW (1: the gate
+// and the strength come as the projections gave them, and are activated here) and HYLO_TEAM (threads of a block).
 //
-// Columns of the state are independent, so a block takes a few of them and all K rows. With R = S^T k and Q = S^T q of
-// the state as it was, delta = beta (v - decay R) and o = scale (decay Q + (k.q) delta): one sum over rows gives both.
+// Columns of the state are independent, so a team of threads takes a few of them and all K rows. With R = S^T k and
+// Q = S^T q of the state as it was, delta = beta (v - decay R) and o = scale (decay Q + (k.q) delta): one sum over rows
+// gives both. Normalised keys and queries are k / |k| and q / |q|, so their lengths are factors of the sums.
 
 #include "common/dtype.cuh"
+#include "common/global_access.cuh"
 #include "common/reduce.cuh"
 #include "gated_delta_rule/step_params.h"
 #include "gated_delta_rule/step_traits.cuh"
 
 namespace hylo::gated_delta_rule {
 
-constexpr int kStepWarps = kStepThreads / kWarpThreads;
+// Warps that a multiprocessor has registers for, where a thread holds so many rows of so many columns.
+HYLO_HOST_DEVICE constexpr int step_resident(int rows, int width) {
+  return rows > 16 ? 8 : rows > 8 ? (width > 4 ? 12 : 16) : 20;
+}
 
-// Sums over the rows that a block's threads hold, given to all of them.
-template <int kSize>
-__device__ __forceinline__ void sum_over_rows(float (&sums)[kSize], float (*s_partial)[kStepAcross][kSize]) {
-  const int across = threadIdx.x % kStepAcross, warp = threadIdx.x / kWarpThreads;
+constexpr float kNormEps = 1e-6f;  // of the sum of squares
+
+// Of the state: what a thread moves at once, packed as it is in memory.
+template <class S>
+constexpr int kStepWidth = kStepAccess / sizeof(S);
+
+template <class S>
+__device__ __forceinline__ float unpack(const Words& words, int i);
+template <>
+__device__ __forceinline__ float unpack<fp32>(const Words& words, int i) {
+  return __uint_as_float(words.at[i]);
+}
+template <>
+__device__ __forceinline__ float unpack<bf16>(const Words& words, int i) {  // bf16 is the upper half of fp32
+  return __uint_as_float(i % 2 == 0 ? words.at[i / 2] << 16 : words.at[i / 2] & 0xffff0000u);
+}
+
+template <class S>
+__device__ __forceinline__ Word pack(const float* values);
+template <>
+__device__ __forceinline__ Word pack<fp32>(const float* values) {
+  return __float_as_uint(values[0]);
+}
+template <>
+__device__ __forceinline__ Word pack<bf16>(const float* values) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(values[0], values[1]);
+  return *reinterpret_cast<const Word*>(&pair);
+}
+
+// kSize neighbours, moved by as wide accesses as their number and 16 bytes allow.
+template <class T, int kSize>
+__device__ __forceinline__ void read(T (&out)[kSize], const T* address) {
+  constexpr int kAtOnce = kSize & -kSize;
 #pragma unroll
-  for (int i = 0; i < kSize; ++i) {
+  for (int i = 0; i < kSize; i += kAtOnce) {
+    const auto raw = *reinterpret_cast<const Vector<T, kAtOnce>*>(address + i);
 #pragma unroll
-    for (int step = kStepAcross; step < kWarpThreads; step *= 2) sums[i] += __shfl_xor_sync(~0u, sums[i], step);
-    if (threadIdx.x % kWarpThreads < kStepAcross) s_partial[warp][across][i] = sums[i];
+    for (int j = 0; j < kAtOnce; ++j) out[i + j] = raw.values[j];
+  }
+}
+
+__device__ __forceinline__ float read_scalar(const StepScalar& of, long long batch, int head) {
+  const long long at = batch * of.stride_b + head * of.stride_h;
+  switch (of.type) {
+    case kScalarBf16: return to_float(static_cast<const bf16*>(of.data)[at]);
+    case kScalarFp16: return to_float(static_cast<const fp16*>(of.data)[at]);
+    case kScalarFp32: return static_cast<const float*>(of.data)[at];
+    default: return static_cast<float>(static_cast<const double*>(of.data)[at]);
+  }
+}
+
+// Sums over the rows of a team, given to all of its threads.
+template <int kTeam, int kSize>
+__device__ __forceinline__ void sum_over_rows(float (&sums)[kSize]) {
+  constexpr int kWarps = kTeam / kWarpThreads, kAcross = step_across(kTeam);
+#pragma unroll
+  for (int offset = kAcross; offset < kWarpThreads; offset *= 2) {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) sums[i] += __shfl_xor_sync(~0u, sums[i], offset);
+  }
+  __shared__ float s_partial[kWarps][kAcross][kSize];
+  const int warp = threadIdx.x / kWarpThreads, across = threadIdx.x % kAcross;
+  if (threadIdx.x % kWarpThreads < kAcross) {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) s_partial[warp][across][i] = sums[i];
   }
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < kSize; ++i) {
     sums[i] = 0.0f;
 #pragma unroll
-    for (int w = 0; w < kStepWarps; ++w) sums[i] += s_partial[w][across][i];
+    for (int w = 0; w < kWarps; ++w) sums[i] += s_partial[w][across][i];
   }
 }
 
-template <class T, class S, class W, int kK>
+template <class T, class S, int kK, bool kRaw, int kTeam>
 __device__ __forceinline__ void step(const StepParams& p) {
-  constexpr int kWidth = 16 / sizeof(S);
-  constexpr int kRows = kK / kStepRows;
-  __shared__ float s_k[kK], s_q[kK], s_dot[kStepWarps];
-  __shared__ float s_partial[kStepWarps][kStepAcross][2 * kWidth];
-  const int head = blockIdx.y;
+  constexpr int kWidth = kStepWidth<S>;
+  constexpr int kAcross = step_across(kTeam), kRows = kK / step_groups(kTeam);
+  constexpr int kLengths = kRaw ? 3 : 1;
+  static_assert(kK % step_groups(kTeam) == 0);
+  const int head = blockIdx.y, key_head = head / p.group;
   const long long batch = blockIdx.z;
-  const int column = blockIdx.x * step_columns(sizeof(S)) + threadIdx.x % kStepAcross * kWidth;
-  const int first_row = threadIdx.x / kStepAcross;
+  const int column = blockIdx.x * step_columns(kTeam, sizeof(S)) + threadIdx.x % kAcross * kWidth;
+  const int first_row = threadIdx.x / kAcross * kRows;
+  const bool inside = column < p.values;
+  const int safe_column = inside ? column : 0;
 
-  T* o = static_cast<T*>(p.o) + (batch * gridDim.y + head) * p.values + column;
   long long row = batch;
   if (p.indices != nullptr) {
-    row = p.wide_indices ? static_cast<const long long*>(p.indices)[batch] : static_cast<const int*>(p.indices)[batch];
-    if (row < 0) {  // padding
-      const float zeros[kWidth] = {};
-      if (first_row == 0) store(o, zeros);
-      return;
-    }
+    const long long at = batch * p.indices_stride;
+    row = p.wide_indices ? static_cast<const long long*>(p.indices)[at] : static_cast<const int*>(p.indices)[at];
+  }
+  T r_k[kRows], r_q[kRows], r_v[kWidth];
+  read(r_k, static_cast<const T*>(p.k) + batch * p.k_b + key_head * p.k_h + first_row);
+  read(r_q, static_cast<const T*>(p.q) + batch * p.q_b + key_head * p.q_h + first_row);
+  read(r_v, static_cast<const T*>(p.v) + batch * p.v_b + head * p.v_h + safe_column);
+  T* o = static_cast<T*>(p.o) + (batch * gridDim.y + head) * p.values + column;
+  const bool writes_o = first_row == 0 && inside;
+  if (row < 0) {  // padding
+    const float zeros[kWidth] = {};
+    if (writes_o) store(o, zeros);
+    return;
   }
 
-  S* state = static_cast<S*>(p.state) + row * p.state_b + head * p.state_h + column;
-  float r_state[kRows][kWidth];
+  S* state = static_cast<S*>(p.state) + row * p.state_b + head * p.state_h +
+             static_cast<long long>(first_row) * p.values + safe_column;
+  Words r_state[kRows];
 #pragma unroll
-  for (int i = 0; i < kRows; ++i) load(r_state[i], state + static_cast<long long>(first_row + i * kStepRows) * p.values);
+  for (int i = 0; i < kRows; ++i) r_state[i] = load_words(state + static_cast<long long>(i) * p.values);
 
-  const T* g_q = static_cast<const T*>(p.q) + batch * p.q_b + head / p.group * p.q_h;
-  const T* g_k = static_cast<const T*>(p.k) + batch * p.k_b + head / p.group * p.k_h;
-  float dot = 0.0f;
-  for (int i = threadIdx.x; i < kK; i += kStepThreads) {
-    s_q[i] = to_float(g_q[i]);
-    s_k[i] = to_float(g_k[i]);
-    dot += s_q[i] * s_k[i];
+  float gate = read_scalar(p.gate, batch, head), beta = read_scalar(p.strength, batch, head);
+  if constexpr (kRaw) {
+    const float x = gate + read_scalar(p.dt_bias, batch, head);
+    const float softplus = fmaxf(x, 0.0f) + log1pf(expf(-fabsf(x)));
+    gate = -expf(read_scalar(p.a_log, batch, head)) * softplus;
+    beta = p.most_strength / (1.0f + expf(-beta));
   }
-  const float key_query = sum_over_threads<kStepThreads>(dot, s_dot);  // also makes s_q and s_k visible
+  const float decay = expf(gate);
 
-  const float decay = expf(to_float(static_cast<const W*>(p.g)[batch * p.g_b + head * p.g_h]));
-  const float beta = to_float(static_cast<const W*>(p.beta)[batch * p.beta_b + head * p.beta_h]);
-  float r_v[kWidth];
-  load(r_v, static_cast<const T*>(p.v) + batch * p.v_b + head * p.v_h + column);
-
-  float sums[2 * kWidth] = {};  // R, then Q
+  float sums[2 * kWidth + kLengths] = {};  // R, then Q, then k.q, then k.k and q.q
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
-    const float k = s_k[first_row + i * kStepRows], q = s_q[first_row + i * kStepRows];
+    const float k = to_float(r_k[i]), q = to_float(r_q[i]);
+    sums[2 * kWidth] += k * q;
+    if constexpr (kRaw) {
+      sums[2 * kWidth + 1] += k * k;
+      sums[2 * kWidth + 2] += q * q;
+    }
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) {
-      sums[j] += r_state[i][j] * k;
-      sums[kWidth + j] += r_state[i][j] * q;
+      const float s = unpack<S>(r_state[i], j);
+      sums[j] += s * k;
+      sums[kWidth + j] += s * q;
     }
   }
-  sum_over_rows(sums, s_partial);
+  sum_over_rows<kTeam>(sums);
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) forget_uses(r_state[i]);
+  float k_factor = 1.0f, q_factor = 1.0f;
+  if constexpr (kRaw) {
+    if (p.normalise) {
+      k_factor = rsqrtf(sums[2 * kWidth + 1] + kNormEps);
+      q_factor = rsqrtf(sums[2 * kWidth + 2] + kNormEps);
+    }
+  }
+  q_factor *= p.scale;
 
-  float r_o[kWidth], delta[kWidth];
+  float r_o[kWidth], write[kWidth];
 #pragma unroll
   for (int j = 0; j < kWidth; ++j) {
-    delta[j] = beta * (r_v[j] - decay * sums[j]);
-    r_o[j] = p.scale * (decay * sums[kWidth + j] + key_query * delta[j]);
+    write[j] = k_factor * beta * (to_float(r_v[j]) - decay * k_factor * sums[j]);
+    r_o[j] = q_factor * (decay * sums[kWidth + j] + sums[2 * kWidth] * write[j]);
   }
-  if (first_row == 0) store(o, r_o);
+  if (writes_o) store(o, r_o);
+  if (!inside) return;
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
-    const float k = s_k[first_row + i * kStepRows];
+    const float k = to_float(r_k[i]);
+    float next[kWidth];
 #pragma unroll
-    for (int j = 0; j < kWidth; ++j) r_state[i][j] = decay * r_state[i][j] + k * delta[j];
-    store(state + static_cast<long long>(first_row + i * kStepRows) * p.values, r_state[i]);
+    for (int j = 0; j < kWidth; ++j) next[j] = decay * unpack<S>(r_state[i], j) + k * write[j];
+    constexpr int kInWord = kWidth / 4;
+    const Words words = {pack<S>(next), pack<S>(next + kInWord), pack<S>(next + 2 * kInWord),
+                         pack<S>(next + 3 * kInWord)};
+    store_words(state + static_cast<long long>(i) * p.values, words);
   }
 }
+
+// Of a multiprocessor.
+constexpr int kStepBlocks =
+    step_resident(HYLO_K / step_groups(HYLO_TEAM), kStepWidth<HYLO_S>) * kWarpThreads / HYLO_TEAM;
 
 }  // namespace hylo::gated_delta_rule
 
-extern "C" __global__ void __launch_bounds__(hylo::gated_delta_rule::kStepThreads)
+extern "C" __global__ void __launch_bounds__(HYLO_TEAM, hylo::gated_delta_rule::kStepBlocks)
     gated_delta_rule_fwd_kernel_step(const __grid_constant__ hylo::gated_delta_rule::StepParams p) {
-  hylo::gated_delta_rule::step<hylo::HYLO_T, hylo::HYLO_S, hylo::HYLO_W, HYLO_K>(p);
+  hylo::gated_delta_rule::step<hylo::HYLO_T, hylo::HYLO_S, HYLO_K, HYLO_RAW, HYLO_TEAM>(p);
 }

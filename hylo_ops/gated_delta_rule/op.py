@@ -6,8 +6,8 @@ from torch import Tensor
 from hylo_ops import checks
 from hylo_ops.backend import Backend
 from hylo_ops.common.sequences import working_dtype
-from hylo_ops.gated_delta_rule import cuda, reference, triton
-from hylo_ops.library import define_op, reference_backend
+from hylo_ops.gated_delta_rule import cuda_chunk, cuda_recurrent, reference, triton
+from hylo_ops.library import define_op, may_skip_dispatcher, reference_backend
 
 
 def chunk_gated_delta_rule(
@@ -49,7 +49,7 @@ def chunk_gated_delta_rule(
         deterministic: yes.
     Source: Gated Delta Networks (arXiv 2412.06464), equation 10; the chunked form of arXiv 2406.06484.
     """
-    _check(q, k, v, g, beta)
+    _check(q, k, v, g=g, beta=beta)
     count = checks.sequences(cu_seqlens, v.shape[0])
     if initial_state is not None:
         checks.shape("initial_state", initial_state, count, v.shape[2], q.shape[3], v.shape[3])
@@ -91,25 +91,34 @@ def recurrent_gated_delta_rule(
     Numerics: fp32 accumulation (fp64 for fp64); not differentiable; deterministic: yes.
     Source: Gated Delta Networks (arXiv 2412.06464), equation 10.
     """
-    _check(q, k, v, g, beta)
+    if backend in (None, "cuda") and may_skip_dispatcher():
+        o = cuda_recurrent.direct(q, k, v, g, beta, state, scale, state_indices)
+        if o is not None:
+            return o
+    check_step(q, k, v, state, state_indices, g=g, beta=beta)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    return _recurrent(q, k, v, g, beta, state, scale, state_indices, backend)
+
+
+def check_step(q: Tensor, k: Tensor, v: Tensor, state: Tensor, state_indices: Tensor | None, **gates: Tensor) -> None:
+    """What a step of one token asks of its tensors; `gates` are [B, 1, H], under the names the caller knows."""
+    _check(q, k, v, **gates)
     if v.shape[1] != 1:
         raise ValueError(f"v must hold one token a sequence, got {v.shape[1]}")
     checks.shape("state", state, "B", v.shape[2], q.shape[3], v.shape[3])
     checks.dtype("state", state, (torch.float32, torch.bfloat16, torch.float64))
     checks.state_pool(state, state_indices, v.shape[0])
-    checks.same_device("q", q, k=k, v=v, g=g, beta=beta, state=state, state_indices=state_indices)
-    scale = q.shape[3] ** -0.5 if scale is None else scale
-    return _recurrent(q, k, v, g, beta, state, scale, state_indices, backend)
+    checks.same_device("q", q, k=k, v=v, **gates, state=state, state_indices=state_indices)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, **gates: Tensor) -> None:
     checks.shape("q", q, "B", "T", "G", "K")
     checks.dtype("q", q, checks.FLOATS)
     checks.shape("k", k, *q.shape)
     checks.shape("v", v, q.shape[0], q.shape[1], "H", "V")
     checks.multiple("the heads of v", v.shape[2], "the heads of q", q.shape[2])
-    checks.shape("g", g, *v.shape[:3])
-    checks.shape("beta", beta, *v.shape[:3])
+    for name, gate in gates.items():
+        checks.shape(name, gate, *v.shape[:3])
 
 
 def _fake_forward(
@@ -136,7 +145,7 @@ _forward = define_op(
     "(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? initial_state, Tensor? cu_seqlens, "
     "float scale, bool fixed_split, str? backend) -> (Tensor, Tensor)",
     backends=[
-        Backend("cuda", cuda.chunk_why_not, cuda.chunk_forward),
+        Backend("cuda", cuda_chunk.why_not, cuda_chunk.forward, cuda_chunk.backward),
         Backend("triton", triton.chunk_why_not, triton.chunk_forward, triton.chunk_backward),
         reference_backend(reference.chunk_gated_delta_rule, _DIFFERENTIABLE),
     ],
@@ -149,7 +158,7 @@ _recurrent = define_op(
     "(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor(a!) state, float scale, Tensor? state_indices, "
     "str? backend) -> Tensor",
     backends=[
-        Backend("cuda", cuda.recurrent_why_not, cuda.recurrent_forward),
+        Backend("cuda", cuda_recurrent.why_not, cuda_recurrent.forward),
         Backend("triton", triton.recurrent_why_not, triton.recurrent_forward),
         reference_backend(reference.recurrent_gated_delta_rule),
     ],

@@ -4,9 +4,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hylo_ops.gated_delta_rule.activation import Activation
+
 # Chosen on 2026-11-24: 32 columns of a float32 state are whole sectors, and small programs fill the GPU at batch 1.
 _BV = 32
+_NORM_EPS = tl.constexpr(1e-6)  # of the sum of squares
 _NUM_WARPS = {16: 1, 32: 1, 64: 2, 128: 4, 256: 8}  # by the power of two that holds K
+
+
+@triton.jit
+def _softplus(x):
+    small = tl.exp(-tl.abs(x))
+    u = 1.0 + small
+    # log(1 + small): the quotient takes back what rounding u lost
+    log1p = tl.where(u == 1.0, small, tl.log(u) * (small / tl.where(u == 1.0, 1.0, u - 1.0)))
+    return tl.maximum(x, 0.0) + log1p
 
 
 @triton.jit
@@ -19,7 +31,10 @@ def gated_delta_rule_fwd_kernel_step(
     p_state,
     p_indices,
     p_o,
+    p_a_log,
+    p_dt_bias,
     scale,
+    most_strength,
     q_stride_b,
     q_stride_g,
     k_stride_b,
@@ -32,6 +47,9 @@ def gated_delta_rule_fwd_kernel_step(
     beta_stride_h,
     state_stride_p,
     state_stride_h,
+    a_log_stride,
+    dt_bias_stride,
+    QK_L2NORM: tl.constexpr,
     G: tl.constexpr,
     H: tl.constexpr,
     K: tl.constexpr,
@@ -39,7 +57,7 @@ def gated_delta_rule_fwd_kernel_step(
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """One program per sequence, value head and BV columns of the state."""
+    """One program per sequence, value head and BV columns of the state. With p_a_log, g and beta are raw a and b."""
     i_b = (tl.program_id(0) // H).to(tl.int64)
     i_h = tl.program_id(0) % H
     i_g = i_h // (H // G)
@@ -58,8 +76,16 @@ def gated_delta_rule_fwd_kernel_step(
     b_q = tl.load(p_q + i_b * q_stride_b + i_g * q_stride_g + o_k, mask=m_k, other=0.0).to(tl.float32)
     b_k = tl.load(p_k + i_b * k_stride_b + i_g * k_stride_g + o_k, mask=m_k, other=0.0).to(tl.float32)
     b_v = tl.load(p_v + i_b * v_stride_b + i_h * v_stride_h + o_v, mask=m_v, other=0.0).to(tl.float32)
-    gate = tl.exp(tl.load(p_g + i_b * g_stride_b + i_h * g_stride_h).to(tl.float32))
+    g = tl.load(p_g + i_b * g_stride_b + i_h * g_stride_h).to(tl.float32)
     beta = tl.load(p_beta + i_b * beta_stride_b + i_h * beta_stride_h).to(tl.float32)
+    if p_a_log is not None:
+        x = g + tl.load(p_dt_bias + i_h * dt_bias_stride).to(tl.float32)
+        g = -tl.exp(tl.load(p_a_log + i_h * a_log_stride).to(tl.float32)) * _softplus(x)
+        beta = most_strength / (1.0 + tl.exp(-beta))
+    if QK_L2NORM:
+        b_q *= tl.rsqrt(tl.sum(b_q * b_q, axis=0) + _NORM_EPS)
+        b_k *= tl.rsqrt(tl.sum(b_k * b_k, axis=0) + _NORM_EPS)
+    gate = tl.exp(g)
 
     p_s = p_state + row * state_stride_p + i_h * state_stride_h + o_k[:, None] * V + o_v
     b_s = gate * tl.load(p_s, mask=m_kv, other=0.0).to(tl.float32)
@@ -80,8 +106,10 @@ def forward(
     state: Tensor,
     scale: float,
     state_indices: Tensor | None,
+    activation: Activation | None = None,
 ) -> Tensor:
     """The op's forward; rows of a head's state are contiguous, all else may be strided."""
+    a_log, dt_bias, qk_l2norm, most_strength = activation or (None, None, False, 1.0)
     (B, _, G, K), (_, _, H, V) = q.shape, v.shape
     o = v.new_empty(B, 1, H, V)
     BK, BV = triton.next_power_of_2(K), min(_BV, triton.next_power_of_2(V))
@@ -94,7 +122,10 @@ def forward(
         state,
         None if state_indices is None else state_indices.contiguous(),
         o,
+        a_log,
+        dt_bias,
         scale,
+        most_strength,
         q.stride(0),
         q.stride(2),
         k.stride(0),
@@ -107,6 +138,9 @@ def forward(
         beta.stride(2),
         state.stride(0),
         state.stride(1),
+        0 if a_log is None else a_log.stride(0),
+        0 if dt_bias is None else dt_bias.stride(0),
+        qk_l2norm,
         G,
         H,
         K,

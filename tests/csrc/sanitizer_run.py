@@ -2,7 +2,7 @@
 
 import torch
 
-from hylo_ops.gated_delta_rule import cuda as gated_delta_rule
+from hylo_ops.gated_delta_rule import cuda_chunk, cuda_recurrent
 from hylo_ops.gated_rms_norm import cuda as gated_rms_norm
 from tests.csrc import gated_rms_norm_cases
 from tests.ops import gated_delta_rule_cases
@@ -17,20 +17,22 @@ def run_gated_rms_norm() -> int:
 
 
 def run_gated_delta_rule() -> int:
-    """Both kernels of the forward and the decode step at every key width, with segments, packing and a short tail."""
+    """All chunked kernels and the decode step at every width, with one and two chains a block, packing and a tail."""
     count = 0
     for K, V in gated_delta_rule_cases.WIDTHS:
-        for T, bounds in ((333, None), (330, [0, 70, 70, 71, 330])):
-            sequences = 1 if bounds is None else len(bounds) - 1
-            inputs = gated_delta_rule_cases.make(1, T, 1, 2, K, V, torch.bfloat16, "fast", sequences, device="cuda")
+        for B, T, bounds in ((1, 333, None), (1, 330, [0, 70, 70, 71, 330]), (70, 70, None)):
+            sequences = B if bounds is None else len(bounds) - 1
+            inputs = gated_delta_rule_cases.make(B, T, 1, 2, K, V, torch.bfloat16, "fast", sequences, device="cuda")
             cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32, device="cuda")
-            o, state = gated_delta_rule.chunk_forward(*inputs.values(), cu_seqlens, K**-0.5, False)
-            for result in (o, state):
+            options = cu_seqlens, K**-0.5, False
+            results = cuda_chunk.forward(*inputs.values(), *options)
+            gradients = cuda_chunk.backward(list(results), *inputs.values(), *options)
+            for result in (*results, *gradients):
                 assert torch.isfinite(result.cpu()).all(), (K, V, T)
             count += 1
         step = gated_delta_rule_cases.make(2, 1, 1, 2, K, V, torch.bfloat16, "fast", 3, device="cuda")
         indices = torch.tensor([2, -1], dtype=torch.int32, device="cuda")
-        o = gated_delta_rule.recurrent_forward(*step.values(), K**-0.5, indices)
+        o = cuda_recurrent.forward(*step.values(), K**-0.5, indices)
         assert torch.isfinite(o.cpu()).all(), (K, V)
         count += 1
     return count

@@ -57,42 +57,62 @@ def resources(code: bytes, folder: Path, kernel: str = KERNEL) -> dict[str, int]
     return {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", usage[1])}
 
 
-def forward(dtype: str, width: int, warpgroups: int) -> Spec:
-    return Spec("gated_delta_rule", (("T", dtype), ("K", width), ("WG", warpgroups)))
+def chunked(unit: str, dtype: str, width: int, chains: int) -> Spec:
+    return Spec("gated_delta_rule", (("T", dtype), ("K", width), ("CHAINS", chains)), unit)
 
 
-def step(dtype: str, state: str, width: int) -> Spec:
-    return Spec("gated_delta_rule", (("T", dtype), ("S", state), ("W", "fp32"), ("K", width)), "step")
+def gradients(dtype: str, width: int) -> Spec:
+    return Spec("gated_delta_rule", (("T", dtype), ("K", width)), "gradients")
+
+
+def step(dtype: str, state: str, width: int, raw: int, team: int) -> Spec:
+    types = ("T", dtype), ("S", state)
+    return Spec("gated_delta_rule", (*types, ("K", width), ("RAW", raw), ("TEAM", team)), "step")
 
 
 HALVES = ("bf16", "fp16")
-# With the bytes of stack that the state pass may use: where two warpgroups share a block, its loading warps spill.
-FORWARDS = [
-    (forward(dtype, width, warpgroups), stack)
+KERNELS = {
+    "kernel": ["fwd_kernel_inverse", "fwd_kernel_o"],
+    "backward": ["bwd_kernel_states", "bwd_kernel_dstates"],
+    "gradients": ["bwd_kernel_gradients"],
+}
+CHUNKED = [
+    chunked(unit, dtype, width, chains)
+    for unit in ("kernel", "backward")
     for dtype in HALVES
-    for width, warpgroups, stack in ((64, 1, 0), (64, 2, 48), (128, 1, 0), (128, 2, 48), (256, 1, 0))
+    for width, chains in ((64, 1), (64, 2), (128, 1), (128, 2), (256, 1))
 ]
-STEPS = [step(dtype, state, width) for dtype in HALVES for state in ("fp32", "bf16") for width in (64, 128, 256)]
+CHUNKED += [gradients(dtype, width) for dtype in HALVES for width in (64, 128, 256)]
+STEPS = [
+    step(dtype, state, width, raw, team)
+    for dtype in HALVES
+    for state, wide in (("fp32", 256), ("bf16", 128))
+    for width in (64, 128, 256)
+    for raw in (0, 1)
+    for team in (64, wide)
+]
+OTHER_STEPS = [
+    step("fp32", state, width, 1, team)
+    for state in ("fp32", "bf16")
+    for width in (16, 48, 240, 256)
+    for team in (64, 128)
+]
 
 
-def check_gated_delta_rule(code: bytes, folder: Path, stack: int) -> None:
-    inverse = resources(code, folder, "gated_delta_rule_fwd_kernel_inverse")
-    assert inverse["STACK"] == inverse["LOCAL"] == 0
-    output = resources(code, folder, "gated_delta_rule_fwd_kernel_o")
-    assert output["STACK"] <= stack
-    assert output["LOCAL"] == 0
+def check_chunked(spec: Spec, code: bytes, folder: Path) -> None:
+    for kernel in KERNELS[spec.unit]:
+        used = resources(code, folder, f"gated_delta_rule_{kernel}")
+        assert used["STACK"] == used["LOCAL"] == 0, kernel
 
 
 @needs_nvrtc
-@pytest.mark.parametrize(
-    ("listed", "stack"), FORWARDS, ids=lambda x: x.file_name("nvrtc") if isinstance(x, Spec) else f"stack{x}"
-)
-def test_nvrtc_compiles_gated_delta_rule(listed, stack, tmp_path):
-    check_gated_delta_rule(cubin.compile_nvrtc(listed), tmp_path, stack)
+@pytest.mark.parametrize("listed", CHUNKED, ids=lambda s: s.file_name("nvrtc"))
+def test_nvrtc_compiles_gated_delta_rule(listed, tmp_path):
+    check_chunked(listed, cubin.compile_nvrtc(listed), tmp_path)
 
 
 @needs_nvrtc
-@pytest.mark.parametrize("listed", STEPS, ids=lambda s: s.file_name("nvrtc"))
+@pytest.mark.parametrize("listed", STEPS + OTHER_STEPS, ids=lambda s: s.file_name("nvrtc"))
 def test_nvrtc_compiles_the_decode_step(listed, tmp_path):
     used = resources(cubin.compile_nvrtc(listed), tmp_path, "gated_delta_rule_fwd_kernel_step")
     assert used["STACK"] == used["LOCAL"] == 0
@@ -100,11 +120,11 @@ def test_nvrtc_compiles_the_decode_step(listed, tmp_path):
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed, so no cubin is packaged")
 def test_the_build_packaged_gated_delta_rule(tmp_path):
-    listed = [spec for spec, _ in FORWARDS] + STEPS
+    listed = CHUNKED + STEPS
     packaged = cubin.packaged_path(listed[0]).parent
     assert {f.name for f in packaged.glob("gated_delta_rule-*")} == {cubin.packaged_path(s).name for s in listed}
-    for spec, stack in FORWARDS:
-        check_gated_delta_rule(cubin.packaged_path(spec).read_bytes(), tmp_path, stack)
+    for spec in CHUNKED:
+        check_chunked(spec, cubin.packaged_path(spec).read_bytes(), tmp_path)
 
 
 @needs_nvrtc

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hylo_ops import recurrent_gated_delta_rule
+from hylo_ops.fused import gated_delta_rule_step
 from hylo_ops.gated_delta_rule import reference
 from hylo_ops.testing import within_budget
 from tests.triton.gated_delta_rule_cases import DTYPES, NAMES, exact, make
@@ -30,6 +31,23 @@ def test_one_step(dtype, state_dtype, K, V):
     assert (o.dtype, state.dtype) == (dtype, state_dtype)
     within_budget(o, o_eager, o_exact, "o")
     within_budget(state, eager, state_exact, "state")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("qk_l2norm", "allow_neg_eigval"), [(True, False), (False, True)])
+def test_activations_inside(dtype, qk_l2norm, allow_neg_eigval):
+    inputs = make(T=1, G=2, H=4, K=48, V=80, dtype=dtype)
+    q, k, v, a, b = (inputs[name] for name in NAMES)
+    a = 3 * (a + 1)  # of either sign
+    A_log, dt_bias = torch.linspace(-2, 2, 4), torch.tensor([-30.0, -3, 0, 30])
+    states = [inputs["initial_state"].clone() for _ in range(2)] + [inputs["initial_state"].double()]
+    options = {"scale": SCALE, "qk_l2norm": qk_l2norm, "allow_neg_eigval": allow_neg_eigval}
+    tensors = (3 * q, k / 3, v, a, b, A_log, dt_bias)
+    o = gated_delta_rule_step(*tensors, states[0], **options, backend="triton")
+    o_eager = gated_delta_rule_step(*tensors, states[1], **options, backend="reference")
+    o_exact = gated_delta_rule_step(*(t.double() for t in tensors), states[2], **options, backend="reference")
+    within_budget(o, o_eager, o_exact, "o")
+    within_budget(states[0], states[1], states[2], "state")
 
 
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])

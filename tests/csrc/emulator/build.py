@@ -40,7 +40,8 @@ def build(specs: list[Spec], folder: Path) -> Path:
     for i, spec in enumerate(specs):
         macros = [f"-DHYLO_{name}={value}" for name, value in spec.defines]
         macros += [f'-DHYLO_NAME="{kernel_name(spec)}"', f"-DHYLO_SYMBOL=emulated_{i}"]
-        commands.append([*compile_one, *macros, str(HERE / f"{spec.stem}.cpp"), "-o", str(folder / f"{i}.o")])
+        source = spec.stem if spec.unit == "kernel" else f"{spec.stem}_{spec.unit}"
+        commands.append([*compile_one, *macros, str(HERE / f"{source}.cpp"), "-o", str(folder / f"{i}.o")])
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda command: subprocess.run(command, check=True), commands))
     objects = [command[-1] for command in commands]

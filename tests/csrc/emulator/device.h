@@ -4,6 +4,7 @@
 
 #include <crt/host_defines.h>
 #include <math.h>
+#include <string.h>
 
 #undef __device__
 #undef __host__
@@ -19,10 +20,10 @@
 #define __grid_constant__
 
 struct Index {
-  unsigned x;
+  unsigned x, y, z;
 };
 
-inline Index threadIdx, blockIdx, blockDim;
+inline Index threadIdx, blockIdx, blockDim, gridDim;
 
 void __syncthreads();
 float __shfl_xor_sync(unsigned mask, float value, int offset);
@@ -30,6 +31,15 @@ float __shfl_xor_sync(unsigned mask, float value, int offset);
 inline float __expf(float x) { return expf(x); }
 inline float __fdividef(float x, float y) { return x / y; }
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
+
+template <class To, class From>
+To same_bits(From from) {
+  To to;
+  memcpy(&to, &from, sizeof(to));
+  return to;
+}
+inline float __uint_as_float(unsigned x) { return same_bits<float>(x); }
+inline unsigned __float_as_uint(float x) { return same_bits<unsigned>(x); }
 
 // A kernel whose one argument lies at `params`, found by the name that stands in for its cubin.
 struct EmulatedKernel {

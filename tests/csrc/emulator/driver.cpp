@@ -83,12 +83,17 @@ int cuModuleLoadData(void** out, const void* image) {
   return *out = reinterpret_cast<void*>(found->second), 0;
 }
 int cuModuleGetFunction(void** out, void* module, const char*) { return *out = module, 0; }
-int cuLaunchKernel(void* function, unsigned blocks, unsigned, unsigned, unsigned threads, unsigned, unsigned, unsigned,
+int cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned, unsigned, unsigned,
                    void*, void** arguments, void**) {
   running = reinterpret_cast<Run>(function);
   running_params = arguments[0];
   blockDim.x = threads;
-  for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) run_block(threads);
+  gridDim = {x, y, z};
+  for (blockIdx.z = 0; blockIdx.z < z; ++blockIdx.z) {
+    for (blockIdx.y = 0; blockIdx.y < y; ++blockIdx.y) {
+      for (blockIdx.x = 0; blockIdx.x < x; ++blockIdx.x) run_block(threads);
+    }
+  }
   return 0;
 }
 }

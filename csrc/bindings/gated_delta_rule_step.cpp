@@ -1,0 +1,77 @@
+#include "bindings/gated_delta_rule_step.h"
+
+#include <cmath>
+#include <utility>
+
+namespace py = pybind11;
+
+namespace hylo {
+
+using gated_delta_rule::StepInputs;
+using gated_delta_rule::StepKind;
+
+GatedDeltaRuleStep::GatedDeltaRuleStep(const py::module_& torch, py::object load, int device_type)
+    : torch_(torch), load_(std::move(load)), device_type_(device_type) {}
+
+py::object GatedDeltaRuleStep::run(const py::tuple& tensors, py::handle scale, bool normalise, float most_strength,
+                                   bool direct) {
+  StepInputs inputs{};
+  const std::string reason = view(tensors, direct, inputs);
+  if (!reason.empty()) return py::str(reason);
+  const Loaded& kind = loaded(step_kind(inputs));
+  if (kind.kernel == nullptr) return kind.found;
+  const bool number = PyFloat_Check(scale.ptr()) || PyLong_Check(scale.ptr());
+  if (!scale.is_none() && !number) return py::str("scale is no number");
+  const double by_default = 1.0 / std::sqrt(static_cast<double>(inputs.q.shape[3]));
+  const double factor = scale.is_none() ? by_default : PyFloat_AsDouble(scale.ptr());
+  if (factor == -1.0 && PyErr_Occurred()) throw py::error_already_set();
+
+  Tensor made;
+  py::object o = torch_.empty_like(PyTuple_GET_ITEM(tensors.ptr(), 2));
+  if (!torch_.view(o, false, made)) return py::str("what torch allocates cannot be seen");
+  step(*kind.kernel, inputs, {static_cast<float>(factor), normalise, most_strength}, made.data,
+       torch_.stream(inputs.q));
+  return o;
+}
+
+py::object GatedDeltaRuleStep::why_not(const py::tuple& tensors) {
+  StepInputs inputs{};
+  const std::string reason = view(tensors, false, inputs);
+  if (!reason.empty()) return py::str(reason);
+  const Loaded& kind = loaded(step_kind(inputs));
+  return kind.kernel == nullptr ? kind.found : py::none();
+}
+
+std::string GatedDeltaRuleStep::view(const py::tuple& tensors, bool direct, StepInputs& inputs) const {
+  Tensor* const views[] = {&inputs.q,     &inputs.k,     &inputs.v,       &inputs.gate,   &inputs.strength,
+                           &inputs.state, &inputs.a_log, &inputs.dt_bias, &inputs.indices};
+  constexpr int kAlways = 6, kAll = 9;
+  if (tensors.size() != kAll) throw py::type_error("nine tensors are expected");
+  for (int i = 0; i < kAll; ++i) {
+    const py::handle tensor = PyTuple_GET_ITEM(tensors.ptr(), i);
+    if (i >= kAlways && tensor.is_none()) continue;
+    if (!torch_.view(tensor, direct, *views[i])) return "a tensor has no memory to be seen";
+    (i == kAll - 1 ? inputs.pool : inputs.raw) |= i >= kAlways;
+  }
+  return step_why_not(inputs, device_type_);
+}
+
+const GatedDeltaRuleStep::Loaded& GatedDeltaRuleStep::loaded(const StepKind& kind) {
+  for (const Loaded& known : loaded_) {
+    if (known.kind == kind) return known;
+  }
+  py::object found = load_(kind.device, build_name(kind.type), build_name(kind.state), kind.K, kind.raw, kind.team);
+  const Kernel* kernel = py::isinstance<Kernel>(found) ? found.cast<const Kernel*>() : nullptr;
+  loaded_.push_back({kind, std::move(found), kernel});
+  return loaded_.back();
+}
+
+void define_gated_delta_rule_step(py::module_& m) {
+  py::class_<GatedDeltaRuleStep>(m, "GatedDeltaRuleStep")
+      .def(py::init<const py::module_&, py::object, int>(), py::arg("torch"), py::arg("load"),
+           py::arg("device_type") = kCuda)
+      .def("run", &GatedDeltaRuleStep::run)
+      .def("why_not", &GatedDeltaRuleStep::why_not);
+}
+
+}  // namespace hylo

@@ -1,0 +1,68 @@
+#include "bindings/torch_tensors.h"
+
+#include <stdexcept>
+
+namespace py = pybind11;
+
+namespace hylo {
+namespace {
+
+bool is_empty(const Tensor& tensor) {
+  for (int i = 0; i < tensor.dims; ++i) {
+    if (tensor.shape[i] == 0) return true;
+  }
+  return false;
+}
+
+}  // namespace
+
+TorchTensors::TorchTensors(const py::module_& torch)
+    : tensor_(torch.attr("Tensor")),
+      parameter_(torch.attr("nn").attr("Parameter")),
+      empty_like_(torch.attr("empty_like")),
+      contiguous_(torch.attr("contiguous_format")),
+      keyword_(py::make_tuple("memory_format")),
+      grad_enabled_(torch.attr("is_grad_enabled")),
+      requires_grad_(py::str("requires_grad")) {
+  const py::object capsule = tensor_.attr("__dlpack_c_exchange_api__");
+  exchange_ = static_cast<const TensorExchange*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  if (exchange_ == nullptr) throw py::error_already_set();
+  if (exchange_->major != kExchangeMajor || exchange_->view == nullptr) {
+    throw std::runtime_error("torch offers DLPack " + std::to_string(exchange_->major) + ", not 1, or no views");
+  }
+}
+
+bool TorchTensors::view(py::handle tensor, bool direct, Tensor& out) const {
+  const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr()));
+  const bool plain = type == tensor_.ptr() || type == parameter_.ptr();
+  if (!plain && (direct || !py::isinstance(tensor, tensor_))) return false;
+  if (direct && wants_gradient(tensor)) return false;
+  if (exchange_->view(tensor.ptr(), &out) != 0) {
+    PyErr_Clear();
+    return false;
+  }
+  if (out.data == nullptr && !is_empty(out)) return false;  // a fake tensor or a wrapper
+  out.data = static_cast<char*>(out.data) + out.byte_offset;
+  return true;
+}
+
+bool TorchTensors::wants_gradient(py::handle tensor) const {
+  const auto wanted = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor.ptr(), requires_grad_.ptr()));
+  if (!wanted) throw py::error_already_set();
+  return wanted.ptr() == Py_True && grad_enabled_().ptr() == Py_True;
+}
+
+py::object TorchTensors::empty_like(py::handle tensor) const {
+  PyObject* arguments[] = {tensor.ptr(), contiguous_.ptr()};
+  auto made = py::reinterpret_steal<py::object>(PyObject_Vectorcall(empty_like_.ptr(), arguments, 1, keyword_.ptr()));
+  if (!made) throw py::error_already_set();
+  return made;
+}
+
+void* TorchTensors::stream(const Tensor& tensor) const {
+  void* current = nullptr;
+  if (exchange_->current_stream(tensor.device_type, tensor.device, &current) != 0) throw py::error_already_set();
+  return current;
+}
+
+}  // namespace hylo

@@ -1,0 +1,32 @@
+// PTX for 16 bytes of global memory at once. As intrinsics or plain C++ the compiler splits
+// some of these accesses into words.
+#pragma once
+
+#include "common/portable.h"
+
+namespace hylo {
+
+struct alignas(16) Words {
+  Word at[4];
+};
+
+// What is read once need not push anything else out of the first cache.
+__device__ __forceinline__ Words load_words(const void* address) {
+  Words words;
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words.at[0]), "=r"(words.at[1]), "=r"(words.at[2]), "=r"(words.at[3])
+               : "l"(address));
+  return words;
+}
+
+__device__ __forceinline__ void store_words(void* address, const Words& words) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(words.at[0]), "r"(words.at[1]),
+               "r"(words.at[2]), "r"(words.at[3]));
+}
+
+// Makes the compiler take these words for new ones. It would keep what it once unpacked of them: twice the registers.
+__device__ __forceinline__ void forget_uses(Words& words) {
+  asm volatile("" : "+r"(words.at[0]), "+r"(words.at[1]), "+r"(words.at[2]), "+r"(words.at[3]));
+}
+
+}  // namespace hylo

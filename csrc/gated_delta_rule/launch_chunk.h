@@ -1,0 +1,59 @@
+// The chunked kernels' launchers, that the bindings expose.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <string>
+
+#include "common/driver.h"
+#include "gated_delta_rule/params.h"
+#include "gated_delta_rule/traits.cuh"
+
+namespace hylo::gated_delta_rule {
+
+using Strides = std::array<std::int64_t, 4>;
+
+// Dynamic shared memory, in bytes, of a kernel ("inverse", "o", "states", "dstates") at a key width, with so many
+// chains a block.
+int chunk_shared_bytes(const std::string& kernel, int width, int chains);
+
+// One call of the op, launch by launch: what all of its kernels share is said once. Pointers are of the tensors in
+// params.h, 0 stands for an absent one; all launches are asynchronous, on the caller's stream.
+class ChunkCall {
+ public:
+  // shape: B, T, G, H, K, V, N. chunks: records there is room for. Strides in elements, of the dims B, T, heads, width;
+  // the last is 1, the others are multiples of 8 (where a dim has more than one entry).
+  ChunkCall(std::uintptr_t q, std::uintptr_t k, std::uintptr_t g, std::uintptr_t beta, std::uintptr_t cu_seqlens,
+            std::uintptr_t records, const std::array<std::int64_t, 7>& shape, const Strides& q_strides,
+            const Strides& k_strides, int width, int chains, int chunks, float scale, float negligible,
+            std::uintptr_t stream);
+
+  // A, P and the factors of every chunk and head.
+  void inverse(const Kernel& kernel) const;
+
+  // o and the final state out of v and the initial state.
+  void outputs(const Kernel& kernel, int segments, std::uintptr_t v, const Strides& v_strides,
+               std::uintptr_t initial_state, std::uintptr_t o, std::uintptr_t final_state) const;
+
+  // The states before every chunk, [chunks, H, K, V], and what each token writes, [B, T, H, V].
+  void states(const Kernel& kernel, int segments, std::uintptr_t v, const Strides& v_strides,
+              std::uintptr_t initial_state, std::uintptr_t states, std::uintptr_t written) const;
+
+  // The gradients of the states after every chunk, of what each token's write was solved from, and of the initial state.
+  // d_o is contiguous.
+  void dstates(const Kernel& kernel, int segments, std::uintptr_t d_o, std::uintptr_t d_final_state,
+               std::uintptr_t dstates, std::uintptr_t dx, std::uintptr_t d_initial_state) const;
+
+ private:
+  void launch(const Kernel& kernel, Pass pass, int segments, Params& params) const;
+  TensorMap tokens_map(std::uintptr_t tensor, std::int64_t heads, std::int64_t width, const Strides& strides) const;
+  TensorMap values_map(std::uintptr_t tensor) const;
+  TensorMap states_map(std::uintptr_t tensor) const;
+
+  Params params_{};
+  std::int64_t batch_, tokens_, key_heads_, heads_, keys_, values_, sequences_;
+  int width_, chains_, chunks_;
+  void* stream_;
+};
+
+}  // namespace hylo::gated_delta_rule
