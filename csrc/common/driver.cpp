@@ -2,6 +2,7 @@
 
 #include <dlfcn.h>
 
+#include <optional>
 #include <stdexcept>
 
 namespace hylo {
@@ -100,6 +101,24 @@ class CurrentContext {
   bool pushed_ = false;
 };
 
+// Makes any context current for a scope where none is, as on a thread that has not used torch yet. Tensor maps depend on
+// none, but the driver makes them under one only.
+class SomeContext {
+ public:
+  SomeContext() {
+    void* current = nullptr;
+    check(driver().cuCtxGetCurrent(&current), "cuCtxGetCurrent");
+    if (current != nullptr) return;
+    int device = 0;
+    check(driver().cuDeviceGet(&device, 0), "cuDeviceGet");
+    check(driver().cuDevicePrimaryCtxRetain(&current, device), "cuDevicePrimaryCtxRetain");
+    scope_.emplace(current);
+  }
+
+ private:
+  std::optional<CurrentContext> scope_;
+};
+
 }  // namespace
 
 Kernel::Kernel(const std::string& cubin, const std::string& name, int device, int shared_bytes)
@@ -145,6 +164,7 @@ TensorMap box_map(std::uintptr_t tensor, const std::uint64_t (&sizes)[4], const 
   box[row_dim] = rows;
   const std::uint32_t every[4] = {1, 1, 1, 1};
   TensorMap map;
+  const SomeContext scope;
   check(driver().cuTensorMapEncodeTiled(&map, kUint16, 4, reinterpret_cast<void*>(tensor), sizes, outer_strides, box,
                                         every, kNoInterleave, kSwizzle128, kPromote256, kFillZeros),
         "cuTensorMapEncodeTiled");
