@@ -25,6 +25,7 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python -m bench gated_rms_norm
 	$(BIN)/python -m bench gated_delta_rule
+	$(BIN)/python -m bench.cold gated_delta_rule
 
 gpu-test: $(READY)
 	PYTHON=$(abspath $(BIN)/python) tests/gpu.sh runs/gpu-test

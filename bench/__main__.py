@@ -1,13 +1,12 @@
 """python -m bench STEM [--case NAMES] [--backend NAMES] [--peers NAMES] [--out DIR]: prints a table, writes STEM.json.
 
-Several names are separated by commas or spaces. The file is written anew after every case, so that a run that is
-stopped keeps what it has.
+Several names are separated by commas or spaces. The file is written anew after every row, so that a run that is
+stopped keeps what it has. With --append, a run adds its cases to those of another run of the same commit on the same
+GPU, and measures against that run's roofs.
 """
 
 import argparse
-import datetime
 import importlib
-import importlib.metadata
 import json
 import sys
 import time
@@ -18,17 +17,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench import timing
+from bench import record, timing
 from bench.contest import Roofs
-from hylo.provenance import source_commit
 
 STEMS = ["gated_delta_rule", "gated_rms_norm"]
 HERE = Path(__file__).parent
-PACKAGES = [
-    *("hylo", "torch", "triton", "cuda-core", "nvidia-cuda-nvrtc"),
-    *("flash-linear-attention", "fla-core", "flash-qla", "tilelang", "flashinfer-python", "nvidia-cutlass-dsl"),
-    "mamba-ssm",
-]
 
 
 class BadArgument(Exception):
@@ -42,6 +35,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--backend", nargs="+", metavar="NAME", help="only these backends of ours")
     parser.add_argument("--peers", nargs="*", metavar="NAME", help="only these peers")
     parser.add_argument("--out", type=Path, help="folder for STEM.json; bench/results/<gpu> by default")
+    parser.add_argument("--append", action="store_true", help="keep the other cases of the file that is there")
     parser.add_argument("--commit", help="what the result is of, where there is no git to ask")
     return parser.parse_args(arguments)
 
@@ -55,23 +49,6 @@ def choose(what: str, wanted: list[str] | None, known: list[str]) -> list[str]:
     if unknown:
         raise BadArgument(f"there is no {what} {unknown[0]!r}; there are {', '.join(known)}")
     return names
-
-
-def meta(commit: str | None, roofs: Roofs) -> dict[str, Any]:
-    versions = {"python": sys.version.split()[0], "cuda": torch.version.cuda}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {
-        "commit": commit or source_commit() or "unknown",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "gpu": torch.cuda.get_device_name(),
-        "copy_bytes_per_second": roofs.bytes_per_second,
-        "product_flop_per_second": roofs.flop_per_second,
-        "versions": versions,
-    }
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -98,28 +75,65 @@ def number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
+def earlier(file: Path, commit: str | None, gpu: str) -> dict[str, Any] | None:
+    """What a run of the same commit on the same GPU has left in the file; None if there is no file.
+
+    Raises:
+        BadArgument: the file is of another commit or GPU.
+    """
+    if not file.exists():
+        return None
+    found: dict[str, Any] = json.loads(file.read_text())
+    mine, theirs = (commit or record.commit(), gpu), (found["meta"]["commit"], found["meta"]["gpu"])
+    if mine != theirs:
+        raise BadArgument(
+            f"{file} is of {' on '.join(theirs)}, this run is of {' on '.join(mine)}: they do not go together"
+        )
+    return found
+
+
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     (stem,) = choose("benchmark", [options.stem], STEMS)
     module = importlib.import_module(f"bench.{stem}")
-    cases = choose("case", options.case, list(module.CASES))
+    by_name = {**module.CASES, **getattr(module, "EXTRA_CASES", {})}
+    cases = choose("case", options.case, list(by_name)) if options.case else list(module.CASES)
     backends = choose("backend", options.backend, module.BACKENDS)
     chosen_peers = choose("peer", options.peers, list(module.PEERS))
     if not torch.cuda.is_available():
         raise BadArgument("the benchmarks need an NVIDIA GPU, and torch finds none here")
-    roofs = Roofs(timing.copy_bandwidth(), timing.product_flop_rate())
-    result: dict[str, Any] = {"meta": meta(options.commit, roofs), "rows": []}
-    gpu = result["meta"]["gpu"].lower().replace(" ", "-")
-    out = options.out or HERE / "results" / gpu
+    gpu = torch.cuda.get_device_name()
+    out = options.out or HERE / "results" / gpu.lower().replace(" ", "-")
+    file = out / f"{stem}.json"
+    result = earlier(file, options.commit, gpu) if options.append else None
+    if result is None:
+        reached = {
+            "copy_bytes_per_second": timing.copy_bandwidth(),
+            "product_flop_per_second": timing.product_flop_rate(),
+        }
+        result = {"meta": {**record.meta(options.commit), **reached}, "rows": []}
+    roofs = Roofs(result["meta"]["copy_bytes_per_second"], result["meta"]["product_flop_per_second"])
     out.mkdir(parents=True, exist_ok=True)
+    wrong = []
     with torch.cuda.stream(torch.cuda.Stream()):
         for name in cases:
             begin = time.perf_counter()
-            result["rows"] += module.run(module.CASES[name], backends, chosen_peers, roofs)
-            (out / f"{stem}.json").write_text(json.dumps(result, indent=1) + "\n")
+            result["rows"] = [row for row in result["rows"] if row["case"] != name]
+            try:  # the other cases are still worth their time
+                for row in module.run(by_name[name], backends, chosen_peers, roofs):
+                    result["rows"].append(row)
+                    file.write_text(json.dumps(result, indent=1) + "\n")
+            except AssertionError as problem:
+                print(f"{name}: wrong: {problem}", file=sys.stderr)
+                wrong.append(name)
+            except torch.OutOfMemoryError as problem:
+                print(f"{name}: does not fit: {str(problem).splitlines()[0]}", file=sys.stderr)
+            torch.cuda.empty_cache()
             print(f"{name}: {time.perf_counter() - begin:.1f} s", file=sys.stderr)
     show(result["rows"])
-    print(out / f"{stem}.json")
+    print(file)
+    if wrong:
+        sys.exit(f"error: our results are wrong in {', '.join(wrong)}")
 
 
 if __name__ == "__main__":

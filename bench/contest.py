@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bench import timing
@@ -108,7 +109,7 @@ def rows(
         seconds: about how long the clocks run.
         host: whether a call's time on the host is of interest.
     """
-    _time({**ours.able, **peers.able}, {**ours.entries, **peers.entries}, peers, seconds, host)
+    _time(ours, peers, seconds, host)
     for name, entry in ours.entries.items():
         row = {**common, "backend": name, **_NOT_RUN, **entry, "bytes": work.bytes, "flop": work.flop}
         if "missing" not in entry:
@@ -119,20 +120,23 @@ def rows(
 _NOT_RUN = dict.fromkeys(("us", "graph_us", "host_us", "bytes", "flop", "roofline", "error", "peak_bytes"))
 
 
-def _time(
-    able: dict[str, Contestant], entries: dict[str, dict[str, Any]], peers: Side, seconds: float, host: bool
-) -> None:
+def _time(ours: Side, peers: Side, seconds: float, host: bool) -> None:
     """Adds the times and the memory of all that take part to their entries."""
     calls: dict[str, Call] = {}
-    for name, contestant in able.items():
-        try:
-            call = contestant.start()
-            entries[name]["peak_bytes"] = timing.peak_bytes(contestant.whole or call)
-            calls[name] = call
-        except Exception as problem:
-            if name not in peers.able:
-                raise
-            peers.drop(name, _failure(problem))
+    for side in (ours, peers):
+        for name, contestant in list(side.able.items()):
+            try:
+                call = contestant.start()
+                side.entries[name]["peak_bytes"] = timing.peak_bytes(contestant.whole or call)
+                calls[name] = call
+            except torch.OutOfMemoryError as problem:
+                side.drop(name, _failure(problem))
+                torch.cuda.empty_cache()
+            except Exception as problem:
+                if side is ours:
+                    raise
+                side.drop(name, _failure(problem))
+    entries = {**ours.entries, **peers.entries}
     for name, times in timing.rotate(calls, seconds).items():
         entries[name].update(times)
         entries[name]["host_us"] = timing.host_us(calls[name]) if host else None

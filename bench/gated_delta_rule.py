@@ -1,7 +1,7 @@
 """Gated delta rule: forward, backward alone, and decode, each with fast and with slow gates."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -13,16 +13,18 @@ import hylo_ops
 from bench import contest, peers
 from bench.contest import Contestant, Results, Roofs, Work
 from bench.peers import DeltaCall, DeltaInputs
-from bench.shapes import GATED_DELTA_RULE, DeltaCase
+from bench.shapes import GATED_DELTA_RULE, GATED_DELTA_RULE_LENGTHS, DeltaCase
 from hylo_ops.testing import DTYPE_NAMES, relative_error
 
 CASES = {case.name: case for case in GATED_DELTA_RULE}
+EXTRA_CASES = {case.name: case for case in GATED_DELTA_RULE_LENGTHS}
 PEERS = sorted({name for forms in peers.GATED_DELTA_RULE.values() for name in forms})
 BACKENDS = ["cuda", "triton"]
 # g = scale * logsigmoid(N(0, 1) + 3): a state forgets within a few chunks, or keeps for thousands of tokens.
 GATES = {"fast": 1.0, "slow": 0.01}
 SHIFT = 3.0
 CHUNK = 64
+OUTPUTS = ("o", "final_state")
 SECONDS = 0.6  # of the clocks, a row
 # Further from float64 than this is another function: bf16 products inside leave 3e-3 to 5e-3.
 MAX_ERROR = 5e-2
@@ -119,7 +121,7 @@ def contestant(pass_: str, form: peers.DeltaForm, inputs: DeltaInputs, checked: 
             whole=lambda: gradients(form, inputs),  # of forward and backward together
         )
     return Contestant(
-        check=lambda: dict(zip(("o", "final_state"), form(checked.with_own_state())(), strict=True)),
+        check=lambda: dict(zip(OUTPUTS, form(checked.with_own_state())(), strict=True)),
         start=lambda: form(inputs.with_own_state()),
     )
 
@@ -132,22 +134,25 @@ def pending_backward(form: peers.DeltaForm, inputs: DeltaInputs) -> Callable[...
 
 
 def gradients(form: peers.DeltaForm, inputs: DeltaInputs) -> Results:
-    found = pending_backward(form, inputs)()
+    return named_gradients(inputs, pending_backward(form, inputs)())
+
+
+def named_gradients(inputs: DeltaInputs, found: tuple[Tensor, ...]) -> Results:
     return {f"d{name}": gradient for name, gradient in zip(inputs.differentiable(), found, strict=True)}
 
 
-def run(case: DeltaCase, backends: list[str], chosen_peers: list[str], roofs: Roofs) -> list[dict[str, Any]]:
+def run(case: DeltaCase, backends: list[str], chosen_peers: list[str], roofs: Roofs) -> Iterator[dict[str, Any]]:
     """Rows for both gate sets and every pass of the case; correctness first, then the clocks.
 
     Raises:
         AssertionError: a backend of ours computes something else than the float64 reference.
     """
-    rows: list[dict[str, Any]] = []
     for gates in GATES:
         inputs = draw(case, gates)
         checked = inputs.first(checked_tokens(case))
+        exact = exact_results(case, checked)
         for pass_ in case.passes:
-            ours, others = prepare(case, pass_, inputs, checked, backends, chosen_peers)
+            ours, others = prepare(case, pass_, inputs, checked, exact[pass_], backends, chosen_peers)
             common = {
                 "case": case.name,
                 "shape": case.shape,
@@ -158,9 +163,23 @@ def run(case: DeltaCase, backends: list[str], chosen_peers: list[str], roofs: Ro
                 "initial_state": inputs.state is not None,
                 "checked_T": checked.v.shape[1],
             }
-            host = pass_ == "decode" and case.B == 1  # where the host decides; longer calls hide it
-            rows += contest.rows(common, ours, others, work(case, pass_), roofs, seconds=SECONDS, host=host)
-    return rows
+            # where the host decides: longer calls hide it, and it does the same for all gates
+            host = pass_ == "decode" and case.B == 1 and gates == "fast"
+            yield from contest.rows(common, ours, others, work(case, pass_), roofs, seconds=SECONDS, host=host)
+
+
+def exact_results(case: DeltaCase, checked: DeltaInputs) -> dict[str, Results]:
+    """What the float64 reference gives for each pass of the case; one forward serves both of the chunked form."""
+    doubles = checked.double()
+    if "decode" in case.passes:
+        return {"decode": contestant("decode", partial(OURS["decode"], "reference"), doubles, doubles).check()}
+    leaves = doubles.leaves()
+    outputs = OURS["forward"]("reference", leaves)()
+    found = torch.autograd.grad(outputs, tuple(leaves.differentiable().values()), doubles.output_gradients)
+    return {
+        "forward": {name: t.detach() for name, t in zip(OUTPUTS, outputs, strict=True)},
+        "backward": named_gradients(doubles, found),
+    }
 
 
 def prepare(
@@ -168,12 +187,10 @@ def prepare(
     pass_: str,
     inputs: DeltaInputs,
     checked: DeltaInputs,
+    exact: Results,
     backends: list[str],
     chosen_peers: list[str],
 ) -> tuple[contest.Side, contest.Side]:
-    doubles = checked.double()
-    exact = contestant(pass_, partial(OURS[pass_], "reference"), doubles, doubles).check()
-
     def accept(results: Results) -> None:
         for name, result in results.items():
             error = relative_error(result, exact[name])

@@ -184,6 +184,9 @@ def _flashinfer_decode(x: DeltaInputs) -> DeltaCall:
 
 def _flashinfer_decode_v_first(x: DeltaInputs) -> DeltaCall:
     """The layout [B, H, V, K] that serving engines keep."""
+    if (x.q.shape[3], x.v.shape[3]) != (128, 128):
+        # 0.7.2: more shared memory than a block has, then an illegal access that ends every later call of the process
+        raise Missing("its kernel for this layout breaks at other widths than K = V = 128")
     try:
         from flashinfer.gdn_decode import gated_delta_rule_decode_pretranspose
     except ImportError as error:

@@ -86,3 +86,8 @@ GATED_DELTA_RULE = [
         for B in (1, 32, 256)
     ),
 ]
+
+# HyLo's shape at growing length, 4K to 1M tokens: what a token costs must not grow. Run by name only.
+GATED_DELTA_RULE_LENGTHS = [
+    DeltaCase(f"hylo-1b-length-{n}k", 1, n * 1024, 6, 6, 256, 512) for n in (4, 16, 64, 256, 1024)
+]

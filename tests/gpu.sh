@@ -3,9 +3,9 @@
 #
 #     tests/gpu.sh OUT_DIR [COMMIT]
 #
-# Leaves in OUT_DIR: environment.txt build.log pytest.log memcheck.log racecheck.log initcheck.log bench.log
-# gated_rms_norm.json
-# train_step.json summary.txt. Every step runs; the exit status is 1 if any failed. PYTHON names the interpreter.
+# Leaves in OUT_DIR: environment.txt build.log pytest.log memcheck.log racecheck.log initcheck.log; of the cold starts and
+# of each benchmark a log and a result; train_step.json summary.txt. Every step runs; the exit status is 1 if any failed.
+# PYTHON names the interpreter.
 set -uo pipefail
 [ $# -ge 1 ] || { echo "usage: tests/gpu.sh OUT_DIR [COMMIT]" >&2; exit 2; }
 mkdir -p "$1" || exit 2
@@ -40,6 +40,9 @@ step pytest "$python" -m pytest -m gpu -ra -q tests/csrc tests/ops tests/test_mo
 for tool in memcheck racecheck initcheck; do
   step "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -m tests.csrc.sanitizer_run
 done
-step bench "$python" -m bench gated_rms_norm --out "$out" --commit "$commit"
+step cold "$python" -m bench.cold gated_delta_rule --out "$out/cold_gated_delta_rule.json" --commit "$commit"
+for stem in gated_rms_norm gated_delta_rule; do
+  step "bench_$stem" "$python" -m bench "$stem" --out "$out" --commit "$commit"
+done
 step train_step "$python" -m bench.train_step --out "$out/train_step.json"
 exit $failed

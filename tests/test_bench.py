@@ -1,14 +1,17 @@
 """The benchmark's command line and its rows, without a GPU: the clocks are replaced, everything else is real."""
 
 import json
+import os
+from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 import hylo_ops
 from bench import __main__ as command
-from bench import contest, gated_delta_rule, gated_rms_norm, peers, timing
+from bench import cold, contest, gated_delta_rule, gated_rms_norm, peers, record, shapes, timing
 from bench.contest import Roofs, Work
 
 CASE = gated_rms_norm.CASES["mamba2-1b-decode-64"]
@@ -119,6 +122,17 @@ def test_a_peer_that_breaks_at_full_size_is_named(on_cpu, monkeypatch):
     assert (row["best_peer"], row["us"]) == (None, 20.0)
 
 
+def test_no_memory_for_ours_is_a_reason_too(on_cpu, monkeypatch):
+    def peak_bytes(call):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 90 GiB")
+
+    monkeypatch.setattr(timing, "peak_bytes", peak_bytes)
+    row = norm_row("torch")
+    assert "Tried to allocate 90 GiB" in row["missing"]
+    assert "Tried to allocate 90 GiB" in row["peers"]["torch"]["missing"]
+    assert row["us"] is row["ratio"] is None
+
+
 def test_our_own_wrong_result_stops_before_the_clock(on_cpu, monkeypatch):
     right = hylo_ops.gated_rms_norm
 
@@ -129,6 +143,76 @@ def test_our_own_wrong_result_stops_before_the_clock(on_cpu, monkeypatch):
     monkeypatch.setattr(timing, "rotate", lambda calls, seconds: pytest.fail("timed a wrong result"))
     with pytest.raises(AssertionError, match="mamba2-1b-decode-64: error"):
         norm_row()
+
+
+@pytest.fixture
+def gpu_of_paper(monkeypatch):
+    """Enough of a GPU for the command; what a case gives is one row."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA Paper")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(timing, "copy_bandwidth", lambda: 1e12)
+    monkeypatch.setattr(timing, "product_flop_rate", lambda: 1e15)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(command, "show", lambda rows: None)
+    monkeypatch.setattr(
+        gated_delta_rule, "run", lambda case, backends, chosen, roofs: [{"case": case.name, "peers": chosen}]
+    )
+
+
+def written(folder):
+    return json.loads((folder / "gated_delta_rule.json").read_text())
+
+
+def run_cases(folder, *cases, commit="abc", more=()):
+    command.main(["gated_delta_rule", "--out", str(folder), "--commit", commit, "--case", *cases, *more])
+
+
+def test_parts_of_a_benchmark_are_put_together(gpu_of_paper, monkeypatch, tmp_path):
+    run_cases(tmp_path, "d128-8k", "d64-8k")
+    monkeypatch.setattr(timing, "copy_bandwidth", lambda: pytest.fail("measured the roof anew"))
+    run_cases(tmp_path, "d64-8k", "hylo-1b-8k", more=["--append", "--peers", "fla"])
+    result = written(tmp_path)
+    assert {row["case"]: row["peers"] == ["fla"] for row in result["rows"]} == {
+        "d128-8k": False,
+        "d64-8k": True,
+        "hylo-1b-8k": True,
+    }
+    assert result["meta"]["copy_bytes_per_second"] == 1e12
+    with pytest.raises(command.BadArgument, match="is of abc on NVIDIA Paper, this run is of def on NVIDIA Paper"):
+        run_cases(tmp_path, "d64-8k", commit="def", more=["--append"])
+
+
+@pytest.mark.parametrize(
+    ("problem", "said"),
+    [
+        (
+            AssertionError("d64-8k, backward: error 1.0e+00 of dg"),
+            "d64-8k: wrong: d64-8k, backward: error 1.0e+00 of dg",
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory.\nA hint"), "d64-8k: does not fit: CUDA out of memory."),
+    ],
+)
+def test_a_case_that_fails_ends_alone(gpu_of_paper, monkeypatch, tmp_path, capsys, problem, said):
+    def run(case, *_):
+        yield {"case": case.name, "pass": "forward"}
+        if case.name == "d64-8k":
+            raise problem
+
+    monkeypatch.setattr(gated_delta_rule, "run", run)
+    wrong = isinstance(problem, AssertionError)
+    with pytest.raises(SystemExit, match="our results are wrong in d64-8k") if wrong else nullcontext():
+        run_cases(tmp_path, "d64-8k", "d128-8k")
+    assert [row["case"] for row in written(tmp_path)["rows"]] == ["d64-8k", "d128-8k"]
+    assert said + "\n" in capsys.readouterr().err
+
+
+def test_extra_cases_run_by_name_only(gpu_of_paper, tmp_path):
+    command.main(["gated_delta_rule", "--out", str(tmp_path), "--commit", "abc"])
+    assert [row["case"] for row in written(tmp_path)["rows"]] == list(gated_delta_rule.CASES)
+    run_cases(tmp_path, "hylo-1b-length-1024k")
+    assert [row["case"] for row in written(tmp_path)["rows"]] == ["hylo-1b-length-1024k"]
 
 
 def test_eager_mode_where_a_side_is_not_captured():
@@ -186,6 +270,13 @@ def test_the_delta_rule_has_every_case_of_the_bar():
     assert gated_delta_rule.GATES == {"fast": 1.0, "slow": 0.01}
 
 
+def test_lengths_grow_from_4k_to_1m_at_the_hylo_shape():
+    cases = shapes.GATED_DELTA_RULE_LENGTHS
+    assert [case.T for case in cases] == [4**n * 1024 for n in range(1, 6)]
+    assert {(case.B, case.H, case.K, case.V) for case in cases} == {(1, 6, 256, 512)}
+    assert not {case.name for case in cases} & gated_delta_rule.CASES.keys()
+
+
 def test_work_of_the_delta_rule_by_hand():
     """K = V = 128, 16 heads, 8192 tokens: 167 and 475 kFLOP a token and head; the final state is 1 MiB."""
     case = gated_delta_rule.CASES["d128-8k"]
@@ -205,7 +296,7 @@ def test_work_of_the_delta_rule_by_hand():
 
 
 def test_the_float64_check_fits_the_memory():
-    for case in gated_delta_rule.CASES.values():
+    for case in (*gated_delta_rule.CASES.values(), *gated_delta_rule.EXTRA_CASES.values()):
         tokens = gated_delta_rule.checked_tokens(case)
         assert gated_delta_rule.exact_bytes(replace(case, T=tokens)) <= gated_delta_rule.MAX_EXACT_BYTES
         assert tokens == case.T or (tokens % 64 == 0 and tokens > 20_000)
@@ -221,7 +312,7 @@ def delta_on_cpu(monkeypatch, clocks):
 
 
 def delta_rows(case, backends=("reference",), chosen_peers=()):
-    return json.loads(json.dumps(gated_delta_rule.run(case, list(backends), list(chosen_peers), ROOFS)))
+    return json.loads(json.dumps(list(gated_delta_rule.run(case, list(backends), list(chosen_peers), ROOFS))))
 
 
 def test_gates_activated_inside_a_kernel_are_the_same():
@@ -250,7 +341,7 @@ def test_rows_of_every_pass_and_gate_set(delta_on_cpu):
         assert set(row["errors"]) == ({"dq", "dk", "dv", "dg", "dbeta", "dstate"} if backward else outputs)
         assert row["error"] == max(row["errors"].values()) < 5e-3
         assert row["checked_T"] == row["shape"]["T"]
-        assert row["host_us"] == (7.5 if row["pass"] == "decode" else None)
+        assert row["host_us"] == (7.5 if row["pass"] == "decode" and row["gates"] == "fast" else None)
         assert (row["peak_bytes"], row["backend"], row["state_dtype"]) == (123, "reference", "fp32")
         assert row["peers"].keys() == set(names)
         assert all(entry["missing"] for entry in row["peers"].values())
@@ -291,3 +382,62 @@ def test_a_wrong_gradient_of_ours_stops_before_the_clock(delta_on_cpu, monkeypat
 
 def reference_always(function):
     return lambda *tensors, backend, **keywords: function(*tensors, backend="reference", **keywords)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="an NVIDIA GPU is here")
+def test_cold_starts_without_a_gpu_are_one_sentence(capsys):
+    assert cold.main(["gated_delta_rule"]) == 2
+    assert capsys.readouterr().err == "error: cold starts need an NVIDIA GPU, and torch finds none here\n"
+
+
+def test_a_cold_start_is_a_forward_and_a_backward():
+    start = cold.Start(replace(TINY, B=1), "reference", packaged=True, limit=1.0)
+    found = cold.measure(start, device="cpu")
+    assert found["seconds"] == pytest.approx(found["forward_seconds"] + found["backward_seconds"])
+    assert min(found.values()) > 0
+
+
+def test_a_cold_start_without_packaged_cubins_finds_none(monkeypatch):
+    monkeypatch.setattr(hylo_ops.cubin, "packaged_path", hylo_ops.cubin.packaged_path)  # put back after the test
+    start = replace(cold.STARTS["nvrtc"], case=TINY)
+    assert "missing" in cold.measure(start, device="cpu")
+    assert not hylo_ops.cubin.packaged_path(hylo_ops.cubin.Spec("gated_delta_rule", (("K", 128),))).exists()
+
+
+def test_each_cold_start_is_a_fresh_process_without_caches(monkeypatch):
+    def run(command, env, **_):
+        caches = [Path(env[name]) for name in ("XDG_CACHE_HOME", "TRITON_CACHE_DIR")]
+        assert not any(cache.exists() for cache in caches)
+        assert os.environ.items() - env.items() <= {
+            (name, os.environ.get(name)) for name in ("XDG_CACHE_HOME", "TRITON_CACHE_DIR")
+        }
+        assert command[1:] == ["-m", "bench.cold", "gated_delta_rule", "--only", "triton"]
+        return answers.pop()
+
+    class Answer:
+        def __init__(self, returncode, stdout="", stderr=""):
+            self.returncode, self.stdout, self.stderr = returncode, stdout, stderr
+
+    answers = [
+        Answer(1, stderr="Traceback\nRuntimeError: no kernel image"),
+        Answer(0, stdout='a warning\n{"seconds": 9.5}\n'),
+    ]
+    monkeypatch.setattr(cold.subprocess, "run", run)
+    assert cold.row("triton", cold.in_fresh_process("triton")) == {
+        "case": "d128-1k",
+        "shape": {"B": 1, "T": 1024, "G": 16, "H": 16, "K": 128, "V": 128},
+        "dtype": "bf16",
+        "pass": "forward_backward",
+        "backend": "triton",
+        "start": "triton",
+        "seconds": 9.5,
+        "limit_seconds": 30.0,
+    }
+    assert cold.in_fresh_process("triton") == {"missing": "failed: RuntimeError: no kernel image"}
+
+
+def test_what_a_result_says_of_itself(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA Paper")
+    meta = record.meta("abc")
+    assert (meta["commit"], meta["gpu"]) == ("abc", "NVIDIA Paper")
+    assert meta["versions"].keys() >= {"python", "cuda", "torch"}
