@@ -142,26 +142,29 @@ __device__ __forceinline__ void multiply_blocks(float* c, const float* a, const 
   for (int i = 0; i < 4; ++i) c[(row + i / 2 * 8) * kLowerStride + 2 * pair + i % 2] = sign * sum[i];
 }
 
-// Joins diagonal blocks of kSize rows. The warps share out the result's [16, 8] pieces.
-template <int kSize>
-__device__ __forceinline__ void join_blocks(float* lower) {
+// Where diagonal blocks of kSize rows are joined, the warps share out the result's [16, 8] pieces: calls f(row where the
+// two blocks start, the piece's row and column). A lambda with a template parameter would do, but NVRTC 13.0 takes none.
+template <int kSize, class F>
+__device__ __forceinline__ void each_piece(const F& f) {
   constexpr int kPieces = kSize * kSize / (kBlock * 8) * (kChunk / (2 * kSize)) / 4;  // a warp's
   const int warp = threadIdx.x / 32;
-  const auto each_piece = [&](auto f) {
 #pragma unroll
-    for (int i = 0; i < kPieces; ++i) {
-      const int piece = warp * kPieces + i;
-      const int across = piece % (kSize / 8) * 8, down = piece / (kSize / 8) * kBlock;
-      f(down / kSize * 2 * kSize, down % kSize, across);
-    }
-  };
-  each_piece([&](int start, int down, int across) {  // A11 has nothing above its own diagonal blocks
+  for (int i = 0; i < kPieces; ++i) {
+    const int piece = warp * kPieces + i;
+    const int across = piece % (kSize / 8) * 8, down = piece / (kSize / 8) * kBlock;
+    f(down / kSize * 2 * kSize, down % kSize, across);
+  }
+}
+
+template <int kSize>
+__device__ __forceinline__ void join_blocks(float* lower) {
+  each_piece<kSize>([&](int start, int down, int across) {  // A11 has nothing above its own diagonal blocks
     multiply_blocks(block_at(lower, start + down, start + kSize + across),
                     block_at(lower, start + kSize + down, start), block_at(lower, start, start + across),
                     across / kBlock * kBlock, kSize, 1.0f);
   });
   __syncthreads();
-  each_piece([&](int start, int down, int across) {  // nor has A22
+  each_piece<kSize>([&](int start, int down, int across) {  // nor has A22
     multiply_blocks(block_at(lower, start + kSize + down, start + across),
                     block_at(lower, start + kSize + down, start + kSize),
                     block_at(lower, start, start + kSize + across), 0, down + kBlock, -1.0f);

@@ -177,7 +177,7 @@ def test_gradients_of_packed_sequences_keep_to_themselves(K, V):
 
 @pytest.mark.parametrize(("K", "V"), [(48, 80), (64, 64), (128, 128), (256, 512)])
 def test_all_that_is_allocated_is_written(K, V):
-    """Fresh memory is full of NaN here. The initcheck of compute-sanitizer does not follow what the copy engine stores."""
+    """Fresh memory is full of NaN here; compute-sanitizer's initcheck does not follow what the copy engine stores."""
     inputs = make(2, 333, 1, 2, K, V, torch.bfloat16, "fast", device="cuda")
     ones = [torch.ones_like(inputs["v"]), torch.ones_like(inputs["initial_state"])]
     options = None, K**-0.5, False
