@@ -246,8 +246,8 @@ def _spec(dtype: torch.dtype, width: int, chains: int, unit: str) -> cubin.Spec:
 
 @functools.cache
 def _why_no_code(dtype: torch.dtype, width: int) -> str | None:
-    """One cubin stands for all of a width: they are packaged together."""
-    return cubin.why_not(_spec(dtype, width, 1, "backward"))
+    """The reason why nothing can be launched here. One cubin stands for all of a width: they are packaged together."""
+    return cubin.why_not_native() or cubin.why_not(_spec(dtype, width, 1, "backward"))
 
 
 def _chains(sizes: _Sizes, device: int) -> int:

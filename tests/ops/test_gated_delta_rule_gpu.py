@@ -124,8 +124,8 @@ def check_gradients(inputs, backend, **options):
     for name, gradient in found.items():
         assert torch.equal(gradient, again[name]), name
         unit = relative_error(exact[name].to(dtype), exact[name])
-        # A gate's gradient is a difference of sums over the chunk's states and tokens, all of 16 bits.
-        limit = 1e-5 if dtype == torch.float32 else (8 if name == "g" else 5) * unit
+        # On cuda a gate's gradient with slow gates errs by 5.4 roundings.
+        limit = 1e-5 if dtype == torch.float32 else (8 if (backend, name) == ("cuda", "g") else 5) * unit
         assert relative_error(gradient, exact[name]) <= limit, f"{name}: {relative_error(gradient, exact[name]):.2e}"
 
 
