@@ -5,7 +5,6 @@
 #include "bindings/gated_delta_rule_step.h"
 #include "common/driver.h"
 #include "gated_delta_rule/launch_chunk.h"
-#include "gated_delta_rule/launch_gradients.h"
 #include "gated_rms_norm/launch.h"
 
 namespace py = pybind11;
@@ -22,17 +21,18 @@ PYBIND11_MODULE(_C, m) {
   using hylo::gated_delta_rule::Strides;
   m.attr("GATED_DELTA_RULE_RECORD_BYTES") = hylo::gated_delta_rule::kRecordSize;
   m.def("gated_delta_rule_chunk_shared_bytes", &hylo::gated_delta_rule::chunk_shared_bytes);
+  m.def("gated_delta_rule_can_solve", &hylo::gated_delta_rule::can_solve);
+  m.def("gated_delta_rule_gradients_parts", &hylo::gated_delta_rule::chunk_gradients_parts);
   py::class_<ChunkCall>(m, "GatedDeltaRuleChunkCall")
       .def(py::init<std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t,
-                    const std::array<std::int64_t, 7>&, const Strides&, const Strides&, int, int, int, float, float,
-                    std::uintptr_t>())
+                    std::uintptr_t, const std::array<std::int64_t, 7>&, const Strides&, const Strides&, int, int, int,
+                    bool, float, float, std::uintptr_t>())
+      .def("cuts", &ChunkCall::cuts, no_gil())
       .def("inverse", &ChunkCall::inverse, no_gil())
       .def("outputs", &ChunkCall::outputs, no_gil())
       .def("states", &ChunkCall::states, no_gil())
-      .def("dstates", &ChunkCall::dstates, no_gil());
-  m.def("gated_delta_rule_gradients_shared_bytes", &hylo::gated_delta_rule::gradients_shared);
-  m.def("gated_delta_rule_gradients_parts", &hylo::gated_delta_rule::gradients_parts);
-  m.def("gated_delta_rule_gradients", &hylo::gated_delta_rule::gradients, no_gil());
+      .def("dstates", &ChunkCall::dstates, no_gil())
+      .def("gradients", &ChunkCall::gradients, no_gil());
   hylo::define_gated_delta_rule_step(m);
   m.def("gated_rms_norm_forward", &hylo::gated_rms_norm::forward, no_gil());
 }

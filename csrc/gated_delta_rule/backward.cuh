@@ -1,19 +1,21 @@
-// Gated delta rule, the two passes of the chunked backward. A translation unit of its own: the build passes HYLO_T, HYLO_K
-// and HYLO_CHAINS as in kernel.cuh.
+// Gated delta rule, the chunked backward's first pass. A translation unit of its own: the build passes HYLO_T and HYLO_K as
+// in kernel.cuh.
 #include "gated_delta_rule/pass.cuh"
 
-extern "C" __global__ void __launch_bounds__(hylo::gated_delta_rule::pass_threads(hylo::gated_delta_rule::kStates, HYLO_CHAINS),
-                                             hylo::gated_delta_rule::pass_blocks(HYLO_K, HYLO_CHAINS))
-    gated_delta_rule_bwd_kernel_states(const __grid_constant__ hylo::gated_delta_rule::Params p) {
+namespace hylo::gated_delta_rule {
+
+extern "C" __global__ void __launch_bounds__(pass_threads(kStates, 1), pass_blocks(kStates, HYLO_K, 1))
+    gated_delta_rule_bwd_kernel_states(const __grid_constant__ Params p) {
   extern __shared__ unsigned char shared[];
-  hylo::gated_delta_rule::pass<hylo::HYLO_T, hylo::gated_delta_rule::kStates, HYLO_K, HYLO_CHAINS>(
-      p, hylo::gated_delta_rule::aligned(shared));
+  pass<HYLO_T, kStates, HYLO_K, 1>(p, aligned(shared));
 }
 
-extern "C" __global__ void __launch_bounds__(hylo::gated_delta_rule::pass_threads(hylo::gated_delta_rule::kGradients, HYLO_CHAINS),
-                                             hylo::gated_delta_rule::pass_blocks(HYLO_K, HYLO_CHAINS))
-    gated_delta_rule_bwd_kernel_dstates(const __grid_constant__ hylo::gated_delta_rule::Params p) {
+#if HYLO_K <= 128
+extern "C" __global__ void __launch_bounds__(pass_threads(kSolvingStates, 1), pass_blocks(kSolvingStates, HYLO_K, 1))
+    gated_delta_rule_bwd_kernel_solving_states(const __grid_constant__ Params p) {
   extern __shared__ unsigned char shared[];
-  hylo::gated_delta_rule::pass<hylo::HYLO_T, hylo::gated_delta_rule::kGradients, HYLO_K, HYLO_CHAINS>(
-      p, hylo::gated_delta_rule::aligned(shared));
+  pass<HYLO_T, kSolvingStates, HYLO_K, 1>(p, aligned(shared));
 }
+#endif
+
+}  // namespace hylo::gated_delta_rule

@@ -83,7 +83,7 @@ class Chain {
 
  private:
   // Whether there are registers to load factors while products are under way.
-  static constexpr bool kEarly = kK == 64 || (kK == 128 && !(kPass == kOutputs && kChains == 2));
+  static constexpr bool kEarly = kK == 64 || (kK == 128 && kPass != kSolvingOutputs);
   // The state is packed and read 64 columns of K at once, by turns in as many sets of registers as there are.
   static constexpr int kSlices = kK / kTile;
   static constexpr int kSets = kK == 256 && kPass == kGradients ? 1 : 2;
@@ -142,6 +142,7 @@ class Chain {
     Word x[4][4];
     load_values(stage, x);
     Tokens beta, from_start, to_end;
+    stage.await_record();
     if constexpr (kEarly) beta.load(stage.factors(kBeta)), from_start.load(stage.factors(kFromStart));
     scale_state(stage.factors(kFromStart)[kChunk - 1]);
     wgmma::wait<0>();

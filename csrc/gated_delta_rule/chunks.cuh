@@ -7,6 +7,7 @@
 namespace hylo::gated_delta_rule {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr float kEmptiesState = -150.0f;  // stands for a gate of -inf and near it: exp of it is 0 in fp32
 
 __device__ __forceinline__ int lane() { return threadIdx.x & 31; }
 
@@ -22,17 +23,18 @@ __device__ __forceinline__ float exp2_fast(float x) {
 
 __device__ __forceinline__ int chunks_of(int tokens) { return (tokens + kChunk - 1) / kChunk; }
 
-// A sequence: the batch entry and token where it starts, and its tokens.
+// A sequence: which, the batch entry and token where it starts, and its tokens.
 struct Sequence {
+  int index;
   int batch;
   int begin;
   int tokens;
 };
 
 __device__ __forceinline__ Sequence sequence_at(const Params& p, int n) {
-  if (p.cu_seqlens == nullptr) return {n, 0, p.tokens};
+  if (p.cu_seqlens == nullptr) return {n, n, 0, p.tokens};
   const int begin = uniform(p.cu_seqlens[n]);
-  return {0, begin, uniform(p.cu_seqlens[n + 1]) - begin};
+  return {n, 0, begin, uniform(p.cu_seqlens[n + 1]) - begin};
 }
 
 // The index of a sequence's first chunk among all. Called by whole warps.
@@ -45,6 +47,7 @@ __device__ __forceinline__ int first_chunk(const Params& p, int sequence) {
 
 // The tokens of one chunk; none where the chunk does not exist.
 struct Chunk {
+  int sequence;
   int batch;
   int begin;
   int tokens;  // at most kChunk
@@ -52,7 +55,7 @@ struct Chunk {
 
 __device__ __forceinline__ Chunk chunk_of(const Sequence& sequence, int index) {
   const int left = sequence.tokens - index * kChunk;
-  return {sequence.batch, sequence.begin + index * kChunk, left < kChunk ? left : kChunk};
+  return {sequence.index, sequence.batch, sequence.begin + index * kChunk, left < kChunk ? left : kChunk};
 }
 
 // Called by whole warps; every warp finds the same.
@@ -78,7 +81,7 @@ __device__ __forceinline__ Chunk chunk_at(const Params& p, int index) {
     }
     index -= __shfl_sync(kAllLanes, through, 31);
   }
-  return {0, 0, 0};
+  return {};
 }
 
 }  // namespace hylo::gated_delta_rule

@@ -100,7 +100,7 @@ class Loader {
   // Called by a whole warp: chunks are found by all lanes.
   __device__ __forceinline__ void run() {
     const int key_heads = p_.common.heads / p_.common.group;
-    const int work = p_.chunks * key_heads * Shape::kParts;
+    const int work = p_.common.chunks * key_heads * Shape::kParts;
     for (int i = blockIdx.x; i < work; i += gridDim.x) {
       part_ = i % Shape::kParts;
       key_head_ = i / Shape::kParts % key_heads;
@@ -769,8 +769,8 @@ __device__ __forceinline__ void gradients(const GradientsParams& p, unsigned cha
   using Shape = GradientsShape<kK>;
   __shared__ typename Memory<kK>::Small small;
   if (threadIdx.x == 0) {
-    for (Handover& stage : small.stages) stage.init(Shape::kThreads);
-    small.inputs.init(Shape::kThreads);
+    for (Handover& stage : small.stages) stage.init(1, Shape::kThreads);
+    small.inputs.init(1, Shape::kThreads);
     fence_barrier_init();
   }
   __syncthreads();

@@ -17,7 +17,6 @@ struct GradientsParams {
   float* dg;          // [parts, B, T, H]: their sums are the gradients
   float* dbeta;       // [parts, B, T, H]
   long long gates;    // B T H
-  int chunks;         // of all sequences; with cu_seqlens an upper bound
 };
 
 }  // namespace hylo::gated_delta_rule

@@ -1,18 +1,34 @@
 // Gated delta rule, chunked forward. A translation unit of its own: the build passes HYLO_T (type of q, k, v and o: bf16
-// or fp16), HYLO_K (key width) and HYLO_CHAINS (of a block of the pass, 64 columns of V each).
+// or fp16) and HYLO_K (key width).
+#include "gated_delta_rule/cuts.cuh"
 #include "gated_delta_rule/inverse.cuh"
 #include "gated_delta_rule/pass.cuh"
 
-extern "C" __global__ void __launch_bounds__(hylo::gated_delta_rule::kInverseThreads)
-    gated_delta_rule_fwd_kernel_inverse(const __grid_constant__ hylo::gated_delta_rule::Params p) {
-  extern __shared__ unsigned char shared[];
-  hylo::gated_delta_rule::inverse<hylo::HYLO_T, HYLO_K>(p, hylo::gated_delta_rule::aligned(shared));
+namespace hylo::gated_delta_rule {
+
+extern "C" __global__ void __launch_bounds__(kCutsThreads)
+    gated_delta_rule_fwd_kernel_cuts(const __grid_constant__ Params p) {
+  Cut<HYLO_T>(p).run();
 }
 
-extern "C" __global__ void __launch_bounds__(hylo::gated_delta_rule::pass_threads(hylo::gated_delta_rule::kOutputs, HYLO_CHAINS),
-                                             hylo::gated_delta_rule::pass_blocks(HYLO_K, HYLO_CHAINS))
-    gated_delta_rule_fwd_kernel_o(const __grid_constant__ hylo::gated_delta_rule::Params p) {
+extern "C" __global__ void __launch_bounds__(kSolverThreads)
+    gated_delta_rule_fwd_kernel_inverse(const __grid_constant__ Params p) {
   extern __shared__ unsigned char shared[];
-  hylo::gated_delta_rule::pass<hylo::HYLO_T, hylo::gated_delta_rule::kOutputs, HYLO_K, HYLO_CHAINS>(
-      p, hylo::gated_delta_rule::aligned(shared));
+  inverse<HYLO_T, HYLO_K>(p, aligned(shared));
 }
+
+extern "C" __global__ void __launch_bounds__(pass_threads(kOutputs, 1), pass_blocks(kOutputs, HYLO_K, 1))
+    gated_delta_rule_fwd_kernel_o(const __grid_constant__ Params p) {
+  extern __shared__ unsigned char shared[];
+  pass<HYLO_T, kOutputs, HYLO_K, 1>(p, aligned(shared));
+}
+
+#if HYLO_K <= 128
+extern "C" __global__ void __launch_bounds__(pass_threads(kSolvingOutputs, 1), pass_blocks(kSolvingOutputs, HYLO_K, 1))
+    gated_delta_rule_fwd_kernel_solving_o(const __grid_constant__ Params p) {
+  extern __shared__ unsigned char shared[];
+  pass<HYLO_T, kSolvingOutputs, HYLO_K, 1>(p, aligned(shared));
+}
+#endif
+
+}  // namespace hylo::gated_delta_rule

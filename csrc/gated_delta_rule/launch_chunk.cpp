@@ -1,26 +1,42 @@
 #include "gated_delta_rule/launch_chunk.h"
 
+#include <algorithm>
 #include <stdexcept>
+
+#include "gated_delta_rule/gradients_params.h"
+#include "gated_delta_rule/gradients_traits.cuh"
 
 namespace hylo::gated_delta_rule {
 namespace {
 
 std::uint64_t size(std::int64_t n) { return static_cast<std::uint64_t>(n); }
+unsigned count(std::int64_t n) { return static_cast<unsigned>(n); }
+
+Pass pass_named(const std::string& kernel) {
+  if (kernel == "o") return kOutputs;
+  if (kernel == "solving_o") return kSolvingOutputs;
+  if (kernel == "states") return kStates;
+  if (kernel == "solving_states") return kSolvingStates;
+  if (kernel == "dstates") return kGradients;
+  throw std::invalid_argument("there is no chunked kernel '" + kernel + "'");
+}
 
 }  // namespace
 
 int chunk_shared_bytes(const std::string& kernel, int width, int chains) {
+  if (kernel == "cuts") return 0;
   if (kernel == "inverse") return inverse_shared(width);
-  if (kernel == "o") return pass_shared(kOutputs, width, chains);
-  if (kernel == "states") return pass_shared(kStates, width, chains);
-  if (kernel == "dstates") return pass_shared(kGradients, width, chains);
-  throw std::invalid_argument("there is no chunked kernel '" + kernel + "'");
+  if (kernel == "gradients") return gradients_shared(width);
+  return pass_shared(pass_named(kernel), width, chains);
 }
 
+int chunk_gradients_parts(int width) { return gradients_parts(width); }
+
 ChunkCall::ChunkCall(std::uintptr_t q, std::uintptr_t k, std::uintptr_t g, std::uintptr_t beta,
-                     std::uintptr_t cu_seqlens, std::uintptr_t records, const std::array<std::int64_t, 7>& shape,
-                     const Strides& q_strides, const Strides& k_strides, int width, int chains, int chunks,
-                     float scale, float negligible, std::uintptr_t stream)
+                     std::uintptr_t cu_seqlens, std::uintptr_t records, std::uintptr_t cuts,
+                     const std::array<std::int64_t, 7>& shape, const Strides& q_strides, const Strides& k_strides,
+                     int width, int chunks, int segments, bool shares_heads, float scale, float negligible,
+                     std::uintptr_t stream)
     : batch_(shape[0]),
       tokens_(shape[1]),
       key_heads_(shape[2]),
@@ -29,16 +45,18 @@ ChunkCall::ChunkCall(std::uintptr_t q, std::uintptr_t k, std::uintptr_t g, std::
       values_(shape[5]),
       sequences_(shape[6]),
       width_(width),
-      chains_(chains),
       chunks_(chunks),
       stream_(reinterpret_cast<void*>(stream)) {
   if (chunks > 0) {
     params_.q = tokens_map(q, key_heads_, keys_, q_strides);
     params_.k = tokens_map(k, key_heads_, keys_, k_strides);
   }
+  params_.keys_at = reinterpret_cast<const void*>(k);
+  for (int i = 0; i < 3; ++i) params_.key_strides[i] = k_strides[i];
   params_.g = reinterpret_cast<const float*>(g);
   params_.beta = reinterpret_cast<const float*>(beta);
   params_.records = reinterpret_cast<unsigned char*>(records);
+  params_.cuts = reinterpret_cast<int*>(cuts);
   params_.cu_seqlens = reinterpret_cast<const int*>(cu_seqlens);
   params_.sequences = static_cast<int>(sequences_);
   params_.tokens = static_cast<int>(tokens_);
@@ -46,19 +64,32 @@ ChunkCall::ChunkCall(std::uintptr_t q, std::uintptr_t k, std::uintptr_t g, std::
   params_.group = static_cast<int>(heads_ / key_heads_);
   params_.keys = static_cast<int>(keys_);
   params_.values = static_cast<int>(values_);
+  params_.chunks = chunks;
+  params_.segments = segments;
+  params_.shares_heads = shares_heads;
   params_.scale = scale;
   params_.negligible = negligible;
 }
 
-void ChunkCall::inverse(const Kernel& kernel) const {
-  if (chunks_ == 0) return;
+void ChunkCall::cuts(const Kernel& kernel) const {
+  if (chunks_ == 0 || params_.segments == 1) return;
   Params params = params_;
-  kernel.launch({static_cast<unsigned>(chunks_), static_cast<unsigned>(heads_)}, kInverseThreads, &params, stream_);
+  const Grid grid{count(params.segments - 1), count(heads_), count(2 * sequences_)};
+  kernel.launch(grid, kCutsThreads, &params, stream_);
 }
 
-void ChunkCall::outputs(const Kernel& kernel, int segments, std::uintptr_t v, const Strides& v_strides,
+void ChunkCall::inverse(const Kernel& kernel, int multiprocessors) const {
+  if (chunks_ == 0) return;
+  Params params = params_;
+  const std::int64_t slots = multiprocessors * inverse_blocks(width_);
+  const Grid grid{count(std::min<std::int64_t>(chunks_, (slots + heads_ - 1) / heads_)), count(heads_)};
+  kernel.launch(grid, kSolverThreads, &params, stream_);
+}
+
+void ChunkCall::outputs(const Kernel& kernel, bool solving, std::uintptr_t v, const Strides& v_strides,
                         std::uintptr_t initial_state, std::uintptr_t o, std::uintptr_t final_state) const {
   Params params = params_;
+  if (solving) params.records = nullptr;
   if (chunks_ > 0) {
     params.v = tokens_map(v, heads_, values_, v_strides);
     params.out = values_map(o);
@@ -66,41 +97,64 @@ void ChunkCall::outputs(const Kernel& kernel, int segments, std::uintptr_t v, co
   params.o = reinterpret_cast<void*>(o);
   params.first_state = reinterpret_cast<const float*>(initial_state);
   params.last_state = reinterpret_cast<float*>(final_state);
-  launch(kernel, kOutputs, segments, params);
+  launch(kernel, solving ? kSolvingOutputs : kOutputs, 1, params);
 }
 
-void ChunkCall::states(const Kernel& kernel, int segments, std::uintptr_t v, const Strides& v_strides,
+void ChunkCall::states(const Kernel& kernel, bool solving, std::uintptr_t v, const Strides& v_strides,
                        std::uintptr_t initial_state, std::uintptr_t states, std::uintptr_t written) const {
   if (chunks_ == 0) return;
   Params params = params_;
   params.v = tokens_map(v, heads_, values_, v_strides);
   params.out = values_map(written);
-  params.states = states_map(states);
+  params.states = states_map(states, width_);
   params.o = reinterpret_cast<void*>(written);
   params.first_state = reinterpret_cast<const float*>(initial_state);
-  launch(kernel, kStates, segments, params);
+  launch(kernel, solving ? kSolvingStates : kStates, 1, params);
 }
 
-void ChunkCall::dstates(const Kernel& kernel, int segments, std::uintptr_t d_o, std::uintptr_t d_final_state,
+void ChunkCall::dstates(const Kernel& kernel, int chains, std::uintptr_t d_o, std::uintptr_t d_final_state,
                         std::uintptr_t dstates, std::uintptr_t dx, std::uintptr_t d_initial_state) const {
   Params params = params_;
   if (chunks_ > 0) {
     params.v = values_map(d_o);
     params.out = values_map(dx);
-    params.states = states_map(dstates);
+    params.states = states_map(dstates, width_);
   }
   params.o = reinterpret_cast<void*>(dx);
   params.first_state = reinterpret_cast<const float*>(d_final_state);
   params.last_state = reinterpret_cast<float*>(d_initial_state);
-  launch(kernel, kGradients, segments, params);
+  launch(kernel, kGradients, chains, params);
 }
 
-void ChunkCall::launch(const Kernel& kernel, Pass pass, int segments, Params& params) const {
-  params.segments = segments;
-  const std::int64_t columns = kTile * chains_;
-  const Grid grid{static_cast<unsigned>((values_ + columns - 1) / columns), static_cast<unsigned>(heads_),
-                  static_cast<unsigned>(sequences_ * segments)};
-  kernel.launch(grid, static_cast<unsigned>(pass_threads(pass, chains_)), &params, stream_);
+void ChunkCall::gradients(const Kernel& kernel, int multiprocessors, std::uintptr_t v, const Strides& v_strides,
+                          std::uintptr_t d_o, std::uintptr_t states, std::uintptr_t dstates, std::uintptr_t written,
+                          std::uintptr_t dx, std::uintptr_t dq, std::uintptr_t dk, std::uintptr_t dv,
+                          std::uintptr_t dg, std::uintptr_t dbeta) const {
+  if (chunks_ == 0) return;
+  GradientsParams params{};
+  params.common = params_;
+  params.common.v = tokens_map(v, heads_, values_, v_strides);
+  params.d_o = values_map(d_o);
+  params.v_new = values_map(written);
+  params.dx = values_map(dx);
+  params.h = states_map(states, gradients_columns(width_));
+  params.dh = states_map(dstates, gradients_columns(width_));
+  params.dq = reinterpret_cast<void*>(dq);
+  params.dk = reinterpret_cast<void*>(dk);
+  params.dv = reinterpret_cast<void*>(dv);
+  params.dg = reinterpret_cast<float*>(dg);
+  params.dbeta = reinterpret_cast<float*>(dbeta);
+  params.gates = batch_ * tokens_ * heads_;
+
+  const std::int64_t work = chunks_ * key_heads_ * gradients_parts(width_);
+  const std::int64_t blocks = std::min<std::int64_t>(work, multiprocessors * gradients_blocks(width_));
+  kernel.launch({count(blocks)}, count(gradients_threads(width_)), &params, stream_);
+}
+
+void ChunkCall::launch(const Kernel& kernel, Pass pass, int chains, Params& params) const {
+  const std::int64_t columns = kTile * chains;
+  const Grid grid{count((values_ + columns - 1) / columns), count(heads_), count(sequences_ * params.segments)};
+  kernel.launch(grid, count(pass_threads(pass, chains)), &params, stream_);
 }
 
 // Boxes of 64 tokens x 64 columns of one head.
@@ -115,11 +169,11 @@ TensorMap ChunkCall::values_map(std::uintptr_t tensor) const {
   return tokens_map(tensor, heads_, values_, {tokens_ * heads_ * values_, heads_ * values_, values_, 1});
 }
 
-// Boxes of a head's whole key width x 64 columns of a contiguous [chunks, H, K, V].
-TensorMap ChunkCall::states_map(std::uintptr_t tensor) const {
+// Boxes of so many rows of a head x 64 columns of a contiguous [chunks, H, K, V].
+TensorMap ChunkCall::states_map(std::uintptr_t tensor, int rows) const {
   const std::int64_t head = keys_ * values_;
   return box_map(tensor, {size(values_), size(keys_), size(heads_), size(chunks_)}, {1, values_, head, heads_ * head},
-                 kTile, static_cast<unsigned>(width_), 1);
+                 kTile, count(rows), 1);
 }
 
 }  // namespace hylo::gated_delta_rule

@@ -12,7 +12,11 @@ struct Params {
   TensorMap states;         // [chunks, H, K, V], boxes of a head's K x 64 columns: before each chunk, or their gradients
   const float* g;           // [B, T, H], contiguous
   const float* beta;        // [B, T, H], contiguous
-  unsigned char* records;   // [chunks, H] records (traits.cuh), written by _inverse and read by the passes
+  unsigned char* records;   // [chunks, H] records (traits.cuh), or null where a pass makes its own and leaves none
+  int* cuts;                // [N, H, segments, 2] written by _cuts: how far from where a segment begins a pass starts, in
+                            // chunks, going on and going back; -1 where not even the most is enough
+  const void* keys_at;      // k once more, for those who read it row by row,
+  long long key_strides[3];  // and what its dims B, T, G are apart, in elements
   const float* first_state;  // [N, H, K, V] or null: where a pass begins, the initial state or the final one's gradient
   float* last_state;        // [N, H, K, V] or null: where it ends
   void* o;                  // of `out`, contiguous
@@ -23,7 +27,9 @@ struct Params {
   int group;                // H / G
   int keys;                 // K
   int values;               // V
+  int chunks;               // of all sequences; with cu_seqlens an upper bound
   int segments;             // a sequence may be cut into, at most kMaxSegments
+  bool shares_heads;        // with the other kind of the same pass (traits.cuh): each takes what it is faster at
   float scale;
   float negligible;         // log of the decay beyond which what came before no longer counts
 };

@@ -2,62 +2,118 @@
 #pragma once
 
 #include "gated_delta_rule/chain.cuh"
+#include "gated_delta_rule/solver.cuh"
 #include "gated_delta_rule/takers.cuh"
 
 namespace hylo::gated_delta_rule {
 
-// Which chunks a block runs through, and where the ring of stages is at each of them.
+// Where a block's shared memory is in use: stages of inputs, what chains hand on, and solvers' records and matrices.
+template <Pass kPass, int kK, int kChains>
+struct Layout {
+  static constexpr int kRing = stages(kPass, kK, kChains);
+  static constexpr int kHanded = kRing * stage_size(kPass, kK, kChains);
+  static constexpr int kRecords = kHanded + kChains * handed_size(kK);
+  static constexpr int kLower = kRecords + kSolvers * kSlotSize;
+};
+
+// The sequence that a block works at, and which of its chunks.
+struct Walk {
+  int sequence_index;
+  Sequence sequence;
+  int first, chunks;  // the sequence's first chunk among all, and how many it has
+  Range range;
+};
+
+// Heads that can be cut are the solving pass's, where there is one, and the others the plain one's: a chain that solves by
+// itself takes longer for a chunk, all chains together less. Called by whole warps.
+template <Pass kPass>
+__device__ __forceinline__ Walk walk_of(const Params& p) {
+  constexpr bool kBack = kPass == kGradients;
+  Walk walk;
+  walk.sequence_index = blockIdx.z / p.segments;
+  walk.sequence = sequence_at(p, walk.sequence_index);
+  walk.first = first_chunk(p, walk.sequence_index);
+  walk.chunks = chunks_of(walk.sequence.tokens);
+  const bool cut = p.segments > 1 && cuttable(p, walk.sequence_index, blockIdx.y);
+  walk.range = range_of<kBack>(p, walk.sequence_index, walk.chunks, blockIdx.y, blockIdx.z % p.segments, cut);
+  if (!kBack && p.shares_heads && cut != solves(kPass)) walk.range = {0, 0, -1};
+  return walk;
+}
+
+// What a block's warps share beside that: small things, for which some of them have no registers, and barriers.
+template <Pass kPass, int kK, int kChains>
+struct Ring {
+  Walk walk;
+  typename Stage<kPass, kK, kChains>::Barriers stages[stages(kPass, kK, kChains)];
+  Handover records[kSolvers];
+  Gates gates[kSolvers][2];
+
+  // By the block's first warp.
+  __device__ __forceinline__ void init(const Params& p) {
+    const Walk found = walk_of<kPass>(p);
+    if (lane() > 0) return;
+    walk = found;
+    for (auto& stage : stages) stage.init();
+    for (Handover& record : records) record.init(kSolverThreads, 128 * chain_warpgroups(kPass, kChains));
+    fence_barrier_init();
+  }
+};
+
+// Which chunks a block runs through, and what each of its warps does with them.
 template <class T, Pass kPass, int kK, int kChains>
 class PassBlock {
  public:
   static constexpr bool kBack = kPass == kGradients;
-  static constexpr int kRing = stages(kPass, kK, kChains);
-  static constexpr int kTakers = kPass == kOutputs ? 128 : 32;
+  static constexpr int kTakers = makes_outputs(kPass) ? 128 : 32;
   using Inputs = Stage<kPass, kK, kChains>;
+  using Places = Layout<kPass, kK, kChains>;
 
-  __device__ __forceinline__ PassBlock(const Params& p, unsigned char* shared, Handover* ring)
-      : p_(p),
-        shared_(shared),
-        ring_(ring),
-        sequence_index_(blockIdx.z / p.segments),
-        sequence_(sequence_at(p, sequence_index_)),
-        first_(first_chunk(p, sequence_index_)),
-        chunks_(chunks_of(sequence_.tokens)),
-        range_(range_of<kBack>(p, first_, chunks_, blockIdx.y, blockIdx.z % p.segments)) {}
-
-  __device__ __forceinline__ bool empty() const { return range_.empty(); }
+  __device__ __forceinline__ PassBlock(const Params& p, unsigned char* shared, Ring<kPass, kK, kChains>& ring)
+      : p_(p), shared_(shared), ring_(ring), walk_(ring.walk) {}
 
   __device__ __forceinline__ void load() const {
-    each_chunk([&](int at, int turn, int c) {
-      if (turn > 0) ring_[at].empty.wait((turn - 1) & 1);
-      const long long record = static_cast<long long>(first_ + c) * p_.heads + blockIdx.y;
-      load_stage(p_, stage(at), ring_[at].full, chunk_of(sequence_, c), record, blockIdx.y, value(0));
+    each_chunk([&](int i, int at, int turn, int c) {
+      auto& barriers = ring_.stages[at];
+      const Inputs inputs = stage(i, at);
+      const Chunk chunk = chunk_of(walk_.sequence, c);
+      const unsigned char* record = Inputs::kSolves ? nullptr : this->record(c);
+      if (turn > 0) barriers.tokens.empty.wait((turn - 1) & 1);
+      load_tokens(p_, inputs, barriers.tokens.full, chunk, record, blockIdx.y, value(0));
+      if constexpr (Inputs::kReadsQueries) {
+        if (Inputs::kApart && turn > 0) barriers.queries.empty.wait((turn - 1) & 1);
+        load_queries(p_, inputs, barriers.of_queries().full, chunk, record, blockIdx.y);
+      }
     });
   }
 
   __device__ __forceinline__ void chain(int index) const {
     const Handing<kTakers> handing(index);
     Chain<T, kPass, kK, kChains> chain(p_, handed(index));
-    chain.start(range_.first == (kBack ? chunks_ : 0) ? p_.first_state : nullptr, state_offset(), value(index));
-    each_chunk([&](int at, int turn, int c) {
-      ring_[at].full.wait(turn & 1);
-      const int tokens = chunk_of(sequence_, c).tokens;
-      if (tokens < kChunk) chain.clear_tail(stage(at), tokens, handing);
-      chain.run(stage(at), handing);
+    chain.start(walk_.range.first == (kBack ? walk_.chunks : 0) ? p_.first_state : nullptr, state_offset(), value(index));
+    each_chunk([&](int i, int at, int turn, int c) {
+      const Inputs inputs = stage(i, at);
+      ring_.stages[at].tokens.full.wait(turn & 1);
+      const int tokens = chunk_of(walk_.sequence, c).tokens;
+      if (tokens < kChunk) {
+        inputs.await_record();  // the solver has read what is about to change
+        chain.clear_tail(inputs, tokens, handing);
+      }
+      chain.run(inputs, handing);
       chain.hand_result(handing);
       chain.settle();
-      ring_[at].empty.arrive();
+      ring_.stages[at].tokens.empty.arrive();
+      inputs.release_record();
     });
-    const bool last = kBack ? range_.begin == 0 : range_.end == chunks_;
+    const bool last = kBack ? walk_.range.begin == 0 : walk_.range.end == walk_.chunks;
     if (last && p_.last_state != nullptr) chain.finish(p_.last_state, state_offset(), value(index));
   }
 
   __device__ __forceinline__ void outputs(int index) const {
     const Handing<kTakers> handing(index);
-    Outputs<T, kK, kChains> outputs(p_, blockIdx.y, value(index), handed(index), results(index));
+    Outputs<T, kPass, kK, kChains> outputs(p_, blockIdx.y, value(index), handed(index), results(index));
     handing.arrive(handing.kStateFree);
-    each_chunk([&](int at, int turn, int c) {
-      outputs.run(handing, stage(at), ring_[at], turn & 1, chunk_of(sequence_, c), counts(c));
+    each_chunk([&](int i, int at, int turn, int c) {
+      outputs.run(handing, stage(i, at), ring_.stages[at].queries, turn & 1, chunk_of(walk_.sequence, c), counts(c));
     });
     await_copies_out<0>();
   }
@@ -66,70 +122,112 @@ class PassBlock {
     const Handing<kTakers> handing(index);
     Storer<T> storer(p_, blockIdx.y, value(index), handed(index), results(index));
     handing.arrive(handing.kStateFree);
-    each_chunk([&](int, int, int c) { storer.run(handing, first_ + c, chunk_of(sequence_, c), counts(c)); });
+    each_chunk([&](int, int, int, int c) { storer.run(handing, walk_.first + c, chunk_of(walk_.sequence, c), counts(c)); });
     await_copies_out<0>();
   }
 
+  // Solvers take turns, so each has as long for a chunk as the chain has for as many as there are solvers. Where records
+  // are wanted, the block of the first columns leaves them.
+  __device__ __forceinline__ void solve(int index) const {
+    float* lower = reinterpret_cast<float*>(shared_ + Places::kLower + index * kLowerSize);
+    Solver<T, kK> solver(p_, blockIdx.y, lower, ring_.gates[index], kSolverBarrier + index);
+    const bool leaves = p_.records != nullptr && blockIdx.x == 0;
+    const bool copies = threadIdx.x % kSolverThreads == 0;
+    const auto chunk = [&](int c) { return c < walk_.range.end ? chunk_of(walk_.sequence, c) : Chunk{}; };
+    solver.start(chunk(walk_.range.first + index), chunk(walk_.range.first + index + kSolvers));
+    each_chunk([&](int i, int at, int turn, int c) {
+      if (i % kSolvers != index) return;
+      auto& barriers = ring_.stages[at];
+      const Inputs inputs = stage(i, at);
+      barriers.tokens.full.wait(turn & 1);
+      barriers.queries.full.wait(turn & 1);
+      if (copies) await_copies_out<0>();
+      solver.solve(inputs.keys(), inputs.queries(), chunk(c), chunk(c + 2 * kSolvers), [&] {
+        barriers.tokens.empty.arrive();
+        barriers.queries.empty.arrive();
+      });
+      if (i >= kSolvers) inputs.solved->empty.wait((inputs.record_turn - 1) & 1);
+      solver.write(inputs.record);
+      fence_async();
+      inputs.solved->full.arrive();
+      if (leaves && counts(c)) {
+        solver.sync();
+        if (copies) copy_out(this->record(c), inputs.record, kRecordSize);
+        if (copies) commit_copies_out();
+      }
+    });
+    if (copies) await_copies_out<0>();
+  }
+
  private:
-  // Calls f(stage of the ring, how often the ring went round, chunk) in the pass's order.
+  static constexpr int kSolverBarrier = 8;  // behind those of one chain
+
+  // Calls f(how manieth, stage of the ring, how often the ring went round, chunk) in the pass's order.
   template <class F>
   __device__ __forceinline__ void each_chunk(const F& f) const {
-    const int count = kBack ? range_.first - range_.begin : range_.end - range_.first;
+    const int count = kBack ? walk_.range.first - walk_.range.begin : walk_.range.end - walk_.range.first;
     for (int i = 0, at = 0, turn = 0; i < count; ++i) {
-      f(at, turn, kBack ? range_.first - 1 - i : range_.first + i);
-      if (++at == kRing) at = 0, ++turn;
+      f(i, at, turn, kBack ? walk_.range.first - 1 - i : walk_.range.first + i);
+      if (++at == Places::kRing) at = 0, ++turn;
     }
   }
 
   // Before it does, the state warms up.
-  __device__ __forceinline__ bool counts(int c) const { return c >= range_.begin && c < range_.end; }
+  __device__ __forceinline__ bool counts(int c) const { return c >= walk_.range.begin && c < walk_.range.end; }
   __device__ __forceinline__ int value(int index) const { return (blockIdx.x * kChains + index) * kTile; }
   __device__ __forceinline__ long long state_offset() const {
-    return static_cast<long long>(sequence_index_ * p_.heads + blockIdx.y) * p_.keys * p_.values;
+    return static_cast<long long>(walk_.sequence_index * p_.heads + blockIdx.y) * p_.keys * p_.values;
   }
-  __device__ __forceinline__ Inputs stage(int at) const { return {shared_ + at * Inputs::kSize}; }
+  __device__ __forceinline__ unsigned char* record(int c) const {
+    return p_.records + (static_cast<long long>(walk_.first + c) * p_.heads + blockIdx.y) * kRecordSize;
+  }
+  __device__ __forceinline__ Inputs stage(int i, int at) const {
+    const int solver = i % kSolvers;
+    return {shared_ + at * Inputs::kSize, shared_ + Places::kRecords + solver * kSlotSize, &ring_.records[solver],
+            i / kSolvers};
+  }
   __device__ __forceinline__ unsigned char* handed(int index) const {
-    return shared_ + kRing * Inputs::kSize + index * handed_size(kK);
+    return shared_ + Places::kHanded + index * handed_size(kK);
   }
   __device__ __forceinline__ unsigned char* results(int index) const { return handed(index) + kK / kTile * kTileSize; }
 
   const Params& p_;
   unsigned char* const shared_;
-  Handover* const ring_;
-  const int sequence_index_;
-  const Sequence sequence_;
-  const int first_, chunks_;  // the sequence's first chunk among all, and how many it has
-  const Range range_;
+  Ring<kPass, kK, kChains>& ring_;
+  const Walk& walk_;
 };
 
 template <class T, Pass kPass, int kK, int kChains>
 __device__ __forceinline__ void pass(const Params& p, unsigned char* shared) {
   constexpr bool kShares = shares_registers(kPass, kChains);
+  constexpr int kWithChains = chain_warpgroups(kPass, kChains);
   using Block = PassBlock<T, kPass, kK, kChains>;
-  __shared__ Handover ring[Block::kRing];
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < Block::kRing; ++i) ring[i].init(128 * pass_warpgroups(kPass, kChains));
-    fence_barrier_init();
-  }
+  __shared__ Ring<kPass, kK, kChains> ring;
+  if (threadIdx.x < 32) ring.init(p);
   __syncthreads();
+  if (ring.walk.range.empty()) return;
   const Block block(p, shared, ring);
-  if (block.empty()) return;
 
   const int warpgroup = uniform(threadIdx.x / 128);
   if (warpgroup < kChains) {
     if constexpr (kShares) claim_registers<chain_registers(kPass, kK, kChains)>();
     block.chain(kChains == 1 ? 0 : warpgroup);
-  } else if (warpgroup < pass_warpgroups(kPass, kChains)) {
-    if constexpr (kPass == kOutputs) {
-      release_registers<output_registers(kK, kChains)>();
+  } else if (warpgroup < kWithChains) {
+    if constexpr (makes_outputs(kPass)) {
+      release_registers<output_registers(kPass, kK)>();
       block.outputs(kChains == 1 ? 0 : warpgroup - kChains);
     }
+  } else if (warpgroup < pass_warpgroups(kPass, kChains)) {
+    if constexpr (solves(kPass)) {
+      release_registers<solver_registers(kPass)>();
+      block.solve(warpgroup - kWithChains);
+    }
   } else {
-    if constexpr (kShares) release_registers<loader_registers(kK, kChains)>();
+    if constexpr (kShares) release_registers<loader_registers(kPass, kK, kChains)>();
     const int warp = uniform(threadIdx.x / 32 % 4);
     if (warp == 0) {
       if (lane() == 0) block.load();
-    } else if constexpr (kPass != kOutputs) {
+    } else if constexpr (!makes_outputs(kPass)) {
       if (warp <= kChains) block.store(kChains == 1 ? 0 : warp - 1);
     }
   }

@@ -14,99 +14,135 @@ struct Range {
   __device__ __forceinline__ bool empty() const { return end < begin; }
 };
 
-__device__ __forceinline__ float log_bound(const Params& p, int chunk, int head) {
-  const long long index = static_cast<long long>(chunk) * p.heads + head;
-  return *reinterpret_cast<const float*>(p.records + index * kRecordSize + kRecordBound);
+// How many chunks the segment that begins at a cut walks first (_cuts); -1 where the gates are too slow.
+template <bool kBack>
+__device__ __forceinline__ int walk_at(const Params& p, int sequence, int head, int cut) {
+  return p.cuts[((static_cast<long long>(sequence) * p.heads + head) * p.segments + cut) * 2 + kBack];
+}
+
+// Whether a head's sequence can be cut, in both directions. Called by whole warps.
+__device__ __forceinline__ bool cuttable(const Params& p, int sequence, int head) {
+  const bool one = lane() == 0 || lane() >= p.segments ||
+                   (walk_at<false>(p, sequence, head, lane()) >= 0 && walk_at<true>(p, sequence, head, lane()) >= 0);
+  return uniform(__all_sync(kAllLanes, one));
 }
 
 // A long sequence is cut into segments that run beside each other. Each starts from an empty state as many chunks early
 // as the decays need to make what came before negligible. Where they decay too slowly at any of the cuts, the block at
-// the pass's start runs the whole sequence and the others nothing. Called by whole warps; lane i looks at cut i, where
-// segment i begins; a pass that goes back ends segment i - 1 there.
+// the pass's start runs the whole sequence and the others nothing. A pass that goes back ends segment i - 1 where
+// segment i begins. Called by whole warps.
 template <bool kBack>
-__device__ __forceinline__ Range range_of(const Params& p, int first_chunk, int chunks, int head, int segment) {
+__device__ __forceinline__ Range range_of(const Params& p, int sequence, int chunks, int head, int segment, bool cut) {
+  if (!cut) return segment == 0 ? Range{kBack ? chunks : 0, 0, chunks} : Range{0, 0, -1};
   const int each = (chunks + p.segments - 1) / p.segments;
-  const int cut = lane() * each;
-  int start = cut;
-  bool negligible = cut == 0 || cut >= chunks;
-  if (lane() < p.segments && !negligible) {
-    float bound = 0.0f;
-    int left = kMaxWarmUp;
-    while (!negligible && left-- > 0) {
-      bound += log_bound(p, first_chunk + (kBack ? start : start - 1), head);
-      start += kBack ? 1 : -1;
-      negligible = bound < p.negligible || start == (kBack ? chunks : 0);
-    }
-  }
-  const bool cuttable = __all_sync(kAllLanes, negligible || lane() >= p.segments);
-  // The last segment has no cut behind it, and 32 segments have no lane for one.
-  const int cut_lane = kBack ? segment + 1 : segment;
-  const int from = __shfl_sync(kAllLanes, start, cut_lane & 31);
-  if (!uniform(cuttable)) return segment == 0 ? Range{kBack ? chunks : 0, 0, chunks} : Range{0, 0, -1};
   const int begin = segment * each, end = begin + each < chunks ? begin + each : chunks;
   if (begin >= chunks && segment > 0) return {0, 0, -1};
-  return {!kBack ? from : end == chunks ? chunks : from, begin, end};
+  if (kBack) return {end == chunks ? chunks : end + walk_at<true>(p, sequence, head, segment + 1), begin, end};
+  return {segment == 0 ? 0 : begin - walk_at<false>(p, sequence, head, segment), begin, end};
 }
 
-// One stage of the ring: tiles of keys and of queries, 64 columns of K each, of values, A, P, factors.
-template <Pass kPass, int kK, int kChains>
-struct Stage {
-  static constexpr int kTiles = kK / kTile;
-  static constexpr bool kReadsQueries = kPass != kStates;
-  static constexpr int kSize = stage_size(kPass, kK, kChains);
-  static constexpr int kBytes = stage_bytes(kPass, kK, kChains);
+// Something in shared memory that some fill and others empty. All lanes of a warp say so: of one lane that speaks for its
+// warp compute-sanitizer's racecheck does not see that the others are done.
+struct Handover {
+  Barrier full, empty;
 
-  unsigned char* base;
-
-  __device__ __forceinline__ unsigned char* keys() const { return base; }
-  __device__ __forceinline__ unsigned char* queries() const { return base + kTiles * kTileSize; }
-  __device__ __forceinline__ unsigned char* values(int i) const {
-    return base + ((kReadsQueries ? 2 : 1) * kTiles + i) * kTileSize;
-  }
-  __device__ __forceinline__ unsigned char* inverse() const { return values(kChains); }
-  __device__ __forceinline__ unsigned char* scores() const { return inverse() + kTileSize; }
-  __device__ __forceinline__ const float* factors(Factor which) const {
-    const unsigned char* all = inverse() + (kReadsQueries ? 2 : 1) * kTileSize;
-    return reinterpret_cast<const float*>(all) + which * kChunk;
+  __device__ __forceinline__ void init(int fillers, int emptiers) {
+    full.init(fillers);
+    empty.init(emptiers);
   }
 };
 
+// One stage of the ring: tiles of keys and of queries, 64 columns of K each, and of values, and what is used of a record:
+// of its own where the pass reads records, or where a solver leaves it.
 template <Pass kPass, int kK, int kChains>
-__device__ __forceinline__ void load_stage(const Params& p, const Stage<kPass, kK, kChains>& stage, Barrier& full,
-                                           const Chunk& chunk, long long record, int head, int first_value) {
+struct Stage {
+  static constexpr int kTiles = kK / kTile;
+  static constexpr bool kSolves = solves(kPass);
+  static constexpr bool kReadsQueries = reads_queries(kPass);
+  // Whether queries (and P) come and go apart from all else, since others than the chain need them.
+  static constexpr bool kApart = kSolves || makes_outputs(kPass);
+  static constexpr int kSize = stage_size(kPass, kK, kChains);
+  static constexpr int kTokensBytes = (kTiles + kChains + (kSolves ? 0 : 1)) * kTileSize + (kSolves ? 0 : kFactorsSize);
+  static constexpr int kQueriesBytes = (kTiles + (kSolves ? 0 : 1)) * kTileSize + (kSolves ? 0 : kFactorsRow);
+
+  // Who waits for what.
+  struct Barriers {
+    Handover tokens, queries;
+
+    __device__ __forceinline__ void init() {
+      constexpr int kSolver = kSolves ? kSolverThreads : 0;
+      tokens.init(kReadsQueries && !kApart ? 2 : 1, 128 * kChains + kSolver);
+      if constexpr (kApart) queries.init(1, (makes_outputs(kPass) ? 128 * kChains : 0) + kSolver);
+    }
+    __device__ __forceinline__ Handover& of_queries() { return kApart ? queries : tokens; }
+  };
+
+  unsigned char* base;
+  unsigned char* record;   // a solver's, with
+  Handover* solved;        // its barriers
+  int record_turn;         // and how often it was used before
+
+  __device__ __forceinline__ unsigned char* keys() const { return base; }
+  __device__ __forceinline__ unsigned char* values(int i) const { return base + (kTiles + i) * kTileSize; }
+  __device__ __forceinline__ unsigned char* inverse() const {
+    return kSolves ? record + kRecordInverse : values(kChains);
+  }
+  __device__ __forceinline__ unsigned char* queries() const { return values(kChains + (kSolves ? 0 : 1)); }
+  __device__ __forceinline__ unsigned char* scores() const {
+    return kSolves ? record + kRecordScores : queries() + kTiles * kTileSize;
+  }
+  __device__ __forceinline__ float* all_factors() const {
+    return reinterpret_cast<float*>(kSolves ? record + kRecordFactors
+                                            : base + stage_tiles(kPass, kK, kChains) * kTileSize);
+  }
+  __device__ __forceinline__ const float* factors(Factor which) const { return all_factors() + which * kChunk; }
+  // From the chunk's start, as it comes with the queries.
+  __device__ __forceinline__ float* from_start() const { return all_factors() + (kSolves ? int{kFromStart} : kFactors) * kChunk; }
+
+  __device__ __forceinline__ void await_record() const {
+    if constexpr (kSolves) solved->full.wait(record_turn & 1);
+  }
+  __device__ __forceinline__ void release_record() const {
+    if constexpr (kSolves) solved->empty.arrive();
+  }
+};
+
+// Keys, values, and of a record what the chain needs.
+template <Pass kPass, int kK, int kChains>
+__device__ __forceinline__ void load_tokens(const Params& p, const Stage<kPass, kK, kChains>& stage, Barrier& full,
+                                            const Chunk& chunk, const unsigned char* record, int head,
+                                            int first_value) {
   using Inputs = Stage<kPass, kK, kChains>;
-  full.arrive_expecting(Inputs::kBytes);
+  full.arrive_expecting(Inputs::kTokensBytes);
 #pragma unroll
   for (int i = 0; i < Inputs::kTiles; ++i) {
     copy_box(stage.keys() + i * kTileSize, p.k, full, i * kTile, head / p.group, chunk.begin, chunk.batch);
-  }
-  const unsigned char* from = p.records + record * kRecordSize;
-  if constexpr (Inputs::kReadsQueries) {
-#pragma unroll
-    for (int i = 0; i < Inputs::kTiles; ++i) {
-      copy_box(stage.queries() + i * kTileSize, p.q, full, i * kTile, head / p.group, chunk.begin, chunk.batch);
-    }
-    copy_in(stage.inverse(), from, kRecordFactors + kFactorsSize, full);
-  } else {
-    copy_in(stage.inverse(), from, kTileSize, full);
-    copy_in(stage.inverse() + kTileSize, from + kRecordFactors, kFactorsSize, full);
   }
 #pragma unroll
   for (int i = 0; i < kChains; ++i) {
     copy_box(stage.values(i), p.v, full, first_value + i * kTile, head, chunk.begin, chunk.batch);
   }
+  if constexpr (!Inputs::kSolves) {
+    copy_in(stage.inverse(), record + kRecordInverse, kTileSize, full);
+    copy_in(stage.all_factors(), record + kRecordFactors, kFactorsSize, full);
+  }
 }
 
-// A stage of inputs, that one thread fills and others empty. All lanes say so: of one lane that speaks for its warp
-// compute-sanitizer's racecheck does not see that the others are done.
-struct Handover {
-  Barrier full, empty;
-
-  __device__ __forceinline__ void init(int emptiers) {
-    full.init(1);
-    empty.init(emptiers);
+// Queries, and of a record what is used with them.
+template <Pass kPass, int kK, int kChains>
+__device__ __forceinline__ void load_queries(const Params& p, const Stage<kPass, kK, kChains>& stage, Barrier& full,
+                                             const Chunk& chunk, const unsigned char* record, int head) {
+  using Inputs = Stage<kPass, kK, kChains>;
+  full.arrive_expecting(Inputs::kQueriesBytes);
+#pragma unroll
+  for (int i = 0; i < Inputs::kTiles; ++i) {
+    copy_box(stage.queries() + i * kTileSize, p.q, full, i * kTile, head / p.group, chunk.begin, chunk.batch);
   }
-};
+  if constexpr (!Inputs::kSolves) {
+    copy_in(stage.scores(), record + kRecordScores, kTileSize, full);
+    copy_in(stage.from_start(), record + kRecordFactors + kFromStart * kFactorsRow, kFactorsRow, full);
+  }
+}
 
 // Named barriers between a chain and whoever takes what it leaves in shared memory: kTakers threads. Of the four that
 // both name, those who come with `arrive` wait for nobody.

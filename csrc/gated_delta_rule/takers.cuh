@@ -63,30 +63,33 @@ class Storer {
 };
 
 // One warpgroup a chain: O = from_start Q S + P Vn, tokens along rows. The tile of Vn takes the outputs in the end.
-template <class T, int kK, int kChains>
+template <class T, Pass kPass, int kK, int kChains>
 class Outputs {
  public:
   static constexpr int kThreads = 128;
-  using Inputs = Stage<kOutputs, kK, kChains>;
+  using Inputs = Stage<kPass, kK, kChains>;
 
   __device__ __forceinline__ Outputs(const Params& p, int head, int first_value, const unsigned char* state,
                                      unsigned char* results)
       : p_(p), head_(head), first_value_(first_value), state_(state), results_(results) {}
 
-  __device__ __forceinline__ void run(const Handing<kThreads>& handing, const Inputs& stage, Handover& input, int phase,
-                                      const Chunk& chunk, bool counts) {
+  __device__ __forceinline__ void run(const Handing<kThreads>& handing, const Inputs& stage, Handover& queries,
+                                      int phase, const Chunk& chunk, bool counts) {
     handing.sync(handing.kStateReady);
     float o[32];
-    if (counts) {
-      input.full.wait(phase);
-      read_state(stage, o);
-    }
+    queries.full.wait(phase);  // even where nothing is read: they are not to be loaded twice at once
+    if (counts) read_state(stage, o);
     handing.arrive(handing.kStateFree);
+    if constexpr (Inputs::kSolves) queries.empty.arrive();
     if (threadIdx.x % 128 == 0) await_copies_out<0>();
     handing.arrive(handing.kResultFree);  // of the chunk before
     handing.sync(handing.kResultReady);
     if (counts) read_written(stage, o);
-    input.empty.arrive();
+    if constexpr (Inputs::kSolves) {
+      stage.release_record();
+    } else {
+      queries.empty.arrive();
+    }
     if (counts) {
       handing.sync_takers();  // all have read Vn
       stage_outputs(o);
@@ -111,7 +114,8 @@ class Outputs {
     wgmma::commit();
     wgmma::wait<0>();
     wgmma::pin(o);
-    const float decay[2] = {stage.factors(kFromStart)[row()], stage.factors(kFromStart)[row() + 8]};
+    stage.await_record();
+    const float decay[2] = {stage.from_start()[row()], stage.from_start()[row() + 8]};
 #pragma unroll
     for (int i = 0; i < 32; ++i) o[i] *= decay[i / 2 % 2];
   }

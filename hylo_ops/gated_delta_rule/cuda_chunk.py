@@ -25,8 +25,18 @@ _COLUMNS = 64  # of V, each chain's
 _MAX_SEGMENTS = 32
 _LEAST_SEGMENT = 4  # chunks
 _WARM_UP = 2  # chunks that a segment of fast gates runs before it counts
+_MANY_BLOCKS = 1.1  # times what there are at least the multiprocessors
 _ALIGNMENT = 16  # bytes, of what the copy engine reads
-_UNITS = {"inverse": "kernel", "o": "kernel", "states": "backward", "dstates": "backward"}
+_UNITS = {
+    "cuts": "kernel",
+    "inverse": "kernel",
+    "o": "kernel",
+    "solving_o": "kernel",
+    "states": "backward",
+    "solving_states": "backward",
+    "dstates": "dstates",
+    "gradients": "gradients",
+}
 
 
 class _Sizes(NamedTuple):
@@ -41,15 +51,20 @@ class _Sizes(NamedTuple):
 
     @property
     def width(self) -> int:
-        return next(width for width in _WIDTHS if width >= self.K)
+        return _width(self.K)
 
     @property
     def columns(self) -> int:
         return -(-self.V // _COLUMNS)
 
+    @property
+    def blocks(self) -> int:
+        """Of a pass, if no sequence is cut and each has one chain."""
+        return self.columns * self.H * self.N
+
 
 class _Call:
-    """One call of the op: its geometry, the records, and the launches."""
+    """One call of the op: its geometry, what its kernels share, and their launches."""
 
     def __init__(
         self,
@@ -62,44 +77,76 @@ class _Call:
         scale: float,
         fixed_split: bool,
         source: str | None,
+        *,
+        leaves_records: bool,
     ):
         (B, T, G, K), (H, V) = q.shape, v.shape[2:]
-        self.scale = scale
         N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
         chunks = B * -(-T // _CHUNK) if cu_seqlens is None else T // _CHUNK + N  # no sequence leaves two unfilled
         self.sizes = sizes = _Sizes(B, T, G, H, K, V, N, chunks if T else 0)
-        self.device, self.dtype, self.source, self.fixed_split = q.get_device(), q.dtype, source, fixed_split
-        self.chains = _chains(sizes, self.device)
-        self.stream = torch._C._cuda_getCurrentRawStream(self.device)
+        self.device, self.dtype, self.source = q.get_device(), q.dtype, source
+        self.multiprocessors = _multiprocessors(self.device)
+        segments = 1 if fixed_split else _segments(sizes, self.multiprocessors)
         native = cubin.native()
-        records = q.new_empty((sizes.chunks, H, native.GATED_DELTA_RULE_RECORD_BYTES), dtype=torch.uint8)
+        # A pass that solves is the faster one where its blocks leave no multiprocessor idle. Of sequences that are cut
+        # into segments they do so if the gates let it, which the device finds out.
+        can_solve = native.gated_delta_rule_can_solve(sizes.width) and not fixed_split
+        fills = _MANY_BLOCKS * sizes.blocks >= self.multiprocessors
+        self.solving = can_solve and (segments > 1 or fills)
+        self.plain = not (can_solve and fills)
+        records = cuts = None
+        if leaves_records or self.plain:
+            records = q.new_empty((sizes.chunks, H, native.GATED_DELTA_RULE_RECORD_BYTES), dtype=torch.uint8)
+        if segments > 1:
+            cuts = q.new_empty((N, H, segments, 2), dtype=torch.int32)
         g, beta = g.float().contiguous(), beta.float().contiguous()
         bounds = None if cu_seqlens is None else cu_seqlens.int().contiguous()
-        self.kept = records, g, beta, bounds  # until the last launch
+        self.kept = records, cuts, g, beta, bounds  # until the last launch
         self.native = native.GatedDeltaRuleChunkCall(
             q.data_ptr(),
             k.data_ptr(),
             g.data_ptr(),
             beta.data_ptr(),
             _pointer(bounds),
-            records.data_ptr(),
+            _pointer(records),
+            _pointer(cuts),
             sizes[:7],
             q.stride(),
             k.stride(),
             sizes.width,
-            self.chains,
             sizes.chunks,
+            segments,
+            self.solving and self.plain,
             scale,
             -(_HALF_ULP_BITS[q.dtype] + 1) * math.log(2),
-            self.stream,
+            torch._C._cuda_getCurrentRawStream(self.device),
         )
+        if segments > 1:
+            self.native.cuts(self.kernel("cuts"))
+        if self.plain:
+            self.native.inverse(self.kernel("inverse"), self.multiprocessors)
 
-    def kernel(self, name: str) -> "Kernel":
-        return _kernel(self.device, self.dtype, self.sizes.width, self.chains, name, self.source)
+    def kernel(self, name: str, chains: int = 1) -> "Kernel":
+        return _kernel(self.device, self.dtype, self.sizes.width, chains, name, self.source)
 
-    @property
-    def segments(self) -> int:
-        return 1 if self.fixed_split else _segments(self.sizes, self.chains, _multiprocessors(self.device))
+    def outputs(self, *tensors: Any) -> None:
+        if self.solving:
+            self.native.outputs(self.kernel("solving_o"), True, *tensors)
+        if self.plain:
+            self.native.outputs(self.kernel("o"), False, *tensors)
+
+    def states(self, *tensors: Any) -> None:
+        if self.solving:
+            self.native.states(self.kernel("solving_states"), True, *tensors)
+        if self.plain:
+            self.native.states(self.kernel("states"), False, *tensors)
+
+    def dstates(self, *tensors: Any) -> None:
+        chains = _chains(self.sizes, self.multiprocessors)
+        self.native.dstates(self.kernel("dstates", chains), chains, *tensors)
+
+    def gradients(self, *tensors: Any) -> None:
+        self.native.gradients(self.kernel("gradients"), self.multiprocessors, *tensors)
 
 
 def forward(
@@ -122,15 +169,13 @@ def forward(
     Args:
         cubin_source: None | "packaged" | "nvrtc", as `hylo_ops.cubin.device_code` has it.
     """
-    call = _Call(q, k, v, g, beta, cu_seqlens, scale, fixed_split, cubin_source)
+    call = _Call(q, k, v, g, beta, cu_seqlens, scale, fixed_split, cubin_source, leaves_records=False)
     sizes = call.sizes
     initial_state = None if initial_state is None else initial_state.float().contiguous()
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
     final_state = q.new_empty((sizes.N, sizes.H, sizes.K, sizes.V), dtype=torch.float32)
     if final_state.numel():
-        call.native.inverse(call.kernel("inverse"))
-        pointers = _pointer(initial_state), o.data_ptr(), final_state.data_ptr()
-        call.native.outputs(call.kernel("o"), call.segments, v.data_ptr(), v.stride(), *pointers)
+        call.outputs(v.data_ptr(), v.stride(), _pointer(initial_state), o.data_ptr(), final_state.data_ptr())
     return o, final_state
 
 
@@ -154,11 +199,11 @@ def backward(
         grads: gradients of o and of final_state.
     """
     d_o, d_final_state = grads[0].to(q.dtype).contiguous(), grads[1].float().contiguous()
-    call = _Call(q, k, v, g, beta, cu_seqlens, scale, fixed_split, cubin_source)
+    call = _Call(q, k, v, g, beta, cu_seqlens, scale, fixed_split, cubin_source, leaves_records=True)
     first_state = None if initial_state is None else initial_state.float().contiguous()
     d_initial_state = None if first_state is None else torch.empty_like(first_state)
     found = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
-    found += _token_gradients(call, q, k, v, first_state, d_o, d_final_state, d_initial_state, *found)
+    found += _token_gradients(call, v, first_state, d_o, d_final_state, d_initial_state, *found)
     found[3:] = found[3].to(g.dtype), found[4].to(beta.dtype)
     if initial_state is None or d_initial_state is None:
         return found
@@ -167,8 +212,6 @@ def backward(
 
 def _token_gradients(
     call: _Call,
-    q: Tensor,
-    k: Tensor,
     v: Tensor,
     first_state: Tensor | None,
     d_o: Tensor,
@@ -179,37 +222,19 @@ def _token_gradients(
     dv: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """dg and dbeta in fp32; fills d_initial_state, dq, dk and dv."""
-    sizes, native = call.sizes, call.native
-    h = q.new_empty(sizes.chunks, sizes.H, sizes.K, sizes.V)
-    written = q.new_empty(v.shape)
+    sizes = call.sizes
+    h = v.new_empty(sizes.chunks, sizes.H, sizes.K, sizes.V)
+    written = v.new_empty(v.shape)
     dh, dx = torch.empty_like(h), torch.empty_like(written)
     parts = cubin.native().gated_delta_rule_gradients_parts(sizes.width)
-    dg = q.new_empty((parts, sizes.B, sizes.T, sizes.H), dtype=torch.float32)
+    dg = v.new_empty((parts, sizes.B, sizes.T, sizes.H), dtype=torch.float32)
     dbeta = torch.empty_like(dg)
     if d_final_state.numel():
-        native.inverse(call.kernel("inverse"))
-        results = _pointer(first_state), h.data_ptr(), written.data_ptr()
-        native.states(call.kernel("states"), call.segments, v.data_ptr(), v.stride(), *results)
+        values = v.data_ptr(), v.stride()
+        call.states(*values, _pointer(first_state), h.data_ptr(), written.data_ptr())
         results = dh.data_ptr(), dx.data_ptr(), _pointer(d_initial_state)
-        starts = d_o.data_ptr(), d_final_state.data_ptr()
-        native.dstates(call.kernel("dstates"), call.segments, *starts, *results)
-        records, _, _, bounds = call.kept
-        tensors = q, k, v, d_o, h, dh, written, dx, records
-        cubin.native().gated_delta_rule_gradients(
-            _gradients_kernel(call.device, call.dtype, sizes.width, call.source),
-            *(x.data_ptr() for x in tensors),
-            _pointer(bounds),
-            *(x.data_ptr() for x in (dq, dk, dv, dg, dbeta)),
-            sizes[:7],
-            q.stride(),
-            k.stride(),
-            v.stride(),
-            sizes.width,
-            sizes.chunks,
-            _multiprocessors(call.device),
-            call.scale,
-            call.stream,
-        )
+        call.dstates(d_o.data_ptr(), d_final_state.data_ptr(), *results)
+        call.gradients(*values, *(x.data_ptr() for x in (d_o, h, dh, written, dx, dq, dk, dv, dg, dbeta)))
     return (dg[0], dbeta[0]) if parts == 1 else (dg.sum(0), dbeta.sum(0))
 
 
@@ -241,30 +266,28 @@ def _width(K: int) -> int:
 
 
 def _spec(dtype: torch.dtype, width: int, chains: int, unit: str) -> cubin.Spec:
-    return cubin.Spec("gated_delta_rule", (("T", _TYPES[dtype]), ("K", width), ("CHAINS", chains)), unit)
+    dims = (("T", _TYPES[dtype]), ("K", width)) + ((("CHAINS", chains),) if unit == "dstates" else ())
+    return cubin.Spec("gated_delta_rule", dims, unit)
 
 
 @functools.cache
 def _why_no_code(dtype: torch.dtype, width: int) -> str | None:
     """The reason why nothing can be launched here. One cubin stands for all of a width: they are packaged together."""
-    return cubin.why_not_native() or cubin.why_not(_spec(dtype, width, 1, "backward"))
+    return cubin.why_not_native() or cubin.why_not(_spec(dtype, width, 1, "kernel"))
 
 
-def _chains(sizes: _Sizes, device: int) -> int:
+def _chains(sizes: _Sizes, multiprocessors: int) -> int:
     """Of a block, each with 64 columns of V: two share keys and queries where one alone would leave none idle."""
-    blocks = sizes.columns * sizes.H * sizes.N
-    return 2 if sizes.width <= 128 and sizes.columns % 2 == 0 and blocks > _multiprocessors(device) else 1
+    return 2 if sizes.width <= 128 and sizes.columns % 2 == 0 and sizes.blocks > multiprocessors else 1
 
 
 @functools.cache
-def _segments(sizes: _Sizes, chains: int, multiprocessors: int) -> int:
+def _segments(sizes: _Sizes, multiprocessors: int) -> int:
     """Parts that a sequence is cut into: as many as end soonest, if gates are fast and blocks run in full waves."""
-    blocks = sizes.columns // chains * sizes.H * sizes.N
     chunks = sizes.chunks // max(1, sizes.N)
-    slots = multiprocessors * (2 if sizes.width == 64 and chains == 1 else 1)
 
     def chunks_run(segments: int) -> int:
-        waves = -(-blocks * segments // slots)
+        waves = -(-sizes.blocks * segments // multiprocessors)
         return waves * (-(-chunks // segments) + (_WARM_UP if segments > 1 else 0))
 
     most = max(1, min(_MAX_SEGMENTS, chunks // _LEAST_SEGMENT))
@@ -283,17 +306,11 @@ def _pointer(tensor: Tensor | None) -> int:
 
 @functools.cache
 def _kernel(device: int, dtype: torch.dtype, width: int, chains: int, name: str, source: str | None) -> "Kernel":
-    spec = _spec(dtype, width, chains, _UNITS[name])
-    direction = "bwd" if _UNITS[name] == "backward" else "fwd"
+    unit = _UNITS[name]
+    direction = "fwd" if unit == "kernel" else "bwd"
     shared = cubin.native().gated_delta_rule_chunk_shared_bytes(name, width, chains)
-    return cubin.load(spec, f"gated_delta_rule_{direction}_kernel_{name}", device, shared_bytes=shared, source=source)
-
-
-@functools.cache
-def _gradients_kernel(device: int, dtype: torch.dtype, width: int, source: str | None) -> "Kernel":
-    spec = cubin.Spec("gated_delta_rule", (("T", _TYPES[dtype]), ("K", width)), "gradients")
-    shared = cubin.native().gated_delta_rule_gradients_shared_bytes(width)
-    return cubin.load(spec, "gated_delta_rule_bwd_kernel_gradients", device, shared_bytes=shared, source=source)
+    symbol = f"gated_delta_rule_{direction}_kernel_{name}"
+    return cubin.load(_spec(dtype, width, chains, unit), symbol, device, shared_bytes=shared, source=source)
 
 
 @functools.cache

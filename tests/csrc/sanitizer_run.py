@@ -17,10 +17,10 @@ def run_gated_rms_norm() -> int:
 
 
 def run_gated_delta_rule() -> int:
-    """All chunked kernels and the decode step at every width, with one and two chains a block, packing and a tail."""
+    """All chunked kernels and the decode step at every width: few chains and many, packing, a tail, and segments."""
     count = 0
     for K, V in gated_delta_rule_cases.WIDTHS:
-        for B, T, bounds in ((1, 333, None), (1, 330, [0, 70, 70, 71, 330]), (70, 70, None)):
+        for B, T, bounds in ((1, 333, None), (1, 330, [0, 70, 70, 71, 330]), (70, 70, None), (1, 640, None)):
             sequences = B if bounds is None else len(bounds) - 1
             inputs = gated_delta_rule_cases.make(B, T, 1, 2, K, V, torch.bfloat16, "fast", sequences, device="cuda")
             cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32, device="cuda")

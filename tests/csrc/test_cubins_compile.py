@@ -57,12 +57,9 @@ def resources(code: bytes, folder: Path, kernel: str = KERNEL) -> dict[str, int]
     return {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", usage[1])}
 
 
-def chunked(unit: str, dtype: str, width: int, chains: int) -> Spec:
-    return Spec("gated_delta_rule", (("T", dtype), ("K", width), ("CHAINS", chains)), unit)
-
-
-def gradients(dtype: str, width: int) -> Spec:
-    return Spec("gated_delta_rule", (("T", dtype), ("K", width)), "gradients")
+def chunked(unit: str, dtype: str, width: int, chains: int | None = None) -> Spec:
+    dims = ("T", dtype), ("K", width)
+    return Spec("gated_delta_rule", dims if chains is None else (*dims, ("CHAINS", chains)), unit)
 
 
 def step(dtype: str, state: str, width: int, raw: int, team: int) -> Spec:
@@ -72,17 +69,23 @@ def step(dtype: str, state: str, width: int, raw: int, team: int) -> Spec:
 
 HALVES = ("bf16", "fp16")
 KERNELS = {
-    "kernel": ["fwd_kernel_inverse", "fwd_kernel_o"],
-    "backward": ["bwd_kernel_states", "bwd_kernel_dstates"],
+    "kernel": ["fwd_kernel_cuts", "fwd_kernel_inverse", "fwd_kernel_o"],
+    "backward": ["bwd_kernel_states"],
+    "dstates": ["bwd_kernel_dstates"],
     "gradients": ["bwd_kernel_gradients"],
 }
+SOLVING_KERNELS = {"kernel": ["fwd_kernel_solving_o"], "backward": ["bwd_kernel_solving_states"]}
 CHUNKED = [
-    chunked(unit, dtype, width, chains)
-    for unit in ("kernel", "backward")
+    chunked(unit, dtype, width)
+    for unit in ("kernel", "backward", "gradients")
+    for dtype in HALVES
+    for width in (64, 128, 256)
+]
+CHUNKED += [
+    chunked("dstates", dtype, width, chains)
     for dtype in HALVES
     for width, chains in ((64, 1), (64, 2), (128, 1), (128, 2), (256, 1))
 ]
-CHUNKED += [gradients(dtype, width) for dtype in HALVES for width in (64, 128, 256)]
 STEPS = [
     step(dtype, state, width, raw, team)
     for dtype in HALVES
@@ -100,7 +103,8 @@ OTHER_STEPS = [
 
 
 def check_chunked(spec: Spec, code: bytes, folder: Path) -> None:
-    for kernel in KERNELS[spec.unit]:
+    solving = SOLVING_KERNELS.get(spec.unit, []) if dict(spec.defines)["K"] <= 128 else []
+    for kernel in KERNELS[spec.unit] + solving:
         used = resources(code, folder, f"gated_delta_rule_{kernel}")
         assert used["STACK"] == used["LOCAL"] == 0, kernel
 

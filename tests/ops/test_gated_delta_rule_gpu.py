@@ -71,8 +71,8 @@ def test_without_a_state_and_with_a_scale(backend):
 @pytest.mark.parametrize(("K", "V"), [(64, 64), (128, 128), (256, 512)])
 def test_long_sequences_are_cut_into_segments(gates, K, V):
     inputs = make(1, 8192, 2, 2, K, V, torch.bfloat16, gates, device="cuda")
-    tensors = [inputs[name] for name in NAMES[:-1]]
-    assert cuda_chunk._Call(*tensors, None, 1.0, False, None).segments > 1
+    sizes = cuda_chunk._Sizes(1, 8192, 2, 2, K, V, 1, 128)
+    assert cuda_chunk._segments(sizes, cuda_chunk._multiprocessors(0)) > 1
     o, state = check(inputs, "cuda")
     o_whole, state_whole = chunk_gated_delta_rule(**inputs, backend="cuda", fixed_split=True)
     if gates == "slow":  # every cut is too early to forget what came before
@@ -173,6 +173,31 @@ def test_gradients_of_packed_sequences_keep_to_themselves(K, V):
             part = whole[n : n + 1] if name == "initial_state" else whole[:, begin:end]
             assert torch.isfinite(part).all(), (n, name)
             assert torch.equal(part, single), (n, name)
+
+
+@pytest.mark.parametrize(("K", "V"), [(64, 64), (64, 128), (128, 128), (112, 80)])
+def test_passes_that_solve_have_the_bits_of_those_that_read_records(K, V):
+    """Many chains are solved within the pass; with `fixed_split` every call reads records."""
+    lengths = [0, 70, 64, 1, 130] * 14
+    bounds = [0, *itertools.accumulate(lengths)]
+    inputs = make(1, bounds[-1], 1, 2, K, V, torch.bfloat16, "hostile", len(lengths), device="cuda")
+    for name in ("q", "k", "v"):
+        inputs[name][:, bounds[6] : bounds[7]] = torch.nan
+    ours = torch.ones(bounds[-1], dtype=torch.bool, device="cuda")
+    ours[bounds[6] : bounds[7]] = False
+    options = torch.tensor(bounds, dtype=torch.int32, device="cuda"), K**-0.5
+    found, expected = (
+        [
+            *cuda_chunk.forward(*inputs.values(), *options, fixed),
+            *cuda_chunk.backward(ones, *inputs.values(), *options, fixed),
+        ]
+        for fixed in (False, True)
+        for ones in [[torch.ones_like(inputs["v"]), torch.ones_like(inputs["initial_state"])]]
+    )
+    for a, b in zip(found, expected, strict=True):
+        a, b = (x[:, ours] if x.shape[0] == 1 else x[torch.arange(len(lengths)) != 6] for x in (a, b))
+        assert torch.isfinite(a).all()
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize(("K", "V"), [(48, 80), (64, 64), (128, 128), (256, 512)])
