@@ -15,7 +15,7 @@ __device__ __forceinline__ void inverse(const Params& p, unsigned char* shared) 
   unsigned char* keys = shared;
   unsigned char* queries = keys + kTiles * kTileSize;
   unsigned char* record = shared + inverse_inputs(kK);
-  float* lower = reinterpret_cast<float*>(record + kSlotSize);
+  float* lower = reinterpret_cast<float*>(record);
 
   const int head = blockIdx.y;
   const auto load = [&](const Chunk& chunk) {
@@ -26,16 +26,20 @@ __device__ __forceinline__ void inverse(const Params& p, unsigned char* shared) 
       copy_box(queries + i * kTileSize, p.q, loaded, i * kTile, head / p.group, chunk.begin, chunk.batch);
     }
   };
-  // None past the last; with cu_seqlens fewer may exist than there is room for.
-  const auto wanted = [&](int index) {
-    const Chunk chunk = index < p.chunks ? chunk_at(p, index) : Chunk{};
-    const bool other = chunk.tokens > 0 && p.shares_heads && cuttable(p, chunk.sequence, head);  // the solving pass's
-    return other ? Chunk{} : chunk;
-  };
+  // The next chunk that this pass is to have; with cu_seqlens fewer may exist than there is room for.
+  int sequence = -1;
+  bool others = false;  // the sequence is the solving pass's
   const auto next = [&](int& index) {
-    Chunk chunk{};
-    while (index < p.chunks && (chunk = wanted(index)).tokens == 0) index += gridDim.x;
-    return chunk;
+    for (; index < p.chunks; index += gridDim.x) {
+      const Chunk chunk = chunk_at(p, index);
+      if (chunk.tokens == 0) break;
+      if (p.shares_heads && chunk.sequence != sequence) {
+        sequence = chunk.sequence;
+        others = cuttable(p, sequence, head);
+      }
+      if (!others) return chunk;
+    }
+    return Chunk{};
   };
 
   int index = blockIdx.x;
@@ -57,7 +61,7 @@ __device__ __forceinline__ void inverse(const Params& p, unsigned char* shared) 
     if (threadIdx.x == 0) await_copies_out<0>();
     solver.solve(keys, queries, chunk, last, [] {});
     load(following);
-    solver.write(record);
+    solver.template write<true>(record);
     fence_async();
     solver.sync();
     if (threadIdx.x == 0) {

@@ -88,15 +88,15 @@ class PassBlock {
 
   __device__ __forceinline__ void chain(int index) const {
     const Handing<kTakers> handing(index);
+    const int tail = walk_.sequence.tokens % kChunk > 0 ? walk_.chunks - 1 : -1;  // the chunk that has fewer tokens
     Chain<T, kPass, kK, kChains> chain(p_, handed(index));
     chain.start(walk_.range.first == (kBack ? walk_.chunks : 0) ? p_.first_state : nullptr, state_offset(), value(index));
     each_chunk([&](int i, int at, int turn, int c) {
       const Inputs inputs = stage(i, at);
       ring_.stages[at].tokens.full.wait(turn & 1);
-      const int tokens = chunk_of(walk_.sequence, c).tokens;
-      if (tokens < kChunk) {
+      if (c == tail) {
         inputs.await_record();  // the solver has read what is about to change
-        chain.clear_tail(inputs, tokens, handing);
+        chain.clear_tail(inputs, walk_.sequence.tokens % kChunk, handing);
       }
       chain.run(inputs, handing);
       chain.hand_result(handing);
@@ -113,7 +113,8 @@ class PassBlock {
     Outputs<T, kPass, kK, kChains> outputs(p_, blockIdx.y, value(index), handed(index), results(index));
     handing.arrive(handing.kStateFree);
     each_chunk([&](int i, int at, int turn, int c) {
-      outputs.run(handing, stage(i, at), ring_.stages[at].queries, turn & 1, chunk_of(walk_.sequence, c), counts(c));
+      Handover& queries = ring_.stages[at].of_queries();
+      outputs.run(handing, stage(i, at), queries, turn & 1, chunk_of(walk_.sequence, c), counts(c));
     });
     await_copies_out<0>();
   }
@@ -147,7 +148,7 @@ class PassBlock {
         barriers.queries.empty.arrive();
       });
       if (i >= kSolvers) inputs.solved->empty.wait((inputs.record_turn - 1) & 1);
-      solver.write(inputs.record);
+      solver.template write<false>(inputs.record);
       fence_async();
       inputs.solved->full.arrive();
       if (leaves && counts(c)) {

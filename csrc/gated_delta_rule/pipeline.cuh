@@ -59,8 +59,9 @@ struct Stage {
   static constexpr int kTiles = kK / kTile;
   static constexpr bool kSolves = solves(kPass);
   static constexpr bool kReadsQueries = reads_queries(kPass);
-  // Whether queries (and P) come and go apart from all else, since others than the chain need them.
-  static constexpr bool kApart = kSolves || makes_outputs(kPass);
+  // Whether queries (and P) come and go apart from all else, since others than the chain need them, and longer. Where there
+  // are three stages that gains nothing.
+  static constexpr bool kApart = kSolves || (makes_outputs(kPass) && stages(kPass, kK, kChains) < 3);
   static constexpr int kSize = stage_size(kPass, kK, kChains);
   static constexpr int kTokensBytes = (kTiles + kChains + (kSolves ? 0 : 1)) * kTileSize + (kSolves ? 0 : kFactorsSize);
   static constexpr int kQueriesBytes = (kTiles + (kSolves ? 0 : 1)) * kTileSize + (kSolves ? 0 : kFactorsRow);
@@ -70,9 +71,9 @@ struct Stage {
     Handover tokens, queries;
 
     __device__ __forceinline__ void init() {
-      constexpr int kSolver = kSolves ? kSolverThreads : 0;
-      tokens.init(kReadsQueries && !kApart ? 2 : 1, 128 * kChains + kSolver);
-      if constexpr (kApart) queries.init(1, (makes_outputs(kPass) ? 128 * kChains : 0) + kSolver);
+      constexpr int kSolver = kSolves ? kSolverThreads : 0, kOutputs = makes_outputs(kPass) ? 128 * kChains : 0;
+      tokens.init(kReadsQueries && !kApart ? 2 : 1, 128 * kChains + kSolver + (kApart ? 0 : kOutputs));
+      if constexpr (kApart) queries.init(1, kOutputs + kSolver);
     }
     __device__ __forceinline__ Handover& of_queries() { return kApart ? queries : tokens; }
   };

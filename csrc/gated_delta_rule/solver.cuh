@@ -127,9 +127,13 @@ class Solver {
     join_blocks<4 * kBlock>();
   }
 
-  // To where wgmma or the copy engine read it once all threads fenced.
+  // To where wgmma or the copy engine read it once all threads fenced. kInPlace: `lower` is there too.
+  template <bool kInPlace>
   __device__ __forceinline__ void write(unsigned char* record) const {
-    write_inverse(record + kRecordInverse);
+    Word inverse[4][4];
+    read_inverse(inverse);
+    if constexpr (kInPlace) sync();
+    write_inverse(record + kRecordInverse, inverse);
     write_scores(record + kRecordScores);
     if (thread() >= kChunk) write_factors(reinterpret_cast<float*>(record + kRecordFactors));
     __syncwarp();  // the next L's rows are a warp's as this inverse's were, but of other lanes
@@ -339,17 +343,28 @@ class Solver {
   }
 
   // Half a row a thread. All that is above the diagonal is zero, but for the upper right quarter, where products were.
-  __device__ __forceinline__ void write_inverse(unsigned char* tile) const {
+  __device__ __forceinline__ void read_inverse(Word (&inverse)[4][4]) const {
     const int thread = Solver::thread();
     const int row = thread / 2, half = thread % 2;
     const bool zero = half == 1 && row < kChunk / 2;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float* from = block_at(lower_, row, half * (kChunk / 2) + 8 * i);
-      const float4 a = *reinterpret_cast<const float4*>(from), b = *reinterpret_cast<const float4*>(from + 4);
-      const uint4 packed = make_uint4(wgmma::pack<T>(a.x, a.y), wgmma::pack<T>(a.z, a.w), wgmma::pack<T>(b.x, b.y),
-                                      wgmma::pack<T>(b.z, b.w));
-      *reinterpret_cast<uint4*>(tile + wgmma::swizzled(row, half * 4 + i)) = zero ? make_uint4(0, 0, 0, 0) : packed;
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const float4 a = reinterpret_cast<const float4*>(from)[j];
+        inverse[i][2 * j] = zero ? 0 : wgmma::pack<T>(a.x, a.y);
+        inverse[i][2 * j + 1] = zero ? 0 : wgmma::pack<T>(a.z, a.w);
+      }
+    }
+  }
+
+  static __device__ __forceinline__ void write_inverse(unsigned char* tile, const Word (&inverse)[4][4]) {
+    const int thread = Solver::thread();
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      *reinterpret_cast<uint4*>(tile + wgmma::swizzled(thread / 2, thread % 2 * 4 + i)) =
+          make_uint4(inverse[i][0], inverse[i][1], inverse[i][2], inverse[i][3]);
     }
   }
 

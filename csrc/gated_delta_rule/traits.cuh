@@ -32,9 +32,7 @@ constexpr int kLowerSize = (kChunk * kLowerStride * 4 + 1023) / 1024 * 1024;
 // --- gated_delta_rule_fwd_kernel_inverse: one chunk and head a block ---
 
 HYLO_HOST_DEVICE constexpr int inverse_inputs(int width) { return 2 * width / kTile * kTileSize; }
-HYLO_HOST_DEVICE constexpr int inverse_shared(int width) {
-  return inverse_inputs(width) + kSlotSize + kLowerSize + 1024;
-}
+HYLO_HOST_DEVICE constexpr int inverse_shared(int width) { return inverse_inputs(width) + kSlotSize + 1024; }
 
 // On a multiprocessor at once.
 HYLO_HOST_DEVICE constexpr int inverse_blocks(int width) { return kSharedLimit / (inverse_shared(width) + 3072); }
