@@ -49,8 +49,9 @@ __device__ __forceinline__ void inverse(const Params& p, unsigned char* shared) 
     loaded.init(1);
     fence_barrier_init();
   }
-  load(chunk);
   Solver<T, kK> solver(p, head, lower, gates, 0);
+  solver.sync();
+  load(chunk);
   int after = index + gridDim.x;
   Chunk following = next(after);
   solver.start(chunk, following);
