@@ -1,5 +1,5 @@
-// Gated delta rule, the chunked backward's first pass. A translation unit of its own: the build passes HYLO_T and HYLO_K as
-// in kernel.cuh.
+// Gated delta rule, the chunked backward's first pass. A translation unit of its own: the build passes HYLO_T and HYLO_K
+// as in kernel.cuh.
 #include "gated_delta_rule/pass.cuh"
 
 namespace hylo::gated_delta_rule {

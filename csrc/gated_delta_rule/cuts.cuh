@@ -1,6 +1,6 @@
-// How far from where a segment begins a pass has to start, in chunks, so that what came before is negligible. Each token
-// multiplies the state by exp(g) (I - beta k k^T), whose norm is at most exp(g) max(1, |1 - beta k^2|); the walk is long
-// enough when the product of these bounds is small enough. A block a cut, head, sequence and direction.
+// How far from where a segment begins a pass has to start, in chunks, so that what came before is negligible. Each
+// token multiplies the state by exp(g) (I - beta k k^T), whose norm is at most exp(g) max(1, |1 - beta k^2|); the walk
+// is long enough when the product of these bounds is small enough. A block a cut, head, sequence and direction.
 #pragma once
 
 #include "common/global_access.cuh"
@@ -22,8 +22,8 @@ class Cut {
 
   __device__ __forceinline__ void run() const {
     const int walk = cut_ < chunks_ ? walk_until_negligible() : 0;
-    const long long at = ((static_cast<long long>(blockIdx.z / 2) * p_.heads + head_) * p_.segments + blockIdx.x + 1) * 2;
-    if (threadIdx.x == 0) p_.cuts[at + back_] = walk;
+    const long long head = static_cast<long long>(sequence_.index) * p_.heads + head_;
+    if (threadIdx.x == 0) p_.cuts[(head * p_.segments + blockIdx.x + 1) * 2 + back_] = walk;
   }
 
  private:

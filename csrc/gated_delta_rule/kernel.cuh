@@ -1,5 +1,5 @@
-// Gated delta rule, chunked forward. A translation unit of its own: the build passes HYLO_T (type of q, k, v and o: bf16
-// or fp16) and HYLO_K (key width).
+// Gated delta rule, chunked forward. A translation unit of its own: the build passes HYLO_T (type of q, k, v and o:
+// bf16 or fp16) and HYLO_K (key width).
 #include "gated_delta_rule/cuts.cuh"
 #include "gated_delta_rule/inverse.cuh"
 #include "gated_delta_rule/pass.cuh"

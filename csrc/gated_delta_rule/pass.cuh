@@ -24,8 +24,8 @@ struct Walk {
   Range range;
 };
 
-// Heads that can be cut are the solving pass's, where there is one, and the others the plain one's: a chain that solves by
-// itself takes longer for a chunk, all chains together less. Called by whole warps.
+// Heads that can be cut are the solving pass's, where there is one, and the others the plain one's: a block that solves
+// by itself takes longer for a chunk, many blocks together less. Called by whole warps.
 template <Pass kPass>
 __device__ __forceinline__ Walk walk_of(const Params& p) {
   constexpr bool kBack = kPass == kGradients;
@@ -90,7 +90,8 @@ class PassBlock {
     const Handing<kTakers> handing(index);
     const int tail = walk_.sequence.tokens % kChunk > 0 ? walk_.chunks - 1 : -1;  // the chunk that has fewer tokens
     Chain<T, kPass, kK, kChains> chain(p_, handed(index));
-    chain.start(walk_.range.first == (kBack ? walk_.chunks : 0) ? p_.first_state : nullptr, state_offset(), value(index));
+    const bool at_end = walk_.range.first == (kBack ? walk_.chunks : 0);  // of the sequence, not within it
+    chain.start(at_end ? p_.first_state : nullptr, state_offset(), value(index));
     each_chunk([&](int i, int at, int turn, int c) {
       const Inputs inputs = stage(i, at);
       ring_.stages[at].tokens.full.wait(turn & 1);
@@ -123,7 +124,9 @@ class PassBlock {
     const Handing<kTakers> handing(index);
     Storer<T> storer(p_, blockIdx.y, value(index), handed(index), results(index));
     handing.arrive(handing.kStateFree);
-    each_chunk([&](int, int, int, int c) { storer.run(handing, walk_.first + c, chunk_of(walk_.sequence, c), counts(c)); });
+    each_chunk([&](int, int, int, int c) {
+      storer.run(handing, walk_.first + c, chunk_of(walk_.sequence, c), counts(c));
+    });
     await_copies_out<0>();
   }
 

@@ -59,8 +59,8 @@ struct Stage {
   static constexpr int kTiles = kK / kTile;
   static constexpr bool kSolves = solves(kPass);
   static constexpr bool kReadsQueries = reads_queries(kPass);
-  // Whether queries (and P) come and go apart from all else, since others than the chain need them, and longer. Where there
-  // are three stages that gains nothing.
+  // Whether queries (and P) come and go apart from all else, since others than the chain need them, and longer. Where
+  // there are three stages that gains nothing.
   static constexpr bool kApart = kSolves || (makes_outputs(kPass) && stages(kPass, kK, kChains) < 3);
   static constexpr int kSize = stage_size(kPass, kK, kChains);
   static constexpr int kTokensBytes = (kTiles + kChains + (kSolves ? 0 : 1)) * kTileSize + (kSolves ? 0 : kFactorsSize);
@@ -98,7 +98,9 @@ struct Stage {
   }
   __device__ __forceinline__ const float* factors(Factor which) const { return all_factors() + which * kChunk; }
   // From the chunk's start, as it comes with the queries.
-  __device__ __forceinline__ float* from_start() const { return all_factors() + (kSolves ? int{kFromStart} : kFactors) * kChunk; }
+  __device__ __forceinline__ float* from_start() const {
+    return all_factors() + (kSolves ? int{kFromStart} : kFactors) * kChunk;
+  }
 
   __device__ __forceinline__ void await_record() const {
     if constexpr (kSolves) solved->full.wait(record_turn & 1);

@@ -25,8 +25,8 @@ __device__ __forceinline__ float* block_at(float* matrix, int row, int column) {
   return matrix + row * kLowerStride + column;
 }
 
-// To the nearest number that TF32 has, once the products below cut the rest off, as they do. An instruction where the
-// conversion takes four.
+// The products below cut off the bits that TF32 does not have; half of the last that stays is added first, so that they
+// round to the nearest. One instruction, where cvt.rna.tf32 becomes four.
 __device__ __forceinline__ float to_tf32(float value) { return __uint_as_float(__float_as_uint(value) + 0x1000); }
 
 __device__ __forceinline__ void multiply_tf32(float (&sum)[4], const float (&a)[4], const float (&b)[2]) {
@@ -54,9 +54,7 @@ __device__ __forceinline__ void multiply_blocks(float* c, const float* a, const 
     for (int i = 0; i < 2; ++i) of_b[k][i] = from_b[(8 * k + 4 * i) * kLowerStride];
   }
 #pragma unroll
-  for (int k = 0; k < kSteps; ++k) {
-    multiply_tf32(sum, of_a[k], of_b[k]);
-  }
+  for (int k = 0; k < kSteps; ++k) multiply_tf32(sum, of_a[k], of_b[k]);
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     *reinterpret_cast<float2*>(c + (row + 8 * i) * kLowerStride + 2 * pair) =
@@ -94,8 +92,8 @@ class Solver {
     sync();
   }
 
-  // Calls done_reading() when keys and queries, tiles of 64 columns, are no longer needed. after_next: the chunk after the
-  // next one to solve.
+  // Calls done_reading() when keys and queries, tiles of 64 columns, are no longer needed. after_next: the one after the
+  // next chunk to solve.
   template <class F>
   __device__ __forceinline__ void solve(unsigned char* keys, unsigned char* queries, const Chunk& chunk,
                                         const Chunk& after_next, const F& done_reading) {
@@ -217,8 +215,7 @@ class Solver {
   }
 
   // L out of k k^T, and on its diagonal what nobody reads. Keeps the decays for the scores, in fp16: they are at most 1, and
-  // rounded once more than the scores are as an operand, at an eighth of what bf16 rounds at. The upper right quarter is
-  // not written.
+  // so are rounded once more, at an eighth of what bf16 rounds at. The upper right quarter is not written.
   __device__ __forceinline__ void write_lower(const float (&keys)[32], const Gates& gates) {
     write_columns<0>(keys, gates);
     if (warp() >= 2) {

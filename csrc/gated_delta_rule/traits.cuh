@@ -23,13 +23,14 @@ constexpr int kFactorsRow = kChunk * 4;
 constexpr int kFactorsSize = kFactors * kFactorsRow;
 constexpr int kRecordSize = kRecordFactors + kFactorsSize;
 
-constexpr int kSolverThreads = 128;  // who make a record
+// Who make a record out of a matrix of fp32.
+constexpr int kSolverThreads = 128;
 constexpr int kLowerStride = kChunk + 4;  // fp32; a multiple of 4, so that a row's numbers come four at a time
 
 constexpr int kSlotSize = (kRecordSize + 1023) / 1024 * 1024;
 constexpr int kLowerSize = (kChunk * kLowerStride * 4 + 1023) / 1024 * 1024;
 
-// --- gated_delta_rule_fwd_kernel_inverse: one chunk and head a block ---
+// --- gated_delta_rule_fwd_kernel_inverse: keys, queries, and in the record's place the matrix it is made of ---
 
 HYLO_HOST_DEVICE constexpr int inverse_inputs(int width) { return 2 * width / kTile * kTileSize; }
 HYLO_HOST_DEVICE constexpr int inverse_shared(int width) { return inverse_inputs(width) + kSlotSize + 1024; }
@@ -50,7 +51,7 @@ HYLO_HOST_DEVICE constexpr bool makes_outputs(Pass pass) { return pass == kOutpu
 HYLO_HOST_DEVICE constexpr bool solves(Pass pass) { return pass == kSolvingOutputs || pass == kSolvingStates; }
 constexpr int kSolvers = 2;
 
-// Wide heads leave no shared memory for solvers, two chains no registers.
+// Wide heads leave solvers no shared memory, and two chains a block no registers.
 HYLO_HOST_DEVICE constexpr bool can_solve(int width) { return width <= 128; }
 
 // A stage has keys, a tile of values a chain, queries, and what is read of a record where the pass does not solve.
@@ -67,7 +68,7 @@ HYLO_HOST_DEVICE constexpr int stage_size(Pass pass, int width, int chains) {
   return (stage_tiles(pass, width, chains) * kTileSize + factors + 1023) / 1024 * 1024;
 }
 
-// Where a solver leaves a record, and works on it.
+// Each solver's record, and the matrix it works on.
 HYLO_HOST_DEVICE constexpr int solvers_size(Pass pass) {
   return solves(pass) ? kSolvers * (kSlotSize + kLowerSize) : 0;
 }
