@@ -123,7 +123,7 @@ HYLO_HOST_DEVICE constexpr int output_registers(Pass pass, int width) {
 HYLO_HOST_DEVICE constexpr int solver_registers(Pass pass) { return makes_outputs(pass) ? 96 : 120; }
 HYLO_HOST_DEVICE constexpr int loader_registers(Pass pass, int width, int chains) {
   if (solves(pass)) return makes_outputs(pass) ? 32 : 40;
-  return chains == 2 ? 32 : width == 64 ? 40 : 56;
+  return width == 64 && chains == 1 ? 40 : 56;
 }
 
 }  // namespace hylo::gated_delta_rule
