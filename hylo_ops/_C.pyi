@@ -37,9 +37,19 @@ class GatedDeltaRuleStep:
 GATED_DELTA_RULE_RECORD_BYTES: int
 
 def gated_delta_rule_chunk_shared_bytes(kernel: str, width: int, chains: int, /) -> int: ...
+def gated_delta_rule_can_solve(width: int, /) -> bool: ...
+def gated_delta_rule_gradients_parts(width: int, /) -> int: ...
+
+class GatedDeltaRuleShare:
+    """What one launch does of a pass: csrc/gated_delta_rule/launch_chunk.h, as all below."""
+
+    solving: bool
+    pieces: int
+    makers: int
+    def __init__(self, solving: bool, takes: str, pieces: int, makers: int, /) -> None: ...
 
 class GatedDeltaRuleChunkCall:
-    """One call of the chunked op, launch by launch: csrc/gated_delta_rule/launch_chunk.h."""
+    """One call of the chunked op, launch by launch."""
 
     def __init__(
         self,
@@ -49,22 +59,25 @@ class GatedDeltaRuleChunkCall:
         beta: int,
         cu_seqlens: int,
         records: int,
+        ready: int,
+        cuts: int,
         shape: tuple[int, ...],
         q_strides: tuple[int, ...],
         k_strides: tuple[int, ...],
         width: int,
-        chains: int,
         chunks: int,
+        segments: int,
         scale: float,
         negligible: float,
         stream: int,
         /,
     ) -> None: ...
-    def inverse(self, kernel: Kernel, multiprocessors: int, /) -> None: ...
+    def cuts(self, kernel: Kernel, /) -> None: ...
+    def inverse(self, kernel: Kernel, multiprocessors: int, share: GatedDeltaRuleShare, /) -> None: ...
     def outputs(
         self,
         kernel: Kernel,
-        segments: int,
+        share: GatedDeltaRuleShare,
         v: int,
         v_strides: tuple[int, ...],
         initial_state: int,
@@ -75,7 +88,7 @@ class GatedDeltaRuleChunkCall:
     def states(
         self,
         kernel: Kernel,
-        segments: int,
+        share: GatedDeltaRuleShare,
         v: int,
         v_strides: tuple[int, ...],
         initial_state: int,
@@ -86,7 +99,7 @@ class GatedDeltaRuleChunkCall:
     def dstates(
         self,
         kernel: Kernel,
-        segments: int,
+        chains: int,
         d_o: int,
         d_final_state: int,
         dstates: int,
@@ -94,37 +107,54 @@ class GatedDeltaRuleChunkCall:
         d_initial_state: int,
         /,
     ) -> None: ...
+    def gradients(
+        self,
+        kernel: Kernel,
+        multiprocessors: int,
+        v: int,
+        v_strides: tuple[int, ...],
+        d_o: int,
+        states: int,
+        dstates: int,
+        written: int,
+        dx: int,
+        dq: int,
+        dk: int,
+        dv: int,
+        dg: int,
+        dbeta: int,
+        /,
+    ) -> None: ...
 
-def gated_delta_rule_gradients_shared_bytes(width: int, /) -> int: ...
-def gated_delta_rule_gradients_parts(width: int, /) -> int: ...
-def gated_delta_rule_gradients(
-    kernel: Kernel,
-    q: int,
-    k: int,
-    v: int,
-    d_o: int,
-    h: int,
-    dh: int,
-    v_new: int,
-    dx: int,
-    records: int,
-    cu_seqlens: int,
-    dq: int,
-    dk: int,
-    dv: int,
-    dg: int,
-    dbeta: int,
-    shape: tuple[int, ...],
-    q_strides: tuple[int, ...],
-    k_strides: tuple[int, ...],
-    v_strides: tuple[int, ...],
-    width: int,
-    chunks: int,
-    multiprocessors: int,
-    scale: float,
-    stream: int,
-    /,
-) -> None: ...
+def gated_delta_rule_fp32_shared_bytes(kernel: str, width: int, /) -> int: ...
+
+class GatedDeltaRuleFp32Call:
+    """One call of the chunked op in fp32, launch by launch: csrc/gated_delta_rule/launch_fp32.h."""
+
+    def __init__(
+        self,
+        qkv: tuple[int, int, int],
+        g: int,
+        beta: int,
+        cu_seqlens: int,
+        records: int,
+        shape: tuple[int, ...],
+        strides: tuple[tuple[int, ...], ...],
+        chunks: int,
+        scale: float,
+        stream: int,
+        /,
+    ) -> None: ...
+    def inverse(self, kernel: Kernel, /) -> None: ...
+    def outputs(self, kernel: Kernel, initial_state: int, o: int, final_state: int, /) -> None: ...
+    def share(
+        self, d_o: int, states: int, dstates: int, written: int, dx: int, d_scores: int, d_solve: int, /
+    ) -> None: ...
+    def states(self, kernel: Kernel, initial_state: int, /) -> None: ...
+    def dstates(self, kernel: Kernel, d_final_state: int, d_initial_state: int, /) -> None: ...
+    def dscores(self, kernel: Kernel, dv: int, dg: int, dbeta: int, /) -> None: ...
+    def dqk(self, kernel: Kernel, dq: int, dk: int, dg: int, dbeta: int, /) -> None: ...
+
 def gated_rms_norm_forward(
     kernel: Kernel,
     x: int,

@@ -5,6 +5,7 @@
 #include "bindings/gated_delta_rule_step.h"
 #include "common/driver.h"
 #include "gated_delta_rule/launch_chunk.h"
+#include "gated_delta_rule/launch_fp32.h"
 #include "gated_rms_norm/launch.h"
 
 namespace py = pybind11;
@@ -18,21 +19,40 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("local_bytes", &hylo::Kernel::local_bytes);
 
   using hylo::gated_delta_rule::ChunkCall;
+  using hylo::gated_delta_rule::Share;
   using hylo::gated_delta_rule::Strides;
   m.attr("GATED_DELTA_RULE_RECORD_BYTES") = hylo::gated_delta_rule::kRecordSize;
   m.def("gated_delta_rule_chunk_shared_bytes", &hylo::gated_delta_rule::chunk_shared_bytes);
   m.def("gated_delta_rule_can_solve", &hylo::gated_delta_rule::can_solve);
   m.def("gated_delta_rule_gradients_parts", &hylo::gated_delta_rule::chunk_gradients_parts);
+  py::class_<Share>(m, "GatedDeltaRuleShare")
+      .def(py::init<bool, const std::string&, int, int>())
+      .def_readonly("solving", &Share::solving)
+      .def_readonly("pieces", &Share::pieces)
+      .def_readonly("makers", &Share::makers);
   py::class_<ChunkCall>(m, "GatedDeltaRuleChunkCall")
       .def(py::init<std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t,
-                    std::uintptr_t, const std::array<std::int64_t, 7>&, const Strides&, const Strides&, int, int, int,
-                    bool, float, float, std::uintptr_t>())
+                    std::uintptr_t, std::uintptr_t, const std::array<std::int64_t, 7>&, const Strides&, const Strides&,
+                    int, int, int, float, float, std::uintptr_t>())
       .def("cuts", &ChunkCall::cuts, no_gil())
       .def("inverse", &ChunkCall::inverse, no_gil())
       .def("outputs", &ChunkCall::outputs, no_gil())
       .def("states", &ChunkCall::states, no_gil())
       .def("dstates", &ChunkCall::dstates, no_gil())
       .def("gradients", &ChunkCall::gradients, no_gil());
+  using hylo::gated_delta_rule::Fp32Call;
+  m.def("gated_delta_rule_fp32_shared_bytes", &hylo::gated_delta_rule::fp32_shared_bytes);
+  py::class_<Fp32Call>(m, "GatedDeltaRuleFp32Call")
+      .def(py::init<const std::array<std::uintptr_t, 3>&, std::uintptr_t, std::uintptr_t, std::uintptr_t,
+                    std::uintptr_t, const std::array<std::int64_t, 7>&, const std::array<Strides, 3>&, int, float,
+                    std::uintptr_t>())
+      .def("inverse", &Fp32Call::inverse, no_gil())
+      .def("outputs", &Fp32Call::outputs, no_gil())
+      .def("share", &Fp32Call::share)
+      .def("states", &Fp32Call::states, no_gil())
+      .def("dstates", &Fp32Call::dstates, no_gil())
+      .def("dscores", &Fp32Call::dscores, no_gil())
+      .def("dqk", &Fp32Call::dqk, no_gil());
   hylo::define_gated_delta_rule_step(m);
   m.def("gated_rms_norm_forward", &hylo::gated_rms_norm::forward, no_gil());
 }

@@ -80,8 +80,11 @@ template <int kUnderWay>
 __device__ __forceinline__ void await_copies_out() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kUnderWay) : "memory");
 }
+// The same of all groups, when what they wrote is there.
+__device__ __forceinline__ void await_copies_done() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
-// 8 x 8 matrices of 16-bit numbers, straight or transposed on the way; lane 8 i + n gives the address of row n of matrix i.
+// 8 x 8 matrices of 16-bit numbers, straight or transposed on the way; lane 8 i + n gives the address of row n of
+// matrix i.
 __device__ __forceinline__ void load_transposed(Word (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared::cta.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])

@@ -101,8 +101,8 @@ class CurrentContext {
   bool pushed_ = false;
 };
 
-// Makes any context current for a scope where none is, as on a thread that has not used torch yet. Tensor maps depend on
-// none, but the driver makes them under one only.
+// Makes any context current for a scope where none is, as on a thread that has not used torch yet. Tensor maps depend
+// on none, but the driver makes them under one only.
 class SomeContext {
  public:
   SomeContext() {

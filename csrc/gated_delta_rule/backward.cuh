@@ -1,5 +1,5 @@
-// Gated delta rule, the chunked backward's first pass. A translation unit of its own: the build passes HYLO_T and HYLO_K
-// as in kernel.cuh.
+// Gated delta rule, the chunked backward's first pass. A translation unit of its own: the build passes HYLO_T and
+// HYLO_K as in kernel.cuh.
 #include "gated_delta_rule/pass.cuh"
 
 namespace hylo::gated_delta_rule {
@@ -9,13 +9,5 @@ extern "C" __global__ void __launch_bounds__(pass_threads(kStates, 1), pass_bloc
   extern __shared__ unsigned char shared[];
   pass<HYLO_T, kStates, HYLO_K, 1>(p, aligned(shared));
 }
-
-#if HYLO_K <= 128
-extern "C" __global__ void __launch_bounds__(pass_threads(kSolvingStates, 1), pass_blocks(kSolvingStates, HYLO_K, 1))
-    gated_delta_rule_bwd_kernel_solving_states(const __grid_constant__ Params p) {
-  extern __shared__ unsigned char shared[];
-  pass<HYLO_T, kSolvingStates, HYLO_K, 1>(p, aligned(shared));
-}
-#endif
 
 }  // namespace hylo::gated_delta_rule

@@ -1,13 +1,15 @@
 // What one warpgroup does in a pass: 64 columns of V from chunk to chunk. Their state S (or its gradient) lives
-// transposed in registers, as an accumulator, and so does all else of the chain: a result, packed to 16 bits, is the next
-// product's operand. With all factors of tokens on columns:
+// transposed in registers, as an accumulator, and so does all else of the chain: a result, packed to 16 bits, is the
+// next product's operand. With all factors of tokens on columns:
 //
 //   _o, _states:  R^T = S^T K^T      X = beta (V - from_start R)            Vn^T = X^T A^T
 //                 S^T = decay S^T + (to_end Vn)^T K
 //   _dstates:     R^T = dS^T K^T     Y^T = to_end R^T + scale dO^T P        dX^T = Y^T A
-//                 dS^T = decay dS^T + (scale from_start dO)^T Q - (beta from_start dX)^T K
+//                 dS^T = decay dS^T + (scale from_start dO)^T Q + (removal dX)^T K
 //
-// S before each chunk (dS after it) and Vn (dX) are handed on through shared memory, while products are under way.
+// S before each chunk (dS after it) and Vn (handed dX) are handed on through shared memory, while products are under
+// way. What Y loses when it is packed is added to dX, as A's diagonal is 1: it is what the gradients of v and beta
+// would err by most.
 #pragma once
 
 #include "common/wgmma.cuh"
@@ -56,10 +58,11 @@ class Chain {
     handing.sync_chain();
   }
 
-  // A chunk up to the update of the state, which is under way when it returns; its result waits to be handed on. So that
-  // nothing waits for it, the state is handed on within.
+  // A chunk up to the update of the state, which is under way when it returns; its result waits to be handed on. So
+  // that nothing waits for it, the state is handed on within.
   template <class Handing>
   __device__ __forceinline__ void run(const Inputs& stage, const Handing& handing) {
+    settle();  // again: ptxas does not see it at the end of the last turn, and would wait where the state is scaled
     if constexpr (kPass == kGradients) {
       run_back(stage, handing);
     } else {
@@ -81,9 +84,22 @@ class Chain {
     wgmma::pin(s_);
   }
 
+  // Adds what scale from_start dO lost when it was rounded: half of the error of the initial state's gradient, or all
+  // of it where gates are fast.
+  __device__ __forceinline__ void add_remainder(const Inputs& stage) {
+    Word gradient[4][4], wanted[4][4];
+    load_values(stage, gradient);
+    scale_packed<true>(wanted, gradient, stage.factors(kFromStart));
+    wgmma::fence();
+    update_state(wanted, stage.queries());
+    settle();
+  }
+
  private:
   // Whether there are registers to load factors while products are under way.
   static constexpr bool kEarly = kK == 64 || (kK == 128 && kPass != kSolvingOutputs);
+  // Whether there are registers for the first update of dS while products before it are under way.
+  static constexpr bool kAhead = !(kK == 64 && kChains == 1) && !(kK == 128 && kChains == 2);
   // The state is packed and read 64 columns of K at once, by turns in as many sets of registers as there are.
   static constexpr int kSlices = kK / kTile;
   static constexpr int kSets = kK == 256 && kPass == kGradients ? 1 : 2;
@@ -92,20 +108,12 @@ class Chain {
   struct Tokens {
     float2 of[8];
 
+    static __device__ __forceinline__ float2 at(const float* factors, int block) {
+      return *reinterpret_cast<const float2*>(factors + 8 * block + 2 * (lane() % 4));
+    }
     __device__ __forceinline__ void load(const float* factors) {
 #pragma unroll
-      for (int block = 0; block < 8; ++block) {
-        of[block] = *reinterpret_cast<const float2*>(factors + 8 * block + 2 * (lane() % 4));
-      }
-    }
-    __device__ __forceinline__ void load_product(const float* a, const float* b, float sign) {
-      Tokens other;
-      load(a);
-      other.load(b);
-#pragma unroll
-      for (int block = 0; block < 8; ++block) {
-        of[block] = make_float2(sign * of[block].x * other.of[block].x, sign * of[block].y * other.of[block].y);
-      }
+      for (int block = 0; block < 8; ++block) of[block] = at(factors, block);
     }
   };
 
@@ -156,49 +164,57 @@ class Chain {
     to_end.load(stage.factors(kToEnd));
     wgmma::wait<0>();
     wgmma::pin(r);
-    finish_chunk(stage, r, to_end);
+    update_state(stage, r, to_end);
+    pack(result_, r);
   }
 
   template <class Handing>
   __device__ __forceinline__ void run_back(const Inputs& stage, const Handing& handing) {
     float y[32], r[32];
     Word gradient[4][4], wanted[4][4];
-    read_state(r, stage.keys(), handing);
     load_values(stage, gradient);
     wgmma::fence();
     multiply<wgmma::kAlongMN>(y, gradient, stage.scores());
     wgmma::commit();
-    Tokens from_start, to_end, removal;
-    if constexpr (kEarly) to_end.load(stage.factors(kToEnd));
+    read_state(r, stage.keys(), handing);
     scale_state(stage.factors(kFromStart)[kChunk - 1]);
-    from_start.load(stage.factors(kFromStart));
-    if constexpr (kEarly) scale_packed(wanted, gradient, from_start);
-    wgmma::wait<0>();
-    wgmma::pin(y);
-    wgmma::pin(r);
-    if constexpr (!kEarly) scale_packed(wanted, gradient, from_start);
+    scale_packed<false>(wanted, gradient, stage.factors(kFromStart));
+    if constexpr (!kAhead) {
+      wgmma::wait<0>();
+      wgmma::pin(y);
+      wgmma::pin(r);
+    }
     wgmma::pin(s_);
     wgmma::fence();
     update_state(wanted, stage.queries());
+    Tokens handed, removal;
+    if constexpr (kAhead) {
+      wgmma::wait<1>();
+      wgmma::pin(y);
+      wgmma::pin(r);
+    }
 
-    if constexpr (!kEarly) to_end.load(stage.factors(kToEnd));
-    combine(y, r, to_end);
+    combine(y, r, stage.factors(kToEnd));
     pack(gradient, y);
     wgmma::fence();
     multiply<wgmma::kAlongMN>(r, gradient, stage.inverse());
     wgmma::commit();
-    removal.load_product(stage.factors(kBeta), stage.factors(kFromStart), -1.0f);
+    subtract_packed(y, gradient);
+    if constexpr (kK < 256) removal.load(stage.factors(kRemoval));
     wgmma::wait<0>();
     wgmma::pin(r);
-    finish_chunk(stage, r, removal);
+    if constexpr (kK == 256) removal.load(stage.factors(kRemoval));
+#pragma unroll
+    for (int i = 0; i < 32; ++i) r[i] += y[i];
+    update_state(stage, r, removal);
+    handed.load(stage.factors(kHanded));
+    pack_scaled(result_, r, handed);
   }
 
-  // Packs what the chunk solved for, and starts the update of the state with it.
-  __device__ __forceinline__ void finish_chunk(const Inputs& stage, float (&r)[32], const Tokens& factors) {
+  // Starts the update of the state with what the chunk solved for, times factors.
+  __device__ __forceinline__ void update_state(const Inputs& stage, const float (&r)[32], const Tokens& factors) {
     Word change[4][4];
-    pack(result_, r);
-    scale_tokens(r, factors);
-    pack(change, r);
+    pack_scaled(change, r, factors);
     wgmma::pin(s_);
     wgmma::fence();
     update_state(change, stage.keys());
@@ -266,41 +282,56 @@ class Chain {
     for (int i = 0; i < 4; ++i) wgmma::pack_operand<T>(a[i], d, i);
   }
 
-  static __device__ __forceinline__ void scale_tokens(float (&d)[32], const Tokens& factors) {
+  // What d lost when it was packed, in its place.
+  static __device__ __forceinline__ void subtract_packed(float (&d)[32], const Word (&packed)[4][4]) {
 #pragma unroll
-    for (int block = 0; block < 8; ++block) {
+    for (int i = 0; i < 16; ++i) {
+      float low, high;
+      wgmma::unpack<T>(packed[i / 4][i % 4], low, high);
+      d[2 * i] -= low;
+      d[2 * i + 1] -= high;
+    }
+  }
+
+  static __device__ __forceinline__ void pack_scaled(Word (&a)[4][4], const float (&d)[32], const Tokens& factors) {
 #pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        d[4 * block + 2 * row] *= factors.of[block].x;
-        d[4 * block + 2 * row + 1] *= factors.of[block].y;
-      }
+    for (int i = 0; i < 16; ++i) {
+      const float2 factor = factors.of[i / 2];
+      a[i / 4][i % 4] = wgmma::pack<T>(factor.x * d[2 * i], factor.y * d[2 * i + 1]);
     }
   }
 
   // y = scale y + factors r
-  __device__ __forceinline__ void combine(float (&y)[32], const float (&r)[32], const Tokens& factors) const {
+  __device__ __forceinline__ void combine(float (&y)[32], const float (&r)[32], const float* factors) const {
 #pragma unroll
     for (int block = 0; block < 8; ++block) {
+      const float2 factor = Tokens::at(factors, block);
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
         const int at = 4 * block + 2 * row;
-        y[at] = p_.scale * y[at] + factors.of[block].x * r[at];
-        y[at + 1] = p_.scale * y[at + 1] + factors.of[block].y * r[at + 1];
+        y[at] = p_.scale * y[at] + factor.x * r[at];
+        y[at + 1] = p_.scale * y[at + 1] + factor.y * r[at + 1];
       }
     }
   }
 
-  // scale factors in, of packed numbers
-  __device__ __forceinline__ void scale_packed(Word (&out)[4][4], const Word (&in)[4][4], const Tokens& factors) const {
+  // scale factors in, of packed numbers; or what that loses when it is packed.
+  template <bool kRemainder>
+  __device__ __forceinline__ void scale_packed(Word (&out)[4][4], const Word (&in)[4][4], const float* factors) const {
 #pragma unroll
-    for (int block = 0; block < 8; ++block) {
-      const float2 factor = make_float2(p_.scale * factors.of[block].x, p_.scale * factors.of[block].y);
-#pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        float low, high;
-        wgmma::unpack<T>(in[block / 2][2 * (block % 2) + row], low, high);
-        out[block / 2][2 * (block % 2) + row] = wgmma::pack<T>(factor.x * low, factor.y * high);
+    for (int i = 0; i < 16; ++i) {
+      const float2 factor = Tokens::at(factors, i / 2);
+      float low, high;
+      wgmma::unpack<T>(in[i / 4][i % 4], low, high);
+      low *= p_.scale * factor.x;
+      high *= p_.scale * factor.y;
+      Word packed = wgmma::pack<T>(low, high);
+      if constexpr (kRemainder) {
+        float kept_low, kept_high;
+        wgmma::unpack<T>(packed, kept_low, kept_high);
+        packed = wgmma::pack<T>(low - kept_low, high - kept_high);
       }
+      out[i / 4][i % 4] = packed;
     }
   }
 
@@ -338,7 +369,7 @@ class Chain {
   unsigned char* const tiles_;    // S: tiles of 64 rows of K x 64 values
   unsigned char* const results_;  // 64 tokens x 64 values
   float s_[kK / 2];               // S^T: 64 values x K
-  Word result_[4][4];             // Vn^T or dX^T, packed
+  Word result_[4][4];             // what is handed on, packed
 };
 
 }  // namespace hylo::gated_delta_rule

@@ -21,12 +21,22 @@ class Cut {
         cut_((blockIdx.x + 1) * ((chunks_ + p.segments - 1) / p.segments)) {}
 
   __device__ __forceinline__ void run() const {
+    clear_ready();
     const int walk = cut_ < chunks_ ? walk_until_negligible() : 0;
     const long long head = static_cast<long long>(sequence_.index) * p_.heads + head_;
     if (threadIdx.x == 0) p_.cuts[(head * p_.segments + blockIdx.x + 1) * 2 + back_] = walk;
   }
 
  private:
+  // For the pass after it.
+  __device__ __forceinline__ void clear_ready() const {
+    if (p_.ready == nullptr) return;
+    const long long records = static_cast<long long>(p_.chunks) * p_.heads;
+    const int block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+    const int blocks = gridDim.x * gridDim.y * gridDim.z;
+    for (long long i = block * kCutsThreads + threadIdx.x; i < records; i += blocks * kCutsThreads) p_.ready[i] = 0;
+  }
+
   static constexpr int kLanes = kCutsThreads / kChunk;  // that share a token
 
   // The chunks there are in the walk's direction.

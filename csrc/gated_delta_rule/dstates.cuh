@@ -1,5 +1,5 @@
-// Gated delta rule, the chunked backward's second pass, from the last chunk to the first. A translation unit of its own:
-// the build passes HYLO_T and HYLO_K as in kernel.cuh, and HYLO_CHAINS (of a block, 64 columns of V each).
+// Gated delta rule, the chunked backward's second pass, from the last chunk to the first. A translation unit of its
+// own: the build passes HYLO_T and HYLO_K as in kernel.cuh, and HYLO_CHAINS (of a block, 64 columns of V each).
 #include "gated_delta_rule/pass.cuh"
 
 namespace hylo::gated_delta_rule {

@@ -2,12 +2,13 @@
 // HYLO_T (type of q, k, v and their gradients: bf16 or fp16) and HYLO_K (key width).
 //
 // With h the state before a chunk, dh the gradient of that after it, fs and te a token's decay from the start and to
-// the end, Vn what the tokens wrote and dX the gradient of what they solved for, all of one chunk and value head:
+// the end, Vn what the tokens wrote and dX the gradient of what they solved for, all of one chunk and value head; of dX
+// there is Z = handed dX, with beta = handed left (solver.cuh):
 //
-//     read = scale fs (dO h^T)       removed = fs (dX h^T)       written = te (Vn dh^T)                [C, K]
-//     dP = scale D * (dO Vn^T)       E = -beta D * (dX Vn^T), below the diagonal                       [C, C]
-//     dQ = read + dP K               dK = written - beta removed + dP^T Q + (E + E^T) K
-//     dV = beta dX                   dbeta = dX . V + sum_j (E / beta) (k_i . k_j) - k . removed
+//     read = scale fs (dO h^T)       removed = fs (Z h^T)        written = te (Vn dh^T)                [C, K]
+//     dP = scale D * (dO Vn^T)       E = -left D * (Z Vn^T), below the diagonal                        [C, C]
+//     dQ = read + dP K               dK = written - left removed + dP^T Q + (E + E^T) K
+//     dV = left Z                    dbeta = (Z . V + sum_j (E / left) (k_i . k_j) - k . removed) / handed
 //
 // and dg of gradients_sums.cuh. A block runs through chunks and key heads, for a part of K. One warp loads, ahead into
 // the next chunk; each warpgroup that computes has 64 columns of K and one of the two [C, C] products (both, if alone).
@@ -33,15 +34,15 @@ struct alignas(16) Head {
 // Sums by token; of those over K, each warpgroup has its columns'.
 template <int kWarpgroups>
 struct TokenSums {
-  float reads[kWarpgroups][kChunk];    // q . read - beta k . removed
+  float reads[kWarpgroups][kChunk];    // q . read - left k . removed
   float removed[kWarpgroups][kChunk];  // k . removed
   float writes[kWarpgroups][kChunk];   // k . written
   // Of the pairs dP * q k^T and E * k k^T, in warp w's rows 16 w to 16 w + 15:
   float rows[2][kChunk];               // rows before column 16 w
   float columns[2][4][kChunk];         // and columns, for each w
   float within[2][kChunk];             // the block on the diagonal (`sum_across`)
-  float solve[kChunk];                 // sum_j (E / beta) (k_i . k_j)
-  float values[kChunk];                // dx . v
+  float solve[kChunk];                 // sum_j (E / left) (k_i . k_j)
+  float values[kChunk];                // z . v
   float kept[4 * kWarpgroups];         // h . dh, of each warp
 };
 
@@ -202,11 +203,6 @@ __device__ __forceinline__ void load_matrices(Word (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared::cta.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(shared_address(row))
-               : "memory");
-}
-__device__ __forceinline__ void store_matrices(void* row, const Word (&r)[4]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared::cta.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
-               "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
                : "memory");
 }
 
@@ -383,7 +379,7 @@ class Gradients {
     }
   }
 
-  // dv = beta dx, and dx . v. Eight lanes have a row.
+  // dv = left z, and z . v. Eight lanes have a row.
   __device__ __forceinline__ void pass_values(const Head& head, int value_head, int tile, int at) {
     const int column = tile * kTile + 8 * (lane() % 8);
     const long long token = static_cast<long long>(head.batch) * p_.common.tokens + head.begin;
@@ -399,7 +395,7 @@ class Gradients {
       add_products(sums, dx, v);
       values_[i] = sums[0] + sums[1];
       *reinterpret_cast<uint4*>(dv + ((token + row) * p_.common.heads + value_head) * p_.common.values) =
-          scaled(dx, head.factor(kBeta)[row]);
+          scaled(dx, head.factor(kLeft)[row]);
     }
   }
 
@@ -468,7 +464,7 @@ class Gradients {
     for (int r = 0; r < 2; ++r) {
       const float from_start = head.factor(kFromStart)[row() + 8 * r];
       read_factor[r] = p_.common.scale * from_start;
-      removed_factor[r] = -head.factor(kBeta)[row() + 8 * r] * from_start;
+      removed_factor[r] = -head.factor(kLeft)[row() + 8 * r] * from_start;
       written_factor[r] = head.factor(kToEnd)[row() + 8 * r];
     }
 #pragma unroll
@@ -507,7 +503,7 @@ class Gradients {
       const float removed = from_start * sum_columns(states.removed[r]);
       const float written = head.factor(kToEnd)[i] * sum_columns(states.writes[r]);
       if (lane() % 4 == 0) {
-        sums.reads[warpgroup_][i] = read - head.factor(kBeta)[i] * removed;
+        sums.reads[warpgroup_][i] = read - head.factor(kLeft)[i] * removed;
         sums.removed[warpgroup_][i] = removed;
         sums.writes[warpgroup_][i] = written;
       }
@@ -525,7 +521,7 @@ class Gradients {
     float factor[2], row_high[2], row_low[2], solve[2] = {}, rows[2] = {};
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      factor[r] = which == 0 ? p_.common.scale : -head.factor(kBeta)[row() + 8 * r];
+      factor[r] = which == 0 ? p_.common.scale : -head.factor(kLeft)[row() + 8 * r];
       row_high[r] = high[row() + 8 * r];
       row_low[r] = low[row() + 8 * r];
     }
@@ -660,7 +656,8 @@ class Gradients {
     for (int e = 0; e < 2; ++e) {
       const int t = lane() + 32 * e;
       if (t < tokens_) {
-        p_.dbeta[gate(head, value_head, t)] = sums.values[t] + sums.solve[t] - over_columns(sums.removed, t);
+        const float sum = sums.values[t] + sums.solve[t] - over_columns(sums.removed, t);
+        p_.dbeta[gate(head, value_head, t)] = sum / head.factor(kHanded)[t];
       }
     }
   }

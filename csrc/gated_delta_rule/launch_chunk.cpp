@@ -21,6 +21,13 @@ Pass pass_named(const std::string& kernel) {
   throw std::invalid_argument("there is no chunked kernel '" + kernel + "'");
 }
 
+Takes takes_named(const std::string& takes) {
+  if (takes == "all") return kAll;
+  if (takes == "cuttable") return kCuttable;
+  if (takes == "uncuttable") return kUncuttable;
+  throw std::invalid_argument("a share takes 'all', 'cuttable' or 'uncuttable' heads, got '" + takes + "'");
+}
+
 }  // namespace
 
 int chunk_shared_bytes(const std::string& kernel, int width, int chains) {
@@ -32,11 +39,13 @@ int chunk_shared_bytes(const std::string& kernel, int width, int chains) {
 
 int chunk_gradients_parts(int width) { return gradients_parts(width); }
 
+Share::Share(bool solving, const std::string& takes, int pieces, int makers)
+    : solving(solving), takes(takes_named(takes)), pieces(pieces), makers(makers) {}
+
 ChunkCall::ChunkCall(std::uintptr_t q, std::uintptr_t k, std::uintptr_t g, std::uintptr_t beta,
-                     std::uintptr_t cu_seqlens, std::uintptr_t records, std::uintptr_t cuts,
+                     std::uintptr_t cu_seqlens, std::uintptr_t records, std::uintptr_t ready, std::uintptr_t cuts,
                      const std::array<std::int64_t, 7>& shape, const Strides& q_strides, const Strides& k_strides,
-                     int width, int chunks, int segments, bool shares_heads, float scale, float negligible,
-                     std::uintptr_t stream)
+                     int width, int chunks, int segments, float scale, float negligible, std::uintptr_t stream)
     : batch_(shape[0]),
       tokens_(shape[1]),
       key_heads_(shape[2]),
@@ -46,6 +55,7 @@ ChunkCall::ChunkCall(std::uintptr_t q, std::uintptr_t k, std::uintptr_t g, std::
       sequences_(shape[6]),
       width_(width),
       chunks_(chunks),
+      ready_(reinterpret_cast<int*>(ready)),
       stream_(reinterpret_cast<void*>(stream)) {
   if (chunks > 0) {
     params_.q = tokens_map(q, key_heads_, keys_, q_strides);
@@ -66,7 +76,8 @@ ChunkCall::ChunkCall(std::uintptr_t q, std::uintptr_t k, std::uintptr_t g, std::
   params_.values = static_cast<int>(values_);
   params_.chunks = chunks;
   params_.segments = segments;
-  params_.shares_heads = shares_heads;
+  params_.pieces = segments;
+  params_.takes = kAll;
   params_.scale = scale;
   params_.negligible = negligible;
 }
@@ -74,22 +85,24 @@ ChunkCall::ChunkCall(std::uintptr_t q, std::uintptr_t k, std::uintptr_t g, std::
 void ChunkCall::cuts(const Kernel& kernel) const {
   if (chunks_ == 0 || params_.segments == 1) return;
   Params params = params_;
+  params.ready = ready_;
   const Grid grid{count(params.segments - 1), count(heads_), count(2 * sequences_)};
   kernel.launch(grid, kCutsThreads, &params, stream_);
 }
 
-void ChunkCall::inverse(const Kernel& kernel, int multiprocessors) const {
+void ChunkCall::inverse(const Kernel& kernel, int multiprocessors, const Share& share) const {
   if (chunks_ == 0) return;
   Params params = params_;
+  params.takes = share.makers == 0 ? share.takes : kCuttable;  // what is not cut has makers
   const std::int64_t slots = multiprocessors * inverse_blocks(width_);
   const Grid grid{count(std::min<std::int64_t>(chunks_, (slots + heads_ - 1) / heads_)), count(heads_)};
   kernel.launch(grid, kSolverThreads, &params, stream_);
 }
 
-void ChunkCall::outputs(const Kernel& kernel, bool solving, std::uintptr_t v, const Strides& v_strides,
+void ChunkCall::outputs(const Kernel& kernel, const Share& share, std::uintptr_t v, const Strides& v_strides,
                         std::uintptr_t initial_state, std::uintptr_t o, std::uintptr_t final_state) const {
   Params params = params_;
-  if (solving) params.records = nullptr;
+  if (share.solving) params.records = nullptr;
   if (chunks_ > 0) {
     params.v = tokens_map(v, heads_, values_, v_strides);
     params.out = values_map(o);
@@ -97,10 +110,10 @@ void ChunkCall::outputs(const Kernel& kernel, bool solving, std::uintptr_t v, co
   params.o = reinterpret_cast<void*>(o);
   params.first_state = reinterpret_cast<const float*>(initial_state);
   params.last_state = reinterpret_cast<float*>(final_state);
-  launch(kernel, solving ? kSolvingOutputs : kOutputs, 1, params);
+  launch(kernel, share.solving ? kSolvingOutputs : kOutputs, 1, share, params);
 }
 
-void ChunkCall::states(const Kernel& kernel, bool solving, std::uintptr_t v, const Strides& v_strides,
+void ChunkCall::states(const Kernel& kernel, const Share& share, std::uintptr_t v, const Strides& v_strides,
                        std::uintptr_t initial_state, std::uintptr_t states, std::uintptr_t written) const {
   if (chunks_ == 0) return;
   Params params = params_;
@@ -109,7 +122,7 @@ void ChunkCall::states(const Kernel& kernel, bool solving, std::uintptr_t v, con
   params.states = states_map(states, width_);
   params.o = reinterpret_cast<void*>(written);
   params.first_state = reinterpret_cast<const float*>(initial_state);
-  launch(kernel, solving ? kSolvingStates : kStates, 1, params);
+  launch(kernel, share.solving ? kSolvingStates : kStates, 1, share, params);
 }
 
 void ChunkCall::dstates(const Kernel& kernel, int chains, std::uintptr_t d_o, std::uintptr_t d_final_state,
@@ -123,7 +136,7 @@ void ChunkCall::dstates(const Kernel& kernel, int chains, std::uintptr_t d_o, st
   params.o = reinterpret_cast<void*>(dx);
   params.first_state = reinterpret_cast<const float*>(d_final_state);
   params.last_state = reinterpret_cast<float*>(d_initial_state);
-  launch(kernel, kGradients, chains, params);
+  launch(kernel, kGradients, chains, Share(false, "all", params.segments, 0), params);
 }
 
 void ChunkCall::gradients(const Kernel& kernel, int multiprocessors, std::uintptr_t v, const Strides& v_strides,
@@ -151,9 +164,14 @@ void ChunkCall::gradients(const Kernel& kernel, int multiprocessors, std::uintpt
   kernel.launch({count(blocks)}, count(gradients_threads(width_)), &params, stream_);
 }
 
-void ChunkCall::launch(const Kernel& kernel, Pass pass, int chains, Params& params) const {
-  const std::int64_t columns = kTile * chains;
-  const Grid grid{count((values_ + columns - 1) / columns), count(heads_), count(sequences_ * params.segments)};
+void ChunkCall::launch(const Kernel& kernel, Pass pass, int chains, const Share& share, Params& params) const {
+  params.takes = share.takes;
+  params.pieces = share.pieces;
+  params.makers = share.makers;
+  params.ready = share.makers > 0 ? ready_ : nullptr;
+  const std::int64_t width = kTile * chains, columns = (values_ + width - 1) / width;
+  const int makers = maker_layers(share.makers, static_cast<int>(columns));
+  const Grid grid{count(columns), count(heads_), count(makers + sequences_ * share.pieces)};
   kernel.launch(grid, count(pass_threads(pass, chains)), &params, stream_);
 }
 

@@ -7,8 +7,8 @@
 
 namespace hylo::gated_delta_rule {
 
-// The chunks a block runs through, of a sequence's, from `first` on; results count within [begin, end). A pass that goes
-// back starts with the chunk before `first`.
+// The chunks a block runs through, of a sequence's, from `first` on; results count within [begin, end). A pass that
+// goes back starts with the chunk before `first`.
 struct Range {
   int first, begin, end;
   __device__ __forceinline__ bool empty() const { return end < begin; }
@@ -27,6 +27,14 @@ __device__ __forceinline__ bool cuttable(const Params& p, int sequence, int head
   return uniform(__all_sync(kAllLanes, one));
 }
 
+// Called by whole warps.
+__device__ __forceinline__ bool taken(const Params& p, int sequence, int head) {
+  return p.takes == kAll || cuttable(p, sequence, head) == (p.takes == kCuttable);
+}
+__device__ __forceinline__ bool cut_here(const Params& p, int sequence, int head) {
+  return p.pieces > 1 && cuttable(p, sequence, head);
+}
+
 // A long sequence is cut into segments that run beside each other. Each starts from an empty state as many chunks early
 // as the decays need to make what came before negligible. Where they decay too slowly at any of the cuts, the block at
 // the pass's start runs the whole sequence and the others nothing. A pass that goes back ends segment i - 1 where
@@ -41,8 +49,34 @@ __device__ __forceinline__ Range range_of(const Params& p, int sequence, int chu
   return {segment == 0 ? 0 : begin - walk_at<false>(p, sequence, head, segment), begin, end};
 }
 
-// Something in shared memory that some fill and others empty. All lanes of a warp say so: of one lane that speaks for its
-// warp compute-sanitizer's racecheck does not see that the others are done.
+// Whether a record is there, said between blocks of one launch. Records come and go by the copy engine.
+__device__ __forceinline__ void say_ready(int* ready) {
+  asm volatile("fence.proxy.async.global;\n\tst.release.gpu.global.s32 [%0], 1;" ::"l"(ready) : "memory");
+}
+// Waits for the first of at most `count` flags so far apart, and returns for how many of them, from the first on, it is
+// so. One look at several: each takes about as long as a chunk.
+__device__ __forceinline__ int await_ready(const int* ready, int apart, int count) {
+  constexpr int kLook = 8;
+  int found = 0;
+  while (found == 0) {
+    int there[kLook];
+#pragma unroll
+    for (int i = 0; i < kLook; ++i) {
+      there[i] = 0;
+      if (i < count) {
+        const int* flag = ready + static_cast<long long>(i) * apart;
+        asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(there[i]) : "l"(flag) : "memory");
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kLook; ++i) found += found == i && there[i] != 0;
+  }
+  asm volatile("fence.acq_rel.gpu;\n\tfence.proxy.async.global;" ::: "memory");
+  return found;
+}
+
+// Something in shared memory that some fill and others empty. All lanes of a warp say so: of one lane that speaks for
+// its warp compute-sanitizer's racecheck does not see that the others are done.
 struct Handover {
   Barrier full, empty;
 
@@ -52,8 +86,8 @@ struct Handover {
   }
 };
 
-// One stage of the ring: tiles of keys and of queries, 64 columns of K each, and of values, and what is used of a record:
-// of its own where the pass reads records, or where a solver leaves it.
+// One stage of the ring: tiles of keys and of queries, 64 columns of K each, and of values, and what is used of a
+// record: of its own where the pass reads records, or where a solver leaves it.
 template <Pass kPass, int kK, int kChains>
 struct Stage {
   static constexpr int kTiles = kK / kTile;

@@ -1,6 +1,6 @@
-// Everything of a chunk that needs no state, the record (traits.cuh): A = (I + L)^-1 with
-// L = strictly lower(beta G * k k^T), the scores P = lower(G * q k^T), and the decays. Made by a warpgroup, in a kernel of
-// its own (inverse.cuh) or within a pass.
+// Everything of a chunk that needs no state, the record (traits.cuh): A = (I + L)^-1 with L = strictly lower(beta G * k
+// k^T), the scores P = lower(G * q k^T), and the decays. Made by a warpgroup, in a kernel of its own (inverse.cuh) or
+// within a pass.
 #pragma once
 
 #include "common/copy_engine.cuh"
@@ -18,6 +18,10 @@ struct alignas(16) Gates {
 
   __device__ __forceinline__ float log2_ratio(int i, int j) const { return (high[i] - high[j]) + (low[i] - low[j]); }
 };
+
+// The pass back hands on the gradient of a token's write times beta, so that it is that of v and not rounded twice; but
+// not where beta is near zero, since the gradient of beta divides by it.
+constexpr float kLeastHanded = 0.0625f;
 
 constexpr int kBlock = 8;  // rows of the blocks on the diagonal that forward substitution inverts
 
@@ -37,8 +41,8 @@ __device__ __forceinline__ void multiply_tf32(float (&sum)[4], const float (&a)[
                  "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])));
 }
 
-// A warp's c [16, 8] = sign * a [16, kSum] * b [kSum, 8]. TF32 rounds at an eighth of what the result, in 16 bits, rounds
-// at. Nothing is skipped where a or b is zero: what counts is that all loads are under way at once.
+// A warp's c [16, 8] = sign * a [16, kSum] * b [kSum, 8]. TF32 rounds at an eighth of what the result, in 16 bits,
+// rounds at. Nothing is skipped where a or b is zero: what counts is that all loads are under way at once.
 template <int kSum>
 __device__ __forceinline__ void multiply_blocks(float* c, const float* a, const float* b, float sign, int lane) {
   constexpr int kSteps = kSum / 8;
@@ -92,8 +96,8 @@ class Solver {
     sync();
   }
 
-  // Calls done_reading() when keys and queries, tiles of 64 columns, are no longer needed. after_next: the one after the
-  // next chunk to solve.
+  // Calls done_reading() when keys and queries, tiles of 64 columns, are no longer needed. after_next: the one after
+  // the next chunk to solve.
   template <class F>
   __device__ __forceinline__ void solve(unsigned char* keys, unsigned char* queries, const Chunk& chunk,
                                         const Chunk& after_next, const F& done_reading) {
@@ -116,9 +120,9 @@ class Solver {
       }
     }
     settle(products);
-    done_reading();
     pack_scores(products);
     sync();
+    done_reading();
     join_small();
     sync();
     join_blocks<2 * kBlock>();
@@ -175,7 +179,8 @@ class Solver {
     }
   }
 
-  // Anew each time: places that follow from it would else be kept from chunk to chunk, for which there are no registers.
+  // Anew each time: places that follow from it would else be kept from chunk to chunk, for which there are no
+  // registers.
   static __device__ __forceinline__ int thread() {
     int thread = threadIdx.x % kSolverThreads;
     asm volatile("" : "+r"(thread));
@@ -214,8 +219,8 @@ class Solver {
     wgmma::pin(d);
   }
 
-  // L out of k k^T, and on its diagonal what nobody reads. Keeps the decays for the scores, in fp16: they are at most 1, and
-  // so are rounded once more, at an eighth of what bf16 rounds at. The upper right quarter is not written.
+  // L out of k k^T, and on its diagonal what nobody reads. Keeps the decays for the scores, in fp16: they are at most
+  // 1, and so are rounded once more, at an eighth of what bf16 rounds at. The upper right quarter is not written.
   __device__ __forceinline__ void write_lower(const float (&keys)[32], const Gates& gates) {
     write_columns<0>(keys, gates);
     if (warp() >= 2) {
@@ -226,7 +231,8 @@ class Solver {
     }
   }
 
-  // The columns of four blocks of eight. One float for the log of a decay is good enough here: it is rounded to 16 bits.
+  // The columns of four blocks of eight. One float for the log of a decay is good enough here: it is rounded to 16
+  // bits.
   template <int kFirst>
   __device__ __forceinline__ void write_columns(const float (&keys)[32], const Gates& gates) {
     const int thread = Solver::thread();
@@ -293,8 +299,8 @@ class Solver {
   }
 
   // Where diagonal blocks of kSize rows are joined, the warps share out the result's [16, 8] pieces: calls f(row where
-  // the two blocks start, the piece's row and column). A lambda with a template parameter would do, but NVRTC 13.0 takes
-  // none.
+  // the two blocks start, the piece's row and column). A lambda with a template parameter would do, but NVRTC 13.0
+  // takes none.
   template <int kSize, class F>
   static __device__ __forceinline__ void each_piece(const F& f) {
     constexpr int kPieces = kSize * kSize / (16 * 8) * (kChunk / (2 * kSize)) / 4;  // a warp's
@@ -376,8 +382,12 @@ class Solver {
     const int t = thread() - kChunk;
     const Gates& gates = gates_[turn_ ^ 1];
     factors[kBeta * kChunk + t] = gates.beta[t];
+    const bool hands = fabsf(gates.beta[t]) >= kLeastHanded;
+    factors[kHanded * kChunk + t] = hands ? gates.beta[t] : 1.0f;
+    factors[kLeft * kChunk + t] = hands ? 1.0f : gates.beta[t];
     factors[kFromStart * kChunk + t] = from_start_;
     factors[kToEnd * kChunk + t] = to_end_;
+    factors[kRemoval * kChunk + t] = -gates.beta[t] * from_start_;
     factors[kDecayHigh * kChunk + t] = gates.high[t];
     factors[kDecayLow * kChunk + t] = gates.low[t];
   }

@@ -1,4 +1,4 @@
-// Who takes what a chain hands on: in _o a warpgroup that makes outputs of it, in the other passes a warp that stores it.
+// Who takes what a chain hands on: in _o a warpgroup that makes outputs of it, else a warp that stores it.
 #pragma once
 
 #include "common/wgmma.cuh"
@@ -6,11 +6,11 @@
 
 namespace hylo::gated_delta_rule {
 
-// Both takers free a chain's results only after they took its next state, so that sending the results off holds up nobody.
+// Both free a chain's results only after they took its next state, so that sending the results off holds up nobody.
 
-// Sends a tile of 64 tokens x 64 values to its place; the first thread's copies are under way on return. The copy engine
-// leaves out what is past the tensor's end; past the end of a packed sequence lies its neighbour, and the threads copy row
-// by row.
+// Sends a tile of 64 tokens x 64 values to its place; the first thread's copies are under way on return. The copy
+// engine leaves out what is past the tensor's end; past the end of a packed sequence lies its neighbour, and the
+// threads copy row by row.
 template <class T, int kThreads>
 __device__ __forceinline__ void store_results(const Params& p, const Chunk& chunk, int head, int first_value,
                                               const unsigned char* tile, int thread) {

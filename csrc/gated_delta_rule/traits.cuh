@@ -17,8 +17,9 @@ constexpr int kSharedLimit = 227 * 1024;
 constexpr int kRecordInverse = 0;             // A = (I + L)^-1
 constexpr int kRecordScores = kTileSize;      // P = lower(G * q k^T)
 constexpr int kRecordFactors = 2 * kTileSize;
-enum Factor { kBeta, kFromStart, kToEnd, kDecayHigh, kDecayLow };  // the last two: log2 of the second, as a sum
-constexpr int kFactors = 5;
+// beta is the product of the next two (solver.cuh); the last two sum up to log2 of kFromStart.
+enum Factor { kBeta, kHanded, kLeft, kFromStart, kToEnd, kRemoval, kDecayHigh, kDecayLow };
+constexpr int kFactors = 8;
 constexpr int kFactorsRow = kChunk * 4;
 constexpr int kFactorsSize = kFactors * kFactorsRow;
 constexpr int kRecordSize = kRecordFactors + kFactorsSize;
@@ -30,13 +31,15 @@ constexpr int kLowerStride = kChunk + 4;  // fp32; a multiple of 4, so that a ro
 constexpr int kSlotSize = (kRecordSize + 1023) / 1024 * 1024;
 constexpr int kLowerSize = (kChunk * kLowerStride * 4 + 1023) / 1024 * 1024;
 
-// --- gated_delta_rule_fwd_kernel_inverse: keys, queries, and in the record's place the matrix it is made of ---
+// --- who makes records for others: a warpgroup with keys, queries, a record or the matrix it is made of, and gates ---
 
-HYLO_HOST_DEVICE constexpr int inverse_inputs(int width) { return 2 * width / kTile * kTileSize; }
-HYLO_HOST_DEVICE constexpr int inverse_shared(int width) { return inverse_inputs(width) + kSlotSize + 1024; }
+HYLO_HOST_DEVICE constexpr int maker_inputs(int width) { return 2 * width / kTile * kTileSize; }
+HYLO_HOST_DEVICE constexpr int maker_shared(int width) { return maker_inputs(width) + kSlotSize + 2048; }
+constexpr int kMakerRegisters = 104;
 
-// On a multiprocessor at once.
-HYLO_HOST_DEVICE constexpr int inverse_blocks(int width) { return kSharedLimit / (inverse_shared(width) + 3072); }
+// gated_delta_rule_fwd_kernel_inverse: one is a block, so many are on a multiprocessor at once.
+HYLO_HOST_DEVICE constexpr int inverse_shared(int width) { return maker_shared(width) + 1024; }
+HYLO_HOST_DEVICE constexpr int inverse_blocks(int width) { return kSharedLimit / (inverse_shared(width) + 1024); }
 
 // --- the passes over the chunks: a block owns 64 columns of the state for each of its chains ---
 
@@ -76,21 +79,30 @@ HYLO_HOST_DEVICE constexpr int solvers_size(Pass pass) {
 // What a chain hands on: its state in 16 bits, and a tile of results.
 HYLO_HOST_DEVICE constexpr int handed_size(int width) { return (width / kTile + 1) * kTileSize; }
 
-// As many as fit, at most three; where nothing is solved, narrow heads leave room for a second block on the multiprocessor.
+constexpr int kOfRing = 4608;  // bytes, at most: barriers, and gates of solvers
+
+// As many as fit, at most three; where nothing is solved, narrow heads leave room for a second block on the
+// multiprocessor.
 HYLO_HOST_DEVICE constexpr int stages(Pass pass, int width, int chains) {
   if (width == 64 && !solves(pass)) return 2;
   const int others = chains * handed_size(width) + solvers_size(pass);
-  const int fit = (kSharedLimit - 3072 - others) / stage_size(pass, width, chains);
+  const int fit = (kSharedLimit - kOfRing - others) / stage_size(pass, width, chains);
   return fit < 3 ? fit : 3;
 }
 
+// Where a pass reads records, some of its launch's blocks may make them, by so many warpgroups.
+constexpr int kMakers = 2;
+HYLO_HOST_DEVICE constexpr bool has_makers(Pass pass) { return pass == kOutputs || pass == kStates; }
+
 HYLO_HOST_DEVICE constexpr int pass_shared(Pass pass, int width, int chains) {
-  return stages(pass, width, chains) * stage_size(pass, width, chains) + chains * handed_size(width) +
-         solvers_size(pass) + 1024;
+  const int walking =
+      stages(pass, width, chains) * stage_size(pass, width, chains) + chains * handed_size(width) + solvers_size(pass);
+  const int making = has_makers(pass) ? kMakers * maker_shared(width) : 0;
+  return (walking > making ? walking : making) + 1024;
 }
 
-// Roles, by warpgroups from the first on: a chain each, then in _o one that makes outputs for each of them, then solvers;
-// then a warp that loads and, in the other passes, one that stores for each chain.
+// Roles, by warpgroups from the first on: a chain each, then in _o one that makes outputs for each of them, then
+// solvers; then a warp that loads and, in the other passes, one that stores for each chain.
 HYLO_HOST_DEVICE constexpr int chain_warpgroups(Pass pass, int chains) {
   return makes_outputs(pass) ? 2 * chains : chains;
 }
@@ -98,11 +110,14 @@ HYLO_HOST_DEVICE constexpr int pass_warpgroups(Pass pass, int chains) {
   return chain_warpgroups(pass, chains) + (solves(pass) ? kSolvers : 0);
 }
 
-// Where registers change hands, which they do by warpgroups, the last warps are a whole one.
-HYLO_HOST_DEVICE constexpr bool shares_registers(Pass pass, int chains) { return pass_warpgroups(pass, chains) > 1; }
+// Where registers change hands, which they do by warpgroups, the last warps are a whole one, and where they make
+// records.
+HYLO_HOST_DEVICE constexpr bool last_is_whole(Pass pass, int chains) {
+  return pass_warpgroups(pass, chains) > 1 || has_makers(pass);
+}
 
 HYLO_HOST_DEVICE constexpr int pass_threads(Pass pass, int chains) {
-  return 128 * pass_warpgroups(pass, chains) + (shares_registers(pass, chains) ? 128 : 64);
+  return 128 * pass_warpgroups(pass, chains) + (last_is_whole(pass, chains) ? 128 : 64);
 }
 
 // On a multiprocessor at once.
@@ -110,10 +125,24 @@ HYLO_HOST_DEVICE constexpr int pass_blocks(Pass pass, int width, int chains) {
   return width == 64 && chains == 1 && !solves(pass) ? 2 : 1;
 }
 
+// They come first in the grid, in so many of its layers, in which each head has a block for 64 columns of V.
+HYLO_HOST_DEVICE constexpr int maker_layers(int makers, int columns) { return (makers + columns - 1) / columns; }
+
+// Of a thread, before they change hands.
+HYLO_HOST_DEVICE constexpr int launch_registers(Pass pass, int width, int chains) {
+  return 65536 / (pass_threads(pass, chains) * pass_blocks(pass, width, chains)) / 8 * 8;
+}
+
+// Where there are fewer than a chain needs.
+HYLO_HOST_DEVICE constexpr bool shares_registers(Pass pass, int width, int chains) {
+  return pass_warpgroups(pass, chains) > 1 || (pass == kStates && width == 64);
+}
+
 // Of a thread of each role. Together they are at most what the block starts with: 504 (240 where two blocks share) for
-// three warpgroups, 512 for four, 480 for five.
+// three warpgroups, 512 for four, 480 for five; 256 for two where two blocks share.
 HYLO_HOST_DEVICE constexpr int chain_registers(Pass pass, int width, int chains) {
   if (solves(pass)) return makes_outputs(pass) ? 168 : 232;
+  if (pass == kStates) return 184;
   if (chains == 2) return 216;
   return width == 64 ? 136 : 240;
 }

@@ -7,37 +7,40 @@ nothing but the inputs.
 import concurrent.futures
 import functools
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hylo_ops import cubin
+from hylo_ops.gated_delta_rule import cuda_inputs
 
 if TYPE_CHECKING:
-    from hylo_ops._C import Kernel
+    from hylo_ops._C import GatedDeltaRuleShare, Kernel
 
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 _HALF_ULP_BITS = {torch.bfloat16: 9, torch.float16: 12}
-_WIDTHS = (64, 128, 256)  # kernels are compiled for; a head of another width runs in the next wider one's
-_STEP = 16  # of widths
-_CHUNK = 64  # kChunk of csrc/gated_delta_rule/traits.cuh
 _COLUMNS = 64  # of V, each chain's
 _MAX_SEGMENTS = 32
 _LEAST_SEGMENT = 4  # chunks
 _WARM_UP = 2  # chunks that a segment of fast gates runs before it counts
 _MANY_BLOCKS = 1.1  # so many times the blocks must reach the multiprocessors: solving pays from 120 of 132 on
-_ALIGNMENT = 16  # bytes, of what the copy engine reads
+_SOLVING_CUTS = 3  # segments of a cut sequence from which on solving pays, which takes twice as long for a chunk
+_MAKERS = {"o": 2, "states": 3}  # blocks, of each head and sequence, that make records as fast as the pass takes them
 _UNITS = {
     "cuts": "kernel",
     "inverse": "kernel",
     "o": "kernel",
-    "solving_o": "kernel",
+    "solving_o": "solving",
     "states": "backward",
-    "solving_states": "backward",
+    "solving_states": "solving",
     "dstates": "dstates",
     "gradients": "gradients",
 }
+
+
+_FORWARD = ("cuts", "inverse", "o", "solving_o")
 
 
 class _Sizes(NamedTuple):
@@ -52,7 +55,7 @@ class _Sizes(NamedTuple):
 
     @property
     def width(self) -> int:
-        return _width(self.K)
+        return cuda_inputs.width(self.K)
 
     @property
     def columns(self) -> int:
@@ -82,65 +85,64 @@ class _Call:
         leaves_records: bool,
     ):
         (B, T, G, K), (H, V) = q.shape, v.shape[2:]
-        N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        chunks = B * -(-T // _CHUNK) if cu_seqlens is None else T // _CHUNK + N  # no sequence leaves two unfilled
-        self.sizes = sizes = _Sizes(B, T, G, H, K, V, N, chunks if T else 0)
+        N = cuda_inputs.sequences(B, cu_seqlens)
+        self.sizes = sizes = _Sizes(B, T, G, H, K, V, N, cuda_inputs.most_chunks(B, T, cu_seqlens))
         self.device, self.dtype, self.source = q.get_device(), q.dtype, source
         self.multiprocessors = _multiprocessors(self.device)
         segments = 1 if fixed_split else _segments(sizes, self.multiprocessors)
+        self.first_pass = "states" if leaves_records else "o"
+        self.shares = _shares(sizes, self.first_pass, segments, self.multiprocessors, fixed_split)
+        self.cuts = segments > 1 and (leaves_records or any(share.pieces > 1 for share in self.shares))
         native = cubin.native()
-        # A pass that solves is the faster one where its blocks leave no multiprocessor idle. Of sequences that are cut
-        # into segments they do so if the gates let it, which the device finds out.
-        can_solve = native.gated_delta_rule_can_solve(sizes.width) and not fixed_split
-        fills = _MANY_BLOCKS * sizes.blocks >= self.multiprocessors
-        self.solving = can_solve and (segments > 1 or fills)
-        self.plain = not (can_solve and fills)
-        records = cuts = None
-        if leaves_records or self.plain:
+        records = ready = cuts = None
+        if leaves_records or not all(share.solving for share in self.shares):
             records = q.new_empty((sizes.chunks, H, native.GATED_DELTA_RULE_RECORD_BYTES), dtype=torch.uint8)
-        if segments > 1:
+        if any(share.makers for share in self.shares):
+            flags = q.new_empty if self.cuts else q.new_zeros  # the kernel that finds cuts clears them
+            ready = flags((sizes.chunks, H), dtype=torch.int32)
+        if self.cuts:
             cuts = q.new_empty((N, H, segments, 2), dtype=torch.int32)
         g, beta = g.float().contiguous(), beta.float().contiguous()
         bounds = None if cu_seqlens is None else cu_seqlens.int().contiguous()
-        self.kept = records, cuts, g, beta, bounds  # until the last launch
+        self.kept = records, ready, cuts, g, beta, bounds  # until the last launch
         self.native = native.GatedDeltaRuleChunkCall(
             q.data_ptr(),
             k.data_ptr(),
             g.data_ptr(),
             beta.data_ptr(),
-            _pointer(bounds),
-            _pointer(records),
-            _pointer(cuts),
+            cuda_inputs.pointer(bounds),
+            cuda_inputs.pointer(records),
+            cuda_inputs.pointer(ready),
+            cuda_inputs.pointer(cuts),
             sizes[:7],
             q.stride(),
             k.stride(),
             sizes.width,
             sizes.chunks,
             segments,
-            self.solving and self.plain,
             scale,
             -(_HALF_ULP_BITS[q.dtype] + 1) * math.log(2),
-            torch._C._cuda_getCurrentRawStream(self.device),
+            cuda_inputs.stream(self.device),
         )
-        if segments > 1:
-            self.native.cuts(self.kernel("cuts"))
-        if self.plain:
-            self.native.inverse(self.kernel("inverse"), self.multiprocessors)
 
     def kernel(self, name: str, chains: int = 1) -> "Kernel":
         return _kernel(self.device, self.dtype, self.sizes.width, chains, name, self.source)
 
     def outputs(self, *tensors: Any) -> None:
-        if self.solving:
-            self.native.outputs(self.kernel("solving_o"), True, *tensors)
-        if self.plain:
-            self.native.outputs(self.kernel("o"), False, *tensors)
+        self._run(self.native.outputs, *tensors)
 
     def states(self, *tensors: Any) -> None:
-        if self.solving:
-            self.native.states(self.kernel("solving_states"), True, *tensors)
-        if self.plain:
-            self.native.states(self.kernel("states"), False, *tensors)
+        self._run(self.native.states, *tensors)
+
+    def _run(self, first_pass: Callable[..., None], *tensors: Any) -> None:
+        """The first pass, and before it what it needs: where segments start, and the records that it does not make."""
+        if self.cuts:
+            self.native.cuts(self.kernel("cuts"))
+        for share in self.shares:
+            if not share.solving and (share.makers == 0 or share.pieces > 1):
+                self.native.inverse(self.kernel("inverse"), self.multiprocessors, share)
+        for share in self.shares:
+            first_pass(self.kernel(("solving_" if share.solving else "") + self.first_pass), share, *tensors)
 
     def dstates(self, *tensors: Any) -> None:
         chains = _chains(self.sizes, self.multiprocessors)
@@ -176,7 +178,7 @@ def forward(
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
     final_state = q.new_empty((sizes.N, sizes.H, sizes.K, sizes.V), dtype=torch.float32)
     if final_state.numel():
-        call.outputs(v.data_ptr(), v.stride(), _pointer(initial_state), o.data_ptr(), final_state.data_ptr())
+        call.outputs(v.data_ptr(), v.stride(), cuda_inputs.pointer(initial_state), o.data_ptr(), final_state.data_ptr())
     return o, final_state
 
 
@@ -232,8 +234,8 @@ def _token_gradients(
     dbeta = torch.empty_like(dg)
     if d_final_state.numel():
         values = v.data_ptr(), v.stride()
-        call.states(*values, _pointer(first_state), h.data_ptr(), written.data_ptr())
-        results = dh.data_ptr(), dx.data_ptr(), _pointer(d_initial_state)
+        call.states(*values, cuda_inputs.pointer(first_state), h.data_ptr(), written.data_ptr())
+        results = dh.data_ptr(), dx.data_ptr(), cuda_inputs.pointer(d_initial_state)
         call.dstates(d_o.data_ptr(), d_final_state.data_ptr(), *results)
         call.gradients(*values, *(x.data_ptr() for x in (d_o, h, dh, written, dx, dq, dk, dv, dg, dbeta)))
     return (dg[0], dbeta[0]) if parts == 1 else (dg.sum(0), dbeta.sum(0))
@@ -243,27 +245,9 @@ def why_not(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor | None, **_: Any
 ) -> str | None:
     """The reason why these kernels cannot take the inputs, or None. Shapes are taken to be the op's."""
-    if not q.is_cuda:
-        return f"q is on {q.device}, not on a CUDA device"
     if q.dtype not in _TYPES:
         return f"q is {q.dtype}, not bfloat16 or float16"
-    if k.dtype != q.dtype or v.dtype != q.dtype:
-        return f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}, not of one dtype"
-    if initial_state is not None and initial_state.dtype == torch.float64:
-        return "the state is float64"
-    K, V = q.shape[3], v.shape[3]
-    if K % _STEP or not 0 < K <= _WIDTHS[-1]:
-        return f"K is {K}, not a multiple of {_STEP} up to {_WIDTHS[-1]}"
-    if V % _STEP or not V:
-        return f"V is {V}, not a multiple of {_STEP}"
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if not _reachable(tensor):
-            return f"the copy engine cannot read {name}: strides {tensor.stride()} or its start are not 16-byte aligned"
-    return cubin.why_not_device(q.get_device()) or _why_no_code(q.dtype, _width(K))
-
-
-def _width(K: int) -> int:
-    return next(width for width in _WIDTHS if width >= K)
+    return cuda_inputs.why_not(q, k, v, initial_state) or _why_no_code(q.dtype, cuda_inputs.width(q.shape[3]))
 
 
 def _spec(dtype: torch.dtype, width: int, chains: int, unit: str) -> cubin.Spec:
@@ -295,20 +279,41 @@ def _segments(sizes: _Sizes, multiprocessors: int) -> int:
     return min(range(1, most + 1), key=chunks_run)
 
 
-def _reachable(tensor: Tensor) -> bool:
-    steps = [step for step, size in zip(tensor.stride()[:3], tensor.shape[:3], strict=True) if size > 1]
-    aligned = all(step * tensor.element_size() % _ALIGNMENT == 0 for step in steps)
-    return tensor.stride(3) == 1 and aligned and tensor.data_ptr() % _ALIGNMENT == 0
+@functools.cache
+def _shares(
+    sizes: _Sizes, first_pass: str, segments: int, multiprocessors: int, fixed_split: bool
+) -> tuple["GatedDeltaRuleShare", ...]:
+    """The launches that the first pass, "o" or "states", is shared out to.
+
+    A pass that solves is the faster one where its blocks leave no multiprocessor idle, as those of many sequences and
+    heads do, or of segments; whether a sequence can be cut only the device finds out. Otherwise idle ones make the
+    records while the pass waits for each, or, where too few are idle, they are made before it.
+    """
+    share = cubin.native().GatedDeltaRuleShare
+    can_solve = cubin.native().gated_delta_rule_can_solve(sizes.width) and not fixed_split
+    makers = _makers(sizes, _MAKERS[first_pass], multiprocessors)
+    if can_solve and _MANY_BLOCKS * sizes.blocks >= multiprocessors:
+        return (share(True, "all", segments, 0),)
+    if segments == 1 or (can_solve and makers and segments < _SOLVING_CUTS):
+        return (share(False, "all", 1, makers),)
+    if can_solve:
+        return share(True, "cuttable", segments, 0), share(False, "uncuttable", 1, makers)
+    return (share(False, "all", segments, makers),)
 
 
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+def _makers(sizes: _Sizes, wanted: int, multiprocessors: int) -> int:
+    """Blocks of each head that make the records beside the pass: none where less than two for each sequence fit."""
+    idle = max(0, multiprocessors - sizes.blocks) // sizes.H
+    makers = min(idle, wanted * sizes.N)
+    return makers if sizes.chunks and makers >= 2 * sizes.N else 0
 
 
 @functools.cache
 def _compile(dtype: torch.dtype, width: int, source: str | None) -> None:
     """Compiles all units of a width at once where none are packaged; one by one they take three times as long."""
-    listed = [_spec(dtype, width, 1, unit) for unit in dict.fromkeys(_UNITS.values())]
+    can_solve = cubin.native().gated_delta_rule_can_solve(width)
+    units = [unit for unit in dict.fromkeys(_UNITS.values()) if can_solve or unit != "solving"]
+    listed = [_spec(dtype, width, 1, unit) for unit in units]
     missing = [spec for spec in listed if source == "nvrtc" or not cubin.packaged_path(spec).exists()]
     if missing and source != "packaged":
         with concurrent.futures.ThreadPoolExecutor(len(missing)) as threads:
@@ -318,11 +323,10 @@ def _compile(dtype: torch.dtype, width: int, source: str | None) -> None:
 @functools.cache
 def _kernel(device: int, dtype: torch.dtype, width: int, chains: int, name: str, source: str | None) -> "Kernel":
     _compile(dtype, width, source)
-    unit = _UNITS[name]
-    direction = "fwd" if unit == "kernel" else "bwd"
+    direction = "fwd" if name in _FORWARD else "bwd"
     shared = cubin.native().gated_delta_rule_chunk_shared_bytes(name, width, chains)
     symbol = f"gated_delta_rule_{direction}_kernel_{name}"
-    return cubin.load(_spec(dtype, width, chains, unit), symbol, device, shared_bytes=shared, source=source)
+    return cubin.load(_spec(dtype, width, chains, _UNITS[name]), symbol, device, shared_bytes=shared, source=source)
 
 
 @functools.cache

@@ -6,7 +6,7 @@ from torch import Tensor
 from hylo_ops import checks
 from hylo_ops.backend import Backend
 from hylo_ops.common.sequences import working_dtype
-from hylo_ops.gated_delta_rule import cuda_chunk, cuda_recurrent, reference, triton
+from hylo_ops.gated_delta_rule import cuda, cuda_recurrent, reference, triton
 from hylo_ops.library import define_op, may_skip_dispatcher, reference_backend
 
 
@@ -145,7 +145,7 @@ _forward = define_op(
     "(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? initial_state, Tensor? cu_seqlens, "
     "float scale, bool fixed_split, str? backend) -> (Tensor, Tensor)",
     backends=[
-        Backend("cuda", cuda_chunk.why_not, cuda_chunk.forward, cuda_chunk.backward),
+        Backend("cuda", cuda.chunk_why_not, cuda.chunk_forward, cuda.chunk_backward),
         Backend("triton", triton.chunk_why_not, triton.chunk_forward, triton.chunk_backward),
         reference_backend(reference.chunk_gated_delta_rule, _DIFFERENTIABLE),
     ],

@@ -5,7 +5,7 @@ import torch
 from hylo_ops.gated_delta_rule import cuda_chunk, cuda_recurrent
 from hylo_ops.gated_rms_norm import cuda as gated_rms_norm
 from tests.csrc import gated_rms_norm_cases
-from tests.ops import gated_delta_rule_cases
+from tests.ops import gated_delta_rule_cases, gated_delta_rule_fp32_cases
 
 
 def run_gated_rms_norm() -> int:
@@ -38,8 +38,17 @@ def run_gated_delta_rule() -> int:
     return count
 
 
+def run_gated_delta_rule_in_fp32() -> int:
+    for case in gated_delta_rule_fp32_cases.CASES:
+        results, _ = gated_delta_rule_fp32_cases.launch(case, case.inputs("cuda"))
+        for result in results:
+            assert torch.isfinite(case.sound(result).cpu()).all(), case.name
+    return len(gated_delta_rule_fp32_cases.CASES)
+
+
 def main() -> None:
-    print(f"{run_gated_rms_norm() + run_gated_delta_rule()} cases launched")
+    count = run_gated_rms_norm() + run_gated_delta_rule() + run_gated_delta_rule_in_fp32()
+    print(f"{count} cases launched")
 
 
 if __name__ == "__main__":

@@ -71,21 +71,27 @@ HALVES = ("bf16", "fp16")
 KERNELS = {
     "kernel": ["fwd_kernel_cuts", "fwd_kernel_inverse", "fwd_kernel_o"],
     "backward": ["bwd_kernel_states"],
+    "solving": ["fwd_kernel_solving_o", "bwd_kernel_solving_states"],
     "dstates": ["bwd_kernel_dstates"],
     "gradients": ["bwd_kernel_gradients"],
 }
-SOLVING_KERNELS = {"kernel": ["fwd_kernel_solving_o"], "backward": ["bwd_kernel_solving_states"]}
 CHUNKED = [
     chunked(unit, dtype, width)
     for unit in ("kernel", "backward", "gradients")
     for dtype in HALVES
     for width in (64, 128, 256)
 ]
+CHUNKED += [chunked("solving", dtype, width) for dtype in HALVES for width in (64, 128)]
 CHUNKED += [
     chunked("dstates", dtype, width, chains)
     for dtype in HALVES
     for width, chains in ((64, 1), (64, 2), (128, 1), (128, 2), (256, 1))
 ]
+FP32_KERNELS = {
+    "fp32_forward": ["fwd_kernel_fp32_inverse", "fwd_kernel_fp32_o"],
+    "fp32_backward": [f"bwd_kernel_fp32_{name}" for name in ("states", "dstates", "dscores", "dqk")],
+}
+FP32_CHUNKED = [Spec("gated_delta_rule", (("K", width),), unit) for unit in FP32_KERNELS for width in (64, 128, 256)]
 STEPS = [
     step(dtype, state, width, raw, team)
     for dtype in HALVES
@@ -103,8 +109,7 @@ OTHER_STEPS = [
 
 
 def check_chunked(spec: Spec, code: bytes, folder: Path) -> None:
-    solving = SOLVING_KERNELS.get(spec.unit, []) if dict(spec.defines)["K"] <= 128 else []
-    for kernel in KERNELS[spec.unit] + solving:
+    for kernel in KERNELS[spec.unit]:
         used = resources(code, folder, f"gated_delta_rule_{kernel}")
         assert used["STACK"] == used["LOCAL"] == 0, kernel
 
@@ -113,6 +118,19 @@ def check_chunked(spec: Spec, code: bytes, folder: Path) -> None:
 @pytest.mark.parametrize("listed", CHUNKED, ids=lambda s: s.file_name("nvrtc"))
 def test_nvrtc_compiles_gated_delta_rule(listed, tmp_path):
     check_chunked(listed, cubin.compile_nvrtc(listed), tmp_path)
+
+
+def check_fp32(spec: Spec, code: bytes, folder: Path) -> None:
+    for kernel in FP32_KERNELS[spec.unit]:
+        used = resources(code, folder, f"gated_delta_rule_{kernel}")
+        assert used["STACK"] == used["LOCAL"] == 0, kernel
+        assert used["REG"] <= 128, kernel  # two blocks of 256 threads on a multiprocessor
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("listed", FP32_CHUNKED, ids=lambda s: s.file_name("nvrtc"))
+def test_nvrtc_compiles_gated_delta_rule_in_fp32(listed, tmp_path):
+    check_fp32(listed, cubin.compile_nvrtc(listed), tmp_path)
 
 
 @needs_nvrtc
@@ -124,11 +142,13 @@ def test_nvrtc_compiles_the_decode_step(listed, tmp_path):
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed, so no cubin is packaged")
 def test_the_build_packaged_gated_delta_rule(tmp_path):
-    listed = CHUNKED + STEPS
+    listed = CHUNKED + FP32_CHUNKED + STEPS
     packaged = cubin.packaged_path(listed[0]).parent
     assert {f.name for f in packaged.glob("gated_delta_rule-*")} == {cubin.packaged_path(s).name for s in listed}
     for spec in CHUNKED:
         check_chunked(spec, cubin.packaged_path(spec).read_bytes(), tmp_path)
+    for spec in FP32_CHUNKED:
+        check_fp32(spec, cubin.packaged_path(spec).read_bytes(), tmp_path)
 
 
 @needs_nvrtc

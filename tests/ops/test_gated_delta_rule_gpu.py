@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from hylo_ops import chunk_gated_delta_rule, recurrent_gated_delta_rule
-from hylo_ops.gated_delta_rule import cuda_chunk, triton
+from hylo_ops.gated_delta_rule import cuda, cuda_chunk, triton
 from hylo_ops.testing import cast, gradients, relative_error
+from tests.ops import gated_delta_rule_fp32_cases as fp32_cases
 from tests.ops.gated_delta_rule_cases import GATES, WIDTHS, make
 
 pytestmark = [
@@ -49,15 +50,33 @@ def test_forward(backend, dtype, gates, K, V):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("gates", GATES)
 @pytest.mark.parametrize(("K", "V"), [(48, 80), (64, 64), (128, 128), (256, 512)])
-def test_triton_in_fp32(K, V):
-    check(make(2, 333, 2, 4, K, V, torch.float32, "fast", device="cuda"), "triton")
+def test_in_fp32(backend, gates, K, V):
+    inputs = make(2, 333, 2, 4, K, V, torch.float32, gates, device="cuda")
+    first = check(inputs, backend)
+    second = chunk_gated_delta_rule(**inputs, backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("case", fp32_cases.CASES, ids=lambda case: case.name)
+def test_cuda_in_fp32_both_ways(case):
+    """The emulated driver's cases."""
+    fp32_cases.run_and_check(case, "cuda")
+
+
+@pytest.mark.parametrize("gates", ["fast", "slow"])
+@pytest.mark.parametrize(("K", "V"), [(64, 64), (128, 128), (256, 512)])
+def test_long_sequences_in_fp32(gates, K, V):
+    check(make(1, 8192, 2, 2, K, V, torch.float32, gates, device="cuda"), "cuda")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("T", [0, 1, 63, 64, 65, 129])
-def test_lengths(backend, T):
-    check(make(2, T, 1, 2, 64, 64, torch.bfloat16, "fast", device="cuda"), backend)
+def test_lengths(backend, dtype, T):
+    check(make(2, T, 1, 2, 64, 64, dtype, "fast", device="cuda"), backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -81,10 +100,11 @@ def test_long_sequences_are_cut_into_segments(gates, K, V):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize(("K", "V"), [(64, 64), (128, 128), (256, 512)])
-def test_packed_sequences_equal_single_ones_and_keep_to_themselves(backend, K, V):
+def test_packed_sequences_equal_single_ones_and_keep_to_themselves(backend, dtype, K, V):
     bounds = [0, 70, 70, 71, 300, 900, 900]
-    inputs = make(1, 900, 2, 4, K, V, torch.bfloat16, "fast", len(bounds) - 1, device="cuda")
+    inputs = make(1, 900, 2, 4, K, V, dtype, "fast", len(bounds) - 1, device="cuda")
     inputs["v"][:, 71:300] = torch.nan
     cu = torch.tensor(bounds, dtype=torch.int32, device="cuda")
     o, final = chunk_gated_delta_rule(**inputs, cu_seqlens=cu, fixed_split=True, backend=backend)
@@ -107,11 +127,12 @@ def test_batch_invariant_with_fixed_split(backend):
     assert torch.equal(state[1:2], state_one)
 
 
-def test_strided_views_are_read_in_place():
-    inputs = make(2, 200, 4, 4, 128, 128, torch.bfloat16, "fast", device="cuda")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_strided_views_are_read_in_place(dtype):
+    inputs = make(2, 200, 4, 4, 128, 128, dtype, "fast", device="cuda")
     joined = torch.cat([inputs[name].flatten(2) for name in ("q", "k", "v")], dim=-1)
     views = dict(zip(("q", "k", "v"), (t.unflatten(-1, (4, 128)) for t in joined.split(512, -1)), strict=True))
-    assert cuda_chunk.why_not(**{**inputs, **views}) is None
+    assert cuda.chunk_why_not(**{**inputs, **views}) is None
     o, _ = chunk_gated_delta_rule(**{**inputs, **views}, backend="cuda")
     assert torch.equal(o, chunk_gated_delta_rule(**inputs, backend="cuda")[0])
 
@@ -144,17 +165,27 @@ def test_gradients_of_cuda(gates, dtype, K, V, heads):
     check_gradients(make(1, 333, *heads, K, V, dtype, gates, device="cuda"), "cuda")
 
 
+@pytest.mark.parametrize("gates", GATES)
+@pytest.mark.parametrize(("K", "V"), [*WIDTHS, (48, 80), (144, 112)])
+@pytest.mark.parametrize("heads", [(2, 2), (1, 3)], ids=["H=G", "H=3G"])
+def test_gradients_of_cuda_in_fp32(gates, K, V, heads):
+    check_gradients(make(1, 333, *heads, K, V, torch.float32, gates, device="cuda"), "cuda")
+
+
 @pytest.mark.parametrize("gates", ["fast", "slow"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize(("K", "V"), [(64, 64), (128, 128), (256, 512)])
-def test_gradients_of_long_sequences_cut_into_segments(gates, K, V):
-    check_gradients(make(1, 4096, 2, 2, K, V, torch.bfloat16, gates, device="cuda"), "cuda")
+def test_gradients_of_long_sequences(gates, dtype, K, V):
+    """In bf16 they are cut into segments."""
+    check_gradients(make(1, 4096, 2, 2, K, V, dtype, gates, device="cuda"), "cuda")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize(("K", "V"), [(64, 128), (128, 128), (256, 64)])
-def test_gradients_of_packed_sequences_keep_to_themselves(K, V):
+def test_gradients_of_packed_sequences_keep_to_themselves(dtype, K, V):
     """The neighbour's NaN reaches nobody else's gradients, and a sequence has those that it has alone."""
     bounds = [0, 70, 70, 71, 300, 900, 900]
-    inputs = make(1, 900, 2, 4, K, V, torch.bfloat16, "fast", len(bounds) - 1, device="cuda")
+    inputs = make(1, 900, 2, 4, K, V, dtype, "fast", len(bounds) - 1, device="cuda")
     inputs["v"][:, 71:300] = torch.nan
     inputs["k"][:, 71:300] = torch.nan
     cu = torch.tensor(bounds, dtype=torch.int32, device="cuda")
@@ -200,36 +231,39 @@ def test_passes_that_solve_have_the_bits_of_those_that_read_records(K, V):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize(("K", "V"), [(48, 80), (64, 64), (128, 128), (256, 512)])
-def test_all_that_is_allocated_is_written(K, V):
+def test_all_that_is_allocated_is_written(dtype, K, V):
     """Fresh memory is full of NaN here; compute-sanitizer's initcheck does not follow what the copy engine stores."""
-    inputs = make(2, 333, 1, 2, K, V, torch.bfloat16, "fast", device="cuda")
+    inputs = make(2, 333, 1, 2, K, V, dtype, "fast", device="cuda")
     ones = [torch.ones_like(inputs["v"]), torch.ones_like(inputs["initial_state"])]
     options = None, K**-0.5, False
     torch.use_deterministic_algorithms(True)
     try:
         results = (
-            *cuda_chunk.forward(*inputs.values(), *options),
-            *cuda_chunk.backward(ones, *inputs.values(), *options),
+            *cuda.chunk_forward(*inputs.values(), *options),
+            *cuda.chunk_backward(ones, *inputs.values(), *options),
         )
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.isfinite(result).all() for result in results)
 
 
-def test_gradients_of_strided_views():
-    inputs = make(2, 200, 4, 4, 128, 128, torch.bfloat16, "fast", device="cuda")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_gradients_of_strided_views(dtype):
+    inputs = make(2, 200, 4, 4, 128, 128, dtype, "fast", device="cuda")
     joined = torch.cat([inputs[name].flatten(2) for name in ("q", "k", "v")], dim=-1)
     views = dict(zip(("q", "k", "v"), (t.unflatten(-1, (4, 128)) for t in joined.split(512, -1)), strict=True))
     options = None, 128**-0.5, False
     ones = [torch.ones_like(inputs["v"]), torch.ones_like(inputs["initial_state"])]
-    found = cuda_chunk.backward(ones, *{**inputs, **views}.values(), *options)
-    expected = cuda_chunk.backward(ones, *inputs.values(), *options)
+    found = cuda.chunk_backward(ones, *{**inputs, **views}.values(), *options)
+    expected = cuda.chunk_backward(ones, *inputs.values(), *options)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_the_default_runs_on_cuda_both_ways():
-    inputs = make(1, 333, 2, 4, 128, 128, torch.bfloat16, "fast", device="cuda")
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=["bf16", "fp16", "fp32"])
+def test_the_default_runs_on_cuda_both_ways(dtype):
+    inputs = make(1, 333, 2, 4, 128, 128, dtype, "fast", device="cuda")
     found = gradients(chunk_gated_delta_rule, inputs, NAMES)
     on_cuda = gradients(chunk_gated_delta_rule, inputs | {"backend": "cuda"}, NAMES)
     assert all(torch.equal(found[name], on_cuda[name]) for name in NAMES)
@@ -239,7 +273,6 @@ def test_the_default_runs_on_cuda_both_ways():
 @pytest.mark.parametrize("with_state", [False, True], ids=["fresh", "state"])
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=["bf16", "fp16", "fp32"])
 def test_the_whole_contract_has_a_fast_backend(dtype, with_state, packed):
-    """Triton takes all of it; cuda all but fp32, which its tensor cores have no product for."""
     for K, V in itertools.product((16, 48, 64, 128, 192, 256), (16, 80, 128, 256, 512)):
         for T in (1, 63, 64, 130):
             inputs = make(1, T, 1, 2, K, V, dtype, "fast", device="cuda")
@@ -247,7 +280,7 @@ def test_the_whole_contract_has_a_fast_backend(dtype, with_state, packed):
             cu = torch.tensor([0, T], dtype=torch.int32, device="cuda") if packed else None
             arguments = {**inputs, "cu_seqlens": cu, "scale": 1.0, "fixed_split": False}
             assert triton.chunk_why_not(**arguments) is None
-            assert (cuda_chunk.why_not(**arguments) is None) == (dtype != torch.float32)
+            assert cuda.chunk_why_not(**arguments) is None
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -285,8 +318,13 @@ def test_decode_in_a_cuda_graph(backend):
 def test_the_cuda_backend_names_its_reasons():
     inputs = make(1, 64, 1, 1, 64, 64, torch.bfloat16, "fast", device="cuda")
     for change, reason in (
-        ({"q": inputs["q"].float(), "k": inputs["k"].float(), "v": inputs["v"].float()}, "float32"),
+        ({"q": inputs["q"].double(), "k": inputs["k"].double(), "v": inputs["v"].double()}, "float64"),
+        ({"v": inputs["v"].float()}, "float32"),
         ({"v": inputs["v"][..., :40]}, "V is 40"),
         ({"q": inputs["q"][..., :40], "k": inputs["k"][..., :40]}, "K is 40"),
     ):
-        assert reason in cuda_chunk.why_not(**{**inputs, "initial_state": None, **change})
+        assert reason in cuda.chunk_why_not(**{**inputs, "initial_state": None, **change})
+    wide = {**inputs, **{name: inputs[name].float() for name in ("q", "k", "v")}, "initial_state": None}
+    assert "V is 40" in cuda.chunk_why_not(**{**wide, "v": wide["v"][..., :40]})
+    assert "bfloat16" in cuda.chunk_why_not(**{**wide, "k": inputs["k"]})
+    assert "aligned" in cuda.chunk_why_not(**{**wide, "v": wide["v"].new_empty(1, 64, 1, 65)[..., 1:]})

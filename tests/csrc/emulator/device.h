@@ -1,5 +1,7 @@
 // Runs a CUDA kernel's source on the CPU, one block after the other, each thread of a block a fiber that is switched
-// at barriers only. Shows indexing, tails and algebra; says nothing about races, rounding of fast math, or speed.
+// at barriers only. Shows indexing, tails and algebra; says nothing about rounding of fast math, or speed. Of races it
+// shows those that make every second launch of a kernel, with its threads in reverse and copies as late as can be, give
+// other bits.
 #pragma once
 
 #include <crt/host_defines.h>
@@ -25,8 +27,13 @@ struct Index {
 
 inline Index threadIdx, blockIdx, blockDim, gridDim;
 
+// Whether this is such a launch.
+inline bool emulated_reverse = false;
+
 void __syncthreads();
-float __shfl_xor_sync(unsigned mask, float value, int offset);
+
+// The value of another lane, or this one's where there is no such lane. Whole warps call it.
+unsigned long long emulated_shuffle(unsigned long long value, int from);
 
 inline float __expf(float x) { return expf(x); }
 inline float __fdividef(float x, float y) { return x / y; }
@@ -41,7 +48,37 @@ To same_bits(From from) {
 inline float __uint_as_float(unsigned x) { return same_bits<float>(x); }
 inline unsigned __float_as_uint(float x) { return same_bits<unsigned>(x); }
 
-// A kernel whose one argument lies at `params`, found by the name that stands in for its cubin.
+template <class T>
+T emulated_shuffle_of(T value, int from) {
+  unsigned long long bits = 0;
+  memcpy(&bits, &value, sizeof(value));
+  bits = emulated_shuffle(bits, from);
+  memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+inline int emulated_lane() { return threadIdx.x % 32; }
+template <class T>
+T __shfl_sync(unsigned, T value, int from) {
+  return emulated_shuffle_of(value, from);
+}
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int offset) {
+  return emulated_shuffle_of(value, emulated_lane() ^ offset);
+}
+template <class T>
+T __shfl_up_sync(unsigned, T value, int offset) {
+  return emulated_shuffle_of(value, emulated_lane() - offset);
+}
+inline unsigned __reduce_add_sync(unsigned mask, unsigned value) {
+  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(mask, value, offset);
+  return value;
+}
+inline unsigned __ballot_sync(unsigned mask, bool voted) {
+  return __reduce_add_sync(mask, voted ? 1u << emulated_lane() : 0u);
+}
+inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
+
+// A kernel whose one argument lies at `params`, found by the name that stands in for its cubin, and its own.
 struct EmulatedKernel {
-  EmulatedKernel(const char* name, void (*run)(const void* params));
+  EmulatedKernel(const char* cubin, const char* symbol, void (*run)(const void* params));
 };

@@ -18,7 +18,7 @@ def main() -> None:
     def load(device: int, dtype: str, state: str, K: int, raw: bool, team: int) -> Any:
         types = ("T", dtype), ("S", state)
         spec = Spec("gated_delta_rule", (*types, ("K", K), ("RAW", int(raw)), ("TEAM", team)), "step")
-        return cubin.native().Kernel(kernel_name(spec).encode(), "step", 0)
+        return cubin.native().Kernel(kernel_name(spec).encode(), cuda_recurrent._KERNEL, 0)
 
     native = cubin.native().GatedDeltaRuleStep(torch, load, device_type=CPU)
     cuda_recurrent._native_or_none = lambda: native

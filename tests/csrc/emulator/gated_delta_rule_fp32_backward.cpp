@@ -1,0 +1,12 @@
+#include "gated_delta_rule_fp32.h"
+
+#define gated_delta_rule_bwd_kernel_fp32_states HYLO_JOIN(HYLO_SYMBOL, _states)
+#define gated_delta_rule_bwd_kernel_fp32_dstates HYLO_JOIN(HYLO_SYMBOL, _dstates)
+#define gated_delta_rule_bwd_kernel_fp32_dscores HYLO_JOIN(HYLO_SYMBOL, _dscores)
+#define gated_delta_rule_bwd_kernel_fp32_dqk HYLO_JOIN(HYLO_SYMBOL, _dqk)
+#include "gated_delta_rule/fp32_backward.cuh"
+
+HYLO_REGISTER("gated_delta_rule_bwd_kernel_fp32_states", gated_delta_rule_bwd_kernel_fp32_states)
+HYLO_REGISTER("gated_delta_rule_bwd_kernel_fp32_dstates", gated_delta_rule_bwd_kernel_fp32_dstates)
+HYLO_REGISTER("gated_delta_rule_bwd_kernel_fp32_dscores", gated_delta_rule_bwd_kernel_fp32_dscores)
+HYLO_REGISTER("gated_delta_rule_bwd_kernel_fp32_dqk", gated_delta_rule_bwd_kernel_fp32_dqk)

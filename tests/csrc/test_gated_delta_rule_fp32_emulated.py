@@ -1,0 +1,41 @@
+"""The source of the chunked fp32 kernels and their launchers, run on the CPU by an emulated driver."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from hylo_ops.cubin import Spec, native, source_dir
+from hylo_ops.gated_delta_rule import cuda_chunk_fp32
+from tests.csrc.emulator import build
+from tests.ops.gated_delta_rule_fp32_cases import CASES
+
+
+@pytest.fixture(scope="module")
+def verdicts(tmp_path_factory):
+    if torch.cuda.is_available():
+        pytest.skip("a real driver is here: tests/ops/test_gated_delta_rule_gpu.py runs the kernels themselves")
+    if (reason := build.why_not()) is not None:
+        pytest.skip(reason)
+    native()
+    widths = sorted({cuda_chunk_fp32._width(case.K) for case in CASES})
+    units = ("fp32_forward", "fp32_backward")
+    specs = [Spec("gated_delta_rule", (("K", width),), unit) for width in widths for unit in units]
+    folder = build.build(specs, tmp_path_factory.mktemp("emulated"))
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.csrc.emulator.run_gated_delta_rule_fp32"],
+        env={**os.environ, "LD_LIBRARY_PATH": str(folder), "OMP_NUM_THREADS": "1"},
+        cwd=source_dir().parent,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_agrees_with_float64(verdicts, case):
+    assert not verdicts[case.name]
