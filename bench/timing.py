@@ -59,10 +59,16 @@ def rotate(calls: Mapping[str, Call], seconds: float) -> dict[str, dict[str, flo
         device_us(call, calls_a_round)  # warms up
         results[name] = {"us": None, "graph_us": None}
         try:
+            torch.cuda.empty_cache()  # a graph's memory is its own, eager calls' is not for it
             graphs[name] = capture(call, calls_a_round)
         except Exception as error:  # each library has its own
             torch.cuda.synchronize()
             results[name]["graph_error"] = f"{type(error).__name__}: {' '.join(str(error).splitlines()[:1])}"
+    if graphs and not fit_beside(calls, calls_a_round):
+        for name in graphs:
+            results[name]["graph_error"] = "no memory for graphs beside eager calls"
+        graphs.clear()
+        torch.cuda.empty_cache()
     eager: dict[str, list[float]] = {name: [] for name in calls}
     replayed: dict[str, list[float]] = {name: [] for name in graphs}
     for _ in range(rounds):
@@ -75,6 +81,16 @@ def rotate(calls: Mapping[str, Call], seconds: float) -> dict[str, dict[str, flo
         if name in graphs:
             results[name]["graph_us"] = statistics.median(replayed[name])
     return results
+
+
+def fit_beside(calls: Mapping[str, Call], calls_a_round: int) -> bool:
+    """Whether eager calls have the memory that they need beside the graphs that were captured."""
+    try:
+        for call in calls.values():
+            device_us(call, calls_a_round)
+    except torch.OutOfMemoryError:
+        return False
+    return True
 
 
 def plan(sweep_us: float, seconds: float) -> tuple[int, int]:
