@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hylo_ops.cubin import Spec, native, source_dir
-from hylo_ops.gated_delta_rule import cuda_chunk_fp32
+from hylo_ops.gated_delta_rule import cuda_inputs
 from tests.csrc.emulator import build
 from tests.ops.gated_delta_rule_fp32_cases import CASES
 
@@ -21,7 +21,7 @@ def verdicts(tmp_path_factory):
     if (reason := build.why_not()) is not None:
         pytest.skip(reason)
     native()
-    widths = sorted({cuda_chunk_fp32._width(case.K) for case in CASES})
+    widths = sorted({cuda_inputs.width(case.K) for case in CASES})
     units = ("fp32_forward", "fp32_backward")
     specs = [Spec("gated_delta_rule", (("K", width),), unit) for width in widths for unit in units]
     folder = build.build(specs, tmp_path_factory.mktemp("emulated"))

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from hylo_ops import cubin
-from hylo_ops.gated_delta_rule import cuda_chunk_fp32
+from hylo_ops.gated_delta_rule import cuda_chunk_fp32, cuda_inputs
 from tests.csrc.emulator.build import kernel_name
 from tests.ops.gated_delta_rule_fp32_cases import CASES, Case, run_and_check
 
@@ -17,7 +17,7 @@ def main() -> None:
 
     cubin.load = load
     cuda_chunk_fp32._compile = lambda width, source: None
-    cuda_chunk_fp32._stream = lambda device: 0
+    cuda_inputs.stream = lambda device: 0
     torch.use_deterministic_algorithms(True)  # with it, new tensors are filled with NaN
     print(json.dumps({case.name: verdict(case) for case in CASES}))
 
