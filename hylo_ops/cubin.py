@@ -12,6 +12,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -67,6 +68,14 @@ def device_code(spec: Spec, *, source: str | None = None, cache_dir: Path | None
     if source == "packaged":
         raise NotImplementedError(f"no cubin is packaged for {packaged.name.removesuffix('.cubin')}")
     return _cached(spec, cache_dir or default_cache_dir())
+
+
+def compile_missing(specs: list[Spec], source: str | None) -> None:
+    """Compiles at once what is not packaged (all, if `source` insists on NVRTC); `load` then finds it in the cache."""
+    missing = [spec for spec in specs if source == "nvrtc" or not packaged_path(spec).exists()]
+    if missing and source != "packaged":
+        with ThreadPoolExecutor(len(missing)) as threads:
+            list(threads.map(functools.partial(device_code, source=source), missing))
 
 
 def load(spec: Spec, kernel: str, device: int, *, shared_bytes: int = 0, source: str | None = None) -> "Kernel":

@@ -4,7 +4,6 @@ docs/gated_delta_rule.md has what each kernel computes. The backward recomputes 
 nothing but the inputs.
 """
 
-import concurrent.futures
 import functools
 import math
 from collections.abc import Callable
@@ -313,11 +312,7 @@ def _compile(dtype: torch.dtype, width: int, source: str | None) -> None:
     """Compiles all units of a width at once where none are packaged; one by one they take three times as long."""
     can_solve = cubin.native().gated_delta_rule_can_solve(width)
     units = [unit for unit in dict.fromkeys(_UNITS.values()) if can_solve or unit != "solving"]
-    listed = [_spec(dtype, width, 1, unit) for unit in units]
-    missing = [spec for spec in listed if source == "nvrtc" or not cubin.packaged_path(spec).exists()]
-    if missing and source != "packaged":
-        with concurrent.futures.ThreadPoolExecutor(len(missing)) as threads:
-            list(threads.map(functools.partial(cubin.device_code, source=source), missing))
+    cubin.compile_missing([_spec(dtype, width, 1, unit) for unit in units], source)
 
 
 @functools.cache

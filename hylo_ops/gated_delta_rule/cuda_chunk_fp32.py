@@ -5,7 +5,6 @@ what the forward made, so autograd keeps nothing but the inputs.
 """
 
 import functools
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -175,10 +174,7 @@ def _why_no_code(width: int) -> str | None:
 @functools.cache
 def _compile(width: int, source: str | None) -> None:
     """Compiles both units of a width at once where they are not packaged."""
-    specs = [_spec(width, unit) for unit in dict.fromkeys(_UNITS.values())]
-    if source == "nvrtc" or (source is None and not all(cubin.packaged_path(spec).exists() for spec in specs)):
-        with ThreadPoolExecutor(len(specs)) as threads:
-            list(threads.map(functools.partial(cubin.device_code, source=source), specs))
+    cubin.compile_missing([_spec(width, unit) for unit in dict.fromkeys(_UNITS.values())], source)
 
 
 @functools.cache

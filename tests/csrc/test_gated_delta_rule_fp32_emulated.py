@@ -1,14 +1,9 @@
 """The source of the chunked fp32 kernels and their launchers, run on the CPU by an emulated driver."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
-from hylo_ops.cubin import Spec, native, source_dir
+from hylo_ops.cubin import Spec, native
 from hylo_ops.gated_delta_rule import cuda_inputs
 from tests.csrc.emulator import build
 from tests.ops.gated_delta_rule_fp32_cases import CASES
@@ -24,16 +19,7 @@ def verdicts(tmp_path_factory):
     widths = sorted({cuda_inputs.width(case.K) for case in CASES})
     units = ("fp32_forward", "fp32_backward")
     specs = [Spec("gated_delta_rule", (("K", width),), unit) for width in widths for unit in units]
-    folder = build.build(specs, tmp_path_factory.mktemp("emulated"))
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.csrc.emulator.run_gated_delta_rule_fp32"],
-        env={**os.environ, "LD_LIBRARY_PATH": str(folder), "OMP_NUM_THREADS": "1"},
-        cwd=source_dir().parent,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout)
+    return build.run("run_gated_delta_rule_fp32", specs, tmp_path_factory.mktemp("emulated"))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

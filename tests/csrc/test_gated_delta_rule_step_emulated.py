@@ -1,14 +1,9 @@
 """The decode kernel's source, its launcher and its way around the dispatcher, run on the CPU by an emulated driver."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
-from hylo_ops.cubin import Spec, native, source_dir
+from hylo_ops.cubin import Spec, native
 from tests.csrc.emulator import build
 from tests.ops.gated_delta_rule_step_cases import CASES
 
@@ -21,16 +16,7 @@ def verdicts(tmp_path_factory):
         pytest.skip(reason)
     native()
     specs = list(dict.fromkeys(Spec("gated_delta_rule", case.defines, "step") for case in CASES))
-    folder = build.build(specs, tmp_path_factory.mktemp("emulated"))
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.csrc.emulator.run_gated_delta_rule_step"],
-        env={**os.environ, "LD_LIBRARY_PATH": str(folder), "OMP_NUM_THREADS": "1"},
-        cwd=source_dir().parent,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout)
+    return build.run("run_gated_delta_rule_step", specs, tmp_path_factory.mktemp("emulated"))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -1,14 +1,9 @@
 """The CUDA kernel's source and its launcher, run on the CPU by an emulated driver: indexing, tails and algebra."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
-from hylo_ops.cubin import Spec, native, source_dir
+from hylo_ops.cubin import Spec, native
 from tests.csrc.emulator import build
 from tests.csrc.gated_rms_norm_cases import CASES
 
@@ -21,16 +16,7 @@ def verdicts(tmp_path_factory):
         pytest.skip(reason)
     native()
     specs = list(dict.fromkeys(Spec("gated_rms_norm", case.defines) for case in CASES if 0 not in case.shape))
-    folder = build.build(specs, tmp_path_factory.mktemp("emulated"))
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.csrc.emulator.run_gated_rms_norm"],
-        env={**os.environ, "LD_LIBRARY_PATH": str(folder), "OMP_NUM_THREADS": "1"},
-        cwd=source_dir().parent,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout)
+    return build.run("run_gated_rms_norm", specs, tmp_path_factory.mktemp("emulated"))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -1,9 +1,13 @@
 """Compiles the emulated driver with kernel variants inside, as a libcuda.so.1 for a test's own subprocess."""
 
+import json
+import os
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from hylo_ops.cubin import Spec, cuda_include_dirs, source_dir
 
@@ -47,3 +51,17 @@ def build(specs: list[Spec], folder: Path) -> Path:
     objects = [command[-1] for command in commands]
     subprocess.run(["g++", "-shared", "-o", str(folder / "libcuda.so.1"), *objects], check=True)
     return folder
+
+
+def run(module: str, specs: list[Spec], folder: Path) -> Any:
+    """What a module of this folder prints, as JSON, where the emulated driver has these specs."""
+    build(specs, folder)
+    done = subprocess.run(
+        [sys.executable, "-m", f"{__package__}.{module}"],
+        env={**os.environ, "LD_LIBRARY_PATH": str(folder), "OMP_NUM_THREADS": "1"},
+        cwd=source_dir().parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
