@@ -74,6 +74,7 @@ def compile_missing(specs: list[Spec], source: str | None) -> None:
     """Compiles at once what is not packaged (all, if `source` insists on NVRTC); `load` then finds it in the cache."""
     missing = [spec for spec in specs if source == "nvrtc" or not packaged_path(spec).exists()]
     if missing and source != "packaged":
+        _nvrtc()  # imported here: threads that import it for the first time find it half made
         with ThreadPoolExecutor(len(missing)) as threads:
             list(threads.map(functools.partial(device_code, source=source), missing))
 
