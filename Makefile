@@ -25,7 +25,12 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python -m bench gated_rms_norm
 	$(BIN)/python -m bench gated_delta_rule
+	$(BIN)/python -m bench causal_conv1d
+	$(BIN)/python -m bench ssd
+	$(BIN)/python -m bench mamba2
 	$(BIN)/python -m bench.cold gated_delta_rule
+	$(BIN)/python -m bench.cold ssd
+	$(BIN)/python -m bench.cold causal_conv1d
 
 gpu-test: $(READY)
 	PYTHON=$(abspath $(BIN)/python) tests/gpu.sh runs/gpu-test

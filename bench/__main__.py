@@ -20,7 +20,7 @@ from rich.table import Table
 from bench import record, timing
 from bench.contest import Roofs
 
-STEMS = ["gated_delta_rule", "gated_rms_norm"]
+STEMS = ["causal_conv1d", "gated_delta_rule", "gated_rms_norm", "mamba2", "ssd"]
 HERE = Path(__file__).parent
 
 

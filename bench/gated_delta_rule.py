@@ -10,15 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import hylo_ops
-from bench import contest, peers
+from bench import contest
 from bench.contest import Contestant, Results, Roofs, Work
-from bench.peers import DeltaCall, DeltaInputs
+from bench.forms import named_gradients
+from bench.peers import gated_delta_rule as peers
+from bench.peers.gated_delta_rule import DeltaCall, DeltaInputs
 from bench.shapes import GATED_DELTA_RULE, GATED_DELTA_RULE_LENGTHS, DeltaCase
 from hylo_ops.testing import DTYPE_NAMES, relative_error
 
 CASES = {case.name: case for case in GATED_DELTA_RULE}
 EXTRA_CASES = {case.name: case for case in GATED_DELTA_RULE_LENGTHS}
-PEERS = sorted({name for forms in peers.GATED_DELTA_RULE.values() for name in forms})
+PEERS = sorted({name for forms in peers.FORMS.values() for name in forms})
 BACKENDS = ["cuda", "triton"]
 # g = scale * logsigmoid(N(0, 1) + 3): a state forgets within a few chunks, or keeps for thousands of tokens.
 GATES = {"fast": 1.0, "slow": 0.01}
@@ -121,8 +123,8 @@ def contestant(pass_: str, form: peers.DeltaForm, inputs: DeltaInputs, checked: 
             whole=lambda: gradients(form, inputs),  # of forward and backward together
         )
     return Contestant(
-        check=lambda: dict(zip(OUTPUTS, form(checked.with_own_state())(), strict=True)),
-        start=lambda: form(inputs.with_own_state()),
+        check=lambda: dict(zip(OUTPUTS, form(checked.with_own_states())(), strict=True)),
+        start=lambda: form(inputs.with_own_states()),
     )
 
 
@@ -134,11 +136,12 @@ def pending_backward(form: peers.DeltaForm, inputs: DeltaInputs) -> Callable[...
 
 
 def gradients(form: peers.DeltaForm, inputs: DeltaInputs) -> Results:
-    return named_gradients(inputs, pending_backward(form, inputs)())
+    return named_gradients(tuple(inputs.differentiable()), pending_backward(form, inputs)())
 
 
-def named_gradients(inputs: DeltaInputs, found: tuple[Tensor, ...]) -> Results:
-    return {f"d{name}": gradient for name, gradient in zip(inputs.differentiable(), found, strict=True)}
+def first_call(case: DeltaCase, backend: str, device: str) -> Callable[[], Callable[[], object]]:
+    """Draws inputs; what is returned runs the forward on them and returns what runs the backward."""
+    return partial(pending_backward, partial(our_chunk, backend), draw(case, "fast", device))
 
 
 def run(case: DeltaCase, backends: list[str], chosen_peers: list[str], roofs: Roofs) -> Iterator[dict[str, Any]]:
@@ -178,7 +181,7 @@ def exact_results(case: DeltaCase, checked: DeltaInputs) -> dict[str, Results]:
     found = torch.autograd.grad(outputs, tuple(leaves.differentiable().values()), doubles.output_gradients)
     return {
         "forward": {name: t.detach() for name, t in zip(OUTPUTS, outputs, strict=True)},
-        "backward": named_gradients(doubles, found),
+        "backward": named_gradients(tuple(doubles.differentiable()), found),
     }
 
 
@@ -197,7 +200,7 @@ def prepare(
             assert error <= MAX_ERROR, f"{case.name}, {pass_}: error {error:.1e} of {name}"
 
     our_forms = {name: partial(OURS[pass_], name) for name in backends}
-    peer_forms = {name: form for name, form in peers.GATED_DELTA_RULE[pass_].items() if name in chosen_peers}
+    peer_forms = {name: form for name, form in peers.FORMS[pass_].items() if name in chosen_peers}
     ours, others = (
         {name: contestant(pass_, form, inputs, checked) for name, form in forms.items()}
         for forms in (our_forms, peer_forms)

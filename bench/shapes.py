@@ -21,6 +21,10 @@ class NormCase:
     def shape(self) -> dict[str, int]:
         return {"B": self.B, "T": self.T, "H": self.H, "V": self.V}
 
+    @property
+    def passes(self) -> tuple[str, ...]:
+        return ("decode",) if self.T == 1 else ("forward", "forward_backward")
+
 
 GATED_RMS_NORM = [
     NormCase("gdn-1b-8k", 1, 8192, 6, 512, True),
@@ -30,12 +34,15 @@ GATED_RMS_NORM = [
     NormCase("mamba2-1b-64k", 1, 65536, 32, 64, False),
     NormCase("mamba2-qwen-8k", 1, 8192, 16, 128, False),
     NormCase("mamba2-3b-8k", 1, 8192, 24, 128, False),
+    NormCase("mamba2-8k", 1, 8192, 1, 2048, False),  # Mamba2 itself: all heads in one group
     NormCase("gdn-1b-8k-fp32", 1, 8192, 6, 512, True, torch.float32),
     NormCase("mamba2-1b-8k-fp32", 1, 8192, 32, 64, False, torch.float32),
     NormCase("gdn-1b-decode-1", 1, 1, 6, 512, True),
     NormCase("gdn-1b-decode-64", 64, 1, 6, 512, True),
     NormCase("mamba2-1b-decode-1", 1, 1, 32, 64, False),
     NormCase("mamba2-1b-decode-64", 64, 1, 32, 64, False),
+    NormCase("mamba2-decode-1", 1, 1, 1, 2048, False),
+    NormCase("mamba2-decode-64", 64, 1, 1, 2048, False),
 ]
 
 
@@ -90,4 +97,132 @@ GATED_DELTA_RULE = [
 # HyLo's shape at growing length, 4K to 1M tokens: what a token costs must not grow. Run by name only.
 GATED_DELTA_RULE_LENGTHS = [
     DeltaCase(f"hylo-1b-length-{n}k", 1, n * 1024, 6, 6, 256, 512) for n in (4, 16, 64, 256, 1024)
+]
+
+
+@dataclass(frozen=True)
+class ScanCase:
+    """x [B, T, HX, V], b [B, T, GB, K], c [B, T, G, K], dt [B, T, H]; one token a sequence is decode."""
+
+    name: str
+    B: int
+    T: int
+    G: int
+    H: int
+    K: int
+    V: int
+    HX: int
+    GB: int
+    state_dtype: torch.dtype = torch.float32
+    initial_state: bool = False  # decode always has one
+    gates: tuple[str, ...] = ("trained",)
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def shape(self) -> dict[str, int]:
+        letters = ("B", "T", "G", "H", "K", "V", "HX", "GB")
+        return {letter: getattr(self, letter) for letter in letters}
+
+    @property
+    def passes(self) -> tuple[str, ...]:
+        return ("decode",) if self.T == 1 else ("forward", "forward_backward")
+
+
+_BOTH = ("trained", "strong")
+# G, H, K, V, HX, GB
+_HYLO_1B = (32, 32, 64, 64, 8, 8)
+_HYLO_3B = (24, 24, 128, 128, 8, 8)
+_QWEN = (16, 16, 128, 128, 8, 8)
+_MAMBA2 = (1, 32, 128, 64, 32, 1)
+
+SSD = [
+    ScanCase("hylo-1b-8k", 1, 8192, *_HYLO_1B, gates=_BOTH),
+    ScanCase("hylo-1b-8x4k", 8, 4096, *_HYLO_1B),
+    ScanCase("hylo-1b-64k", 1, 65536, *_HYLO_1B),
+    ScanCase("hylo-3b-8k", 1, 8192, *_HYLO_3B, gates=_BOTH),
+    ScanCase("hylo-3b-64k", 1, 65536, *_HYLO_3B),
+    ScanCase("qwen-8k", 1, 8192, *_QWEN, gates=_BOTH),
+    ScanCase("mamba2-8k", 1, 8192, *_MAMBA2, gates=_BOTH),
+    ScanCase("mamba2-32k", 1, 32768, *_MAMBA2),
+    ScanCase("mamba2-8x4k", 8, 4096, *_MAMBA2),
+    ScanCase("mamba2-g8-64k", 1, 65536, 8, 64, 128, 64, 64, 8),
+    # With a state to begin with: what errors its gradient has.
+    ScanCase("hylo-1b-8k-state", 1, 8192, *_HYLO_1B, initial_state=True),
+    ScanCase("mamba2-8k-state", 1, 8192, *_MAMBA2, initial_state=True),
+    *(
+        ScanCase(f"{name}-decode-{B}{suffix}", B, 1, *dims, state_dtype)
+        for name, dims in (("mamba2", _MAMBA2), ("hylo-1b", _HYLO_1B))
+        for state_dtype, suffix in ((torch.float32, ""), (torch.bfloat16, "-bf16-state"))
+        for B in (1, 32, 256)
+    ),
+]
+
+# HyLo's shape at growing length, 4K to 1M tokens: what a token costs must not grow. Run by name only.
+SSD_LENGTHS = [ScanCase(f"hylo-1b-length-{n}k", 1, n * 1024, *_HYLO_1B) for n in (4, 16, 64, 256, 1024)]
+
+
+@dataclass(frozen=True)
+class ConvCase:
+    """x [B, T, D], weight [D, W] and a bias, silu; one token a sequence is decode."""
+
+    name: str
+    B: int
+    T: int
+    D: int
+    W: int = 4
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def shape(self) -> dict[str, int]:
+        return {"B": self.B, "T": self.T, "D": self.D, "W": self.W}
+
+    @property
+    def passes(self) -> tuple[str, ...]:
+        return ("decode",) if self.T == 1 else ("forward", "forward_backward")
+
+
+# Mamba2's channels at H 32, V 64, G 1, K 128, and those of Gated DeltaNet or of a repeating model at HyLo's heads.
+CAUSAL_CONV1D = [
+    *(ConvCase(f"d{D}-{n}k", 1, n * 1024, D) for D in (2304, 6144) for n in (8, 32, 64)),
+    *(ConvCase(f"d{D}-decode-{B}", B, 1, D) for D in (2304, 6144) for B in (1, 32, 256)),
+]
+
+
+@dataclass(frozen=True)
+class MixerCase:
+    """A Mamba2 block between its projections: convolution, scan, gated norm of NG groups of heads."""
+
+    name: str
+    B: int
+    T: int
+    G: int
+    H: int
+    K: int
+    V: int
+    HX: int
+    GB: int
+    NG: int
+    W: int = 4
+    state_dtype: torch.dtype = torch.float32
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def shape(self) -> dict[str, int]:
+        letters = ("B", "T", "G", "H", "K", "V", "HX", "GB", "NG", "W")
+        return {letter: getattr(self, letter) for letter in letters}
+
+    @property
+    def channels(self) -> int:
+        """Of the convolution: x, b and c, each with the heads it has."""
+        return self.HX * self.V + (self.GB + self.G) * self.K
+
+    @property
+    def passes(self) -> tuple[str, ...]:
+        return ("decode",) if self.T == 1 else ("forward", "forward_backward")
+
+
+_MIXERS = (("hylo-1b", (*_HYLO_1B, 32)), ("mamba2", (*_MAMBA2, 1)))
+MAMBA2 = [
+    *(MixerCase(f"{name}-8k", 1, 8192, *dims) for name, dims in _MIXERS),
+    *(MixerCase(f"{name}-decode-{B}", B, 1, *dims) for name, dims in _MIXERS for B in (1, 32, 256)),
 ]

@@ -1,6 +1,6 @@
 """The native module: launchers of csrc/, host code only. Pointers and streams are integers where no tensor is named."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 from torch import Tensor
@@ -8,7 +8,7 @@ from torch import Tensor
 class Kernel:
     """One kernel of a cubin, loaded on one device until the process ends."""
 
-    def __init__(self, cubin: bytes, name: str, device: int, shared_bytes: int = 0) -> None: ...
+    def __init__(self, cubin: bytes, name: str, device: int, shared_bytes: int = 0, max_cluster: int = 1) -> None: ...
     @property
     def registers(self) -> int: ...
     @property
@@ -33,6 +33,41 @@ class GatedDeltaRuleStep:
         /,
     ) -> Tensor | str: ...
     def why_not(self, tensors: tuple[Tensor | None, ...], /) -> str | None: ...
+
+class SsdStep:
+    """The decode step of the scan, from tensors to its result. What it does not take it answers with the reason.
+
+    The nine tensors are x, dt, a, b, c, state, d, dt_bias, indices; the last three may be None.
+    """
+
+    def __init__(
+        self, torch: ModuleType, load: Callable[[int, str, str, int, int, int], Kernel | str], device_type: int = 2
+    ) -> None: ...
+    def run(
+        self, tensors: tuple[Tensor | None, ...], softplus: bool, dt_limit: Sequence[float] | None, direct: bool, /
+    ) -> Tensor | str: ...
+    def why_not(self, tensors: tuple[Tensor | None, ...], /) -> str | None: ...
+
+class Mamba2Step:
+    """The decode step of a whole Mamba2 block, likewise.
+
+    The twelve tensors are z, xbc, dt, conv_weight, a, norm_weight, conv_state, state, conv_bias, d, dt_bias, indices;
+    the last four may be None. dims: d_state, x_heads, b_heads.
+    """
+
+    def __init__(self, torch: ModuleType, load: Callable[..., Kernel | str], device_type: int = 2) -> None: ...
+    def run(
+        self,
+        tensors: tuple[Tensor | None, ...],
+        dims: tuple[int, int, int],
+        softplus: bool,
+        dt_limit: Sequence[float] | None,
+        eps: float,
+        norm_before_gate: bool,
+        direct: bool,
+        /,
+    ) -> Tensor | str: ...
+    def why_not(self, tensors: tuple[Tensor | None, ...], dims: tuple[int, int, int], /) -> str | None: ...
 
 GATED_DELTA_RULE_RECORD_BYTES: int
 
@@ -155,6 +190,32 @@ class GatedDeltaRuleFp32Call:
     def dscores(self, kernel: Kernel, dv: int, dg: int, dbeta: int, /) -> None: ...
     def dqk(self, kernel: Kernel, dq: int, dk: int, dg: int, dbeta: int, /) -> None: ...
 
+class GatedRmsNormGrid:
+    """Blocks of the backward pass, and rows that each takes at once."""
+
+    blocks: int
+    rows: int
+
+def gated_rms_norm_backward_grid(
+    shape: tuple[int, ...], vector: int, element_bytes: int, weight_bytes: int, multiprocessors: int, /
+) -> GatedRmsNormGrid: ...
+def gated_rms_norm_backward(
+    kernel: Kernel,
+    dweight_kernel: Kernel,
+    grid: GatedRmsNormGrid,
+    dy_x_gate_weight: tuple[int, int, int, int],
+    dx_dgate_dweight: tuple[int, int, int],
+    partials: int,
+    shape: tuple[int, ...],
+    dy_x_gate_strides: tuple[tuple[int, ...], ...],
+    weight_stride_h: int,
+    shared_weight: bool,
+    vector: int,
+    element_bytes: int,
+    eps: float,
+    stream: int,
+    /,
+) -> None: ...
 def gated_rms_norm_forward(
     kernel: Kernel,
     x: int,

@@ -19,12 +19,14 @@ class Backend:
         forward: called with the op's arguments, without `backend`.
         backward: called with the list of output gradients and the op's arguments; gives one gradient for each
             differentiable input that is a tensor. None: inference only.
+        backward_why_not: the reason why it cannot run their backward, or None; `why_not` where that is the same.
     """
 
     name: str
     why_not: WhyNot
     forward: Callable[..., Any]
     backward: Callable[..., list[Tensor]] | None = None
+    backward_why_not: WhyNot | None = None
 
 
 def choose(op: str, backends: Sequence[Backend], requested: str | None, arguments: dict[str, Any]) -> Backend:

@@ -79,9 +79,16 @@ def compile_missing(specs: list[Spec], source: str | None) -> None:
             list(threads.map(functools.partial(device_code, source=source), missing))
 
 
-def load(spec: Spec, kernel: str, device: int, *, shared_bytes: int = 0, source: str | None = None) -> "Kernel":
-    """The kernel of that name, ready to launch on a CUDA device (torch's index) with so much dynamic shared memory."""
-    return native().Kernel(device_code(spec, source=source), kernel, device, shared_bytes)
+def load(
+    spec: Spec, kernel: str, device: int, *, shared_bytes: int = 0, max_cluster: int = 1, source: str | None = None
+) -> "Kernel":
+    """The kernel of that name, ready to launch on a CUDA device (torch's index).
+
+    Args:
+        shared_bytes: the most dynamic shared memory of a launch.
+        max_cluster: the most blocks that a cluster of a launch has.
+    """
+    return native().Kernel(device_code(spec, source=source), kernel, device, shared_bytes, max_cluster)
 
 
 @functools.cache

@@ -4,6 +4,7 @@ The backward is an op of its own, so that a compiled graph holds it whole: `torc
 into a backend.
 """
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -64,7 +65,11 @@ def _define_backward(
     name: str, schema: str, arguments: list[str], backends: Sequence[Backend], differentiable: Sequence[str]
 ) -> None:
     positions = [arguments.index(argument) for argument in differentiable]
-    able = [backend for backend in backends if backend.backward is not None]
+    able = [
+        dataclasses.replace(backend, why_not=backend.backward_why_not or backend.why_not)
+        for backend in backends
+        if backend.backward is not None
+    ]
     backward_schema = f"(Tensor[] grads, {schema[1 : schema.index(')')]}) -> Tensor[]"
 
     def wanted(inputs: Sequence[Any]) -> list[Tensor]:

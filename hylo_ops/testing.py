@@ -35,7 +35,8 @@ def gradients(function: Callable[..., Any], inputs: dict[str, Any], wanted: Sequ
     generator = torch.Generator(device="cpu").manual_seed(7)
     total: Any = 0.0
     for output in outputs:
-        weights = torch.randn(output.shape, generator=generator, dtype=torch.float64)
+        # As bf16 has them, so that no dtype rounds the gradients of the outputs: it would count as the op's error.
+        weights = torch.randn(output.shape, generator=generator, dtype=torch.float64).bfloat16().double()
         total = total + (output.double() * weights.to(output.device)).sum()
     total.backward()
     return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}

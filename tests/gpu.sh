@@ -40,8 +40,10 @@ step pytest "$python" -m pytest -m gpu -ra -q tests/csrc tests/ops tests/test_mo
 for tool in memcheck racecheck initcheck; do
   step "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -m tests.csrc.sanitizer_run
 done
-step cold "$python" -m bench.cold gated_delta_rule --out "$out/cold_gated_delta_rule.json" --commit "$commit"
-for stem in gated_rms_norm gated_delta_rule; do
+for stem in gated_delta_rule ssd causal_conv1d; do
+  step "cold_$stem" "$python" -m bench.cold "$stem" --out "$out/cold_$stem.json" --commit "$commit"
+done
+for stem in gated_rms_norm gated_delta_rule causal_conv1d ssd mamba2; do
   step "bench_$stem" "$python" -m bench "$stem" --out "$out" --commit "$commit"
 done
 step train_step "$python" -m bench.train_step --out "$out/train_step.json"

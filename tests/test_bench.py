@@ -11,8 +11,21 @@ import torch
 
 import hylo_ops
 from bench import __main__ as command
-from bench import cold, contest, gated_delta_rule, gated_rms_norm, peers, record, shapes, timing
+from bench import (
+    causal_conv1d,
+    cold,
+    contest,
+    forms,
+    gated_delta_rule,
+    gated_rms_norm,
+    peers,
+    record,
+    shapes,
+    ssd,
+    timing,
+)
 from bench.contest import Roofs, Work
+from bench.peers import gated_delta_rule as delta_peers
 
 CASE = gated_rms_norm.CASES["mamba2-1b-decode-64"]
 TIMES = {"us": 20.0, "graph_us": 4.0}
@@ -34,22 +47,22 @@ def clocks(monkeypatch):
 @pytest.fixture
 def on_cpu(monkeypatch, clocks):
     """Inputs on the CPU, every backend the reference."""
-    public = hylo_ops.gated_rms_norm
+    public, draw = hylo_ops.gated_rms_norm, gated_rms_norm.draw
 
     def reference(x, gate, weight, **keywords):
         return public(x, gate, weight, **{**keywords, "backend": "reference"})
 
-    def inputs(case):
-        x = torch.randn(case.B, case.T, case.H, case.V, generator=torch.Generator().manual_seed(1))
-        return x.to(case.dtype), x.flip(0).to(case.dtype), torch.ones(case.H, case.V, dtype=case.dtype)
-
     monkeypatch.setattr(hylo_ops, "gated_rms_norm", reference)
-    monkeypatch.setattr(gated_rms_norm, "inputs", inputs)
+    monkeypatch.setattr(gated_rms_norm, "draw", lambda case: draw(case, "cpu"))
+
+
+def norm_rows(*chosen_peers, case=CASE):
+    return json.loads(json.dumps(gated_rms_norm.run(case, ["cuda"], list(chosen_peers), ROOFS)))
 
 
 def norm_row(*chosen_peers):
-    (row,) = gated_rms_norm.run(CASE, ["cuda"], list(chosen_peers), ROOFS)
-    return json.loads(json.dumps(row))
+    (row,) = norm_rows(*chosen_peers)
+    return row
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="an NVIDIA GPU is here")
@@ -93,15 +106,30 @@ def test_a_row_counts_and_compares(on_cpu):
     assert (row["us"], row["graph_us"], row["host_us"]) == (20.0, 4.0, 7.5)
 
 
+def test_the_norm_has_its_gradients_too(on_cpu):
+    case = replace(CASE, B=2, T=3)
+    forward, both = norm_rows("torch", "fla", case=case)
+    assert (forward["pass"], both["pass"]) == ("forward", "forward_backward")
+    assert set(forward["errors"]) == {"y"}
+    assert set(both["errors"]) == set(both["peers"]["torch"]["errors"]) == {"dx", "dgate", "dweight"}
+    elements, weights = 2 * 3 * 32 * 64, 32 * 64
+    assert (forward["bytes"], both["bytes"]) == (2 * (3 * elements + weights), 2 * (8 * elements + 3 * weights))
+    assert (forward["host_us"], both["host_us"]) == (7.5, None)
+
+
+def zeros(inputs):
+    return forms.plain_run(inputs, lambda: (torch.zeros_like(inputs.x),), ("y",))
+
+
 def test_a_wrong_peer_is_not_compared(on_cpu, monkeypatch):
-    monkeypatch.setitem(gated_rms_norm.PEERS, "torch", lambda x, *rest: lambda: torch.zeros_like(x))
+    monkeypatch.setitem(gated_rms_norm.PEERS, "torch", zeros)
     row = norm_row("torch")
     assert "disagrees with float64" in row["peers"]["torch"]["missing"]
     assert row["ratio"] is None
 
 
 def test_a_missing_and_a_broken_peer_are_named(on_cpu, monkeypatch):
-    def broken(*_):
+    def broken(inputs):
         raise OSError("cannot load its library")
 
     monkeypatch.setitem(gated_rms_norm.PEERS, "torch", broken)
@@ -111,12 +139,18 @@ def test_a_missing_and_a_broken_peer_are_named(on_cpu, monkeypatch):
 
 
 def test_a_peer_that_breaks_at_full_size_is_named(on_cpu, monkeypatch):
-    def peak_bytes(call):
-        if not isinstance(call, type(lambda: 0)):
-            return 123
-        raise MemoryError("no memory for it")
+    def torch_at_full_size(inputs):
+        def forward():
+            calls.append("forward")
+            if len(calls) > 1:  # the first is the check
+                raise MemoryError("no memory for it")
+            return (hylo_ops.gated_rms_norm(inputs.x, inputs.gate, inputs.weight, eps=1e-5, norm_before_gate=False),)
 
-    monkeypatch.setattr(timing, "peak_bytes", peak_bytes)
+        return forms.plain_run(inputs, forward, ("y",))
+
+    calls = []
+    monkeypatch.setattr(timing, "peak_bytes", lambda call: call() and 123)
+    monkeypatch.setitem(gated_rms_norm.PEERS, "torch", torch_at_full_size)
     row = norm_row("torch")
     assert "no memory for it" in row["peers"]["torch"]["missing"]
     assert (row["best_peer"], row["us"]) == (None, 20.0)
@@ -141,7 +175,7 @@ def test_our_own_wrong_result_stops_before_the_clock(on_cpu, monkeypatch):
 
     monkeypatch.setattr(hylo_ops, "gated_rms_norm", wrong_in_cuda)
     monkeypatch.setattr(timing, "rotate", lambda calls, seconds: pytest.fail("timed a wrong result"))
-    with pytest.raises(AssertionError, match="mamba2-1b-decode-64: error"):
+    with pytest.raises(AssertionError, match="mamba2-1b-decode-64, forward, y: error"):
         norm_row()
 
 
@@ -221,9 +255,8 @@ def test_eager_mode_where_a_side_is_not_captured():
 
 
 def test_fla_is_refused_where_it_has_no_such_form():
-    x = torch.zeros(1, 1, 2, 8)
     with pytest.raises(peers.Missing):
-        gated_rms_norm.PEERS["fla"](x, x, torch.ones(2, 8), 1e-5, False)
+        gated_rms_norm.PEERS["fla"](gated_rms_norm.draw(CASE, "cpu"))
 
 
 def test_the_higher_of_two_floors_counts():
@@ -357,7 +390,7 @@ def test_a_backend_that_cannot_run_is_missing_with_its_reason(delta_on_cpu):
 
 def test_a_peer_of_the_delta_rule_is_compared_in_every_pass(delta_on_cpu, monkeypatch):
     for pass_, form in gated_delta_rule.OURS.items():
-        monkeypatch.setitem(peers.GATED_DELTA_RULE[pass_], "fla", lambda x, form=form: form("reference", x))
+        monkeypatch.setitem(delta_peers.FORMS[pass_], "fla", lambda x, form=form: form("reference", x))
     for row in (*delta_rows(TINY, chosen_peers=["fla"]), *delta_rows(replace(TINY, T=1), chosen_peers=["fla"])):
         assert (row["best_peer"], row["ratio"]) == ("fla", pytest.approx(3.0))
         assert row["peers"]["fla"]["errors"] == row["errors"]
@@ -390,17 +423,26 @@ def test_cold_starts_without_a_gpu_are_one_sentence(capsys):
     assert capsys.readouterr().err == "error: cold starts need an NVIDIA GPU, and torch finds none here\n"
 
 
-def test_a_cold_start_is_a_forward_and_a_backward():
-    start = cold.Start(replace(TINY, B=1), "reference", packaged=True, limit=1.0)
-    found = cold.measure(start, device="cpu")
+@pytest.mark.parametrize(
+    ("stem", "case"),
+    [
+        ("gated_delta_rule", replace(TINY, B=1)),
+        ("ssd", replace(ssd.CASES["hylo-1b-8k"], T=70, G=4, H=4, K=16, V=32, HX=2, GB=1)),
+        ("causal_conv1d", replace(causal_conv1d.CASES["d2304-8k"], T=9, D=12)),
+    ],
+    ids=["gated_delta_rule", "ssd", "causal_conv1d"],
+)
+def test_a_cold_start_is_a_forward_and_a_backward(stem, case):
+    start = cold.Start(case, "reference", packaged=True, limit=1.0)
+    found = cold.measure(stem, start, device="cpu")
     assert found["seconds"] == pytest.approx(found["forward_seconds"] + found["backward_seconds"])
     assert min(found.values()) > 0
 
 
 def test_a_cold_start_without_packaged_cubins_finds_none(monkeypatch):
     monkeypatch.setattr(hylo_ops.cubin, "packaged_path", hylo_ops.cubin.packaged_path)  # put back after the test
-    start = replace(cold.STARTS["nvrtc"], case=TINY)
-    assert "missing" in cold.measure(start, device="cpu")
+    start = replace(cold.STARTS["gated_delta_rule"]["nvrtc"], case=TINY)
+    assert "missing" in cold.measure("gated_delta_rule", start, device="cpu")
     assert not hylo_ops.cubin.packaged_path(hylo_ops.cubin.Spec("gated_delta_rule", (("K", 128),))).exists()
 
 
@@ -423,7 +465,7 @@ def test_each_cold_start_is_a_fresh_process_without_caches(monkeypatch):
         Answer(0, stdout='a warning\n{"seconds": 9.5}\n'),
     ]
     monkeypatch.setattr(cold.subprocess, "run", run)
-    assert cold.row("triton", cold.in_fresh_process("triton")) == {
+    assert cold.row("gated_delta_rule", "triton", cold.in_fresh_process("gated_delta_rule", "triton")) == {
         "case": "d128-1k",
         "shape": {"B": 1, "T": 1024, "G": 16, "H": 16, "K": 128, "V": 128},
         "dtype": "bf16",
@@ -433,7 +475,7 @@ def test_each_cold_start_is_a_fresh_process_without_caches(monkeypatch):
         "seconds": 9.5,
         "limit_seconds": 30.0,
     }
-    assert cold.in_fresh_process("triton") == {"missing": "failed: RuntimeError: no kernel image"}
+    assert cold.in_fresh_process("gated_delta_rule", "triton") == {"missing": "failed: RuntimeError: no kernel image"}
 
 
 def test_what_a_result_says_of_itself(monkeypatch):

@@ -18,7 +18,7 @@ py::object GatedDeltaRuleStep::run(const py::tuple& tensors, py::handle scale, b
   StepInputs inputs{};
   const std::string reason = view(tensors, direct, inputs);
   if (!reason.empty()) return py::str(reason);
-  const Loaded& kind = loaded(step_kind(inputs));
+  const Kernels::Loaded& kind = loaded(step_kind(inputs));
   if (kind.kernel == nullptr) return kind.found;
   const bool number = PyFloat_Check(scale.ptr()) || PyLong_Check(scale.ptr());
   if (!scale.is_none() && !number) return py::str("scale is no number");
@@ -28,7 +28,7 @@ py::object GatedDeltaRuleStep::run(const py::tuple& tensors, py::handle scale, b
 
   Tensor made;
   py::object o = torch_.empty_like(PyTuple_GET_ITEM(tensors.ptr(), 2));
-  if (!torch_.view(o, false, made)) return py::str("what torch allocates cannot be seen");
+  if (!torch_.view(o, made)) return py::str("what torch allocates cannot be seen");
   step(*kind.kernel, inputs, {static_cast<float>(factor), normalise, most_strength}, made.data,
        torch_.stream(inputs.q));
   return o;
@@ -38,32 +38,25 @@ py::object GatedDeltaRuleStep::why_not(const py::tuple& tensors) {
   StepInputs inputs{};
   const std::string reason = view(tensors, false, inputs);
   if (!reason.empty()) return py::str(reason);
-  const Loaded& kind = loaded(step_kind(inputs));
+  const Kernels::Loaded& kind = loaded(step_kind(inputs));
   return kind.kernel == nullptr ? kind.found : py::none();
 }
 
 std::string GatedDeltaRuleStep::view(const py::tuple& tensors, bool direct, StepInputs& inputs) const {
   Tensor* const views[] = {&inputs.q,     &inputs.k,     &inputs.v,       &inputs.gate,   &inputs.strength,
                            &inputs.state, &inputs.a_log, &inputs.dt_bias, &inputs.indices};
-  constexpr int kAlways = 6, kAll = 9;
-  if (tensors.size() != kAll) throw py::type_error("nine tensors are expected");
-  for (int i = 0; i < kAll; ++i) {
-    const py::handle tensor = PyTuple_GET_ITEM(tensors.ptr(), i);
-    if (i >= kAlways && tensor.is_none()) continue;
-    if (!torch_.view(tensor, direct, *views[i])) return "a tensor has no memory to be seen";
-    (i == kAll - 1 ? inputs.pool : inputs.raw) |= i >= kAlways;
-  }
+  constexpr int kAlways = 6;
+  bool there[9];
+  if (!torch_.view(tensors, direct, kAlways, views, there)) return "a tensor has no memory to be seen";
+  inputs.raw = there[6] || there[7];
+  inputs.pool = there[8];
   return step_why_not(inputs, device_type_);
 }
 
-const GatedDeltaRuleStep::Loaded& GatedDeltaRuleStep::loaded(const StepKind& kind) {
-  for (const Loaded& known : loaded_) {
-    if (known.kind == kind) return known;
-  }
-  py::object found = load_(kind.device, build_name(kind.type), build_name(kind.state), kind.K, kind.raw, kind.team);
-  const Kernel* kernel = py::isinstance<Kernel>(found) ? found.cast<const Kernel*>() : nullptr;
-  loaded_.push_back({kind, std::move(found), kernel});
-  return loaded_.back();
+const GatedDeltaRuleStep::Kernels::Loaded& GatedDeltaRuleStep::loaded(const StepKind& kind) {
+  return kernels_.find(kind, [this](const StepKind& of) {
+    return load_(of.device, build_name(of.type), build_name(of.state), of.K, of.raw, of.team);
+  });
 }
 
 void define_gated_delta_rule_step(py::module_& m) {

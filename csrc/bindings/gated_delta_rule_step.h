@@ -3,9 +3,9 @@
 
 #include <pybind11/pybind11.h>
 
-#include <deque>
 #include <string>
 
+#include "bindings/loaded_kernels.h"
 #include "bindings/torch_tensors.h"
 #include "gated_delta_rule/launch.h"
 
@@ -27,19 +27,15 @@ class GatedDeltaRuleStep {
   pybind11::object why_not(const pybind11::tuple& tensors);
 
  private:
-  struct Loaded {
-    gated_delta_rule::StepKind kind;
-    pybind11::object found;  // a Kernel, or the reason
-    const Kernel* kernel;    // or null
-  };
+  using Kernels = LoadedKernels<gated_delta_rule::StepKind>;
 
   std::string view(const pybind11::tuple& tensors, bool direct, gated_delta_rule::StepInputs& inputs) const;
-  const Loaded& loaded(const gated_delta_rule::StepKind& kind);
+  const Kernels::Loaded& loaded(const gated_delta_rule::StepKind& kind);
 
   TorchTensors torch_;
   pybind11::object load_;
   int device_type_;
-  std::deque<Loaded> loaded_;  // what it holds stays in place
+  Kernels kernels_;
 };
 
 void define_gated_delta_rule_step(pybind11::module_& m);

@@ -3,18 +3,20 @@
 #include <pybind11/stl.h>
 
 #include "bindings/gated_delta_rule_step.h"
+#include "bindings/ssd_step.h"
 #include "common/driver.h"
 #include "gated_delta_rule/launch_chunk.h"
 #include "gated_delta_rule/launch_fp32.h"
 #include "gated_rms_norm/launch.h"
+#include "ssd/launch.h"
 
 namespace py = pybind11;
 using no_gil = py::call_guard<py::gil_scoped_release>;
 
 PYBIND11_MODULE(_C, m) {
   py::class_<hylo::Kernel>(m, "Kernel")
-      .def(py::init<const std::string&, const std::string&, int, int>(), py::arg("cubin"), py::arg("name"),
-           py::arg("device"), py::arg("shared_bytes") = 0, no_gil())
+      .def(py::init<const std::string&, const std::string&, int, int, int>(), py::arg("cubin"), py::arg("name"),
+           py::arg("device"), py::arg("shared_bytes") = 0, py::arg("max_cluster") = 1, no_gil())
       .def_property_readonly("registers", &hylo::Kernel::registers)
       .def_property_readonly("local_bytes", &hylo::Kernel::local_bytes);
 
@@ -54,5 +56,27 @@ PYBIND11_MODULE(_C, m) {
       .def("dscores", &Fp32Call::dscores, no_gil())
       .def("dqk", &Fp32Call::dqk, no_gil());
   hylo::define_gated_delta_rule_step(m);
+  hylo::define_ssd_steps(m);
+  using hylo::gated_rms_norm::BackwardGrid;
   m.def("gated_rms_norm_forward", &hylo::gated_rms_norm::forward, no_gil());
+  py::class_<BackwardGrid>(m, "GatedRmsNormGrid")
+      .def_readonly("blocks", &BackwardGrid::blocks)
+      .def_readonly("rows", &BackwardGrid::rows);
+  m.def("gated_rms_norm_backward_grid", &hylo::gated_rms_norm::backward_grid);
+  m.def("gated_rms_norm_backward", &hylo::gated_rms_norm::backward, no_gil());
+
+  using SsdCall = hylo::ssd::ChunkCall;
+  m.def("ssd_chains", &hylo::ssd::chains);
+  m.def("ssd_chunk_shared_bytes", &hylo::ssd::chunk_shared_bytes);
+  m.def("ssd_gradients_shared_bytes", &hylo::ssd::gradients_shared_bytes);
+  py::class_<SsdCall>(m, "SsdChunkCall")
+      .def(py::init<const std::array<std::uintptr_t, 3>&, const std::array<hylo::ssd::Strides, 3>&,
+                    const hylo::ssd::NumbersView&, const hylo::ssd::NumbersView&, const hylo::ssd::NumbersView&,
+                    const hylo::ssd::NumbersView&, std::uintptr_t, std::uintptr_t, const hylo::ssd::Shape&, int, int,
+                    int, std::uintptr_t, std::uintptr_t, bool, float, float, std::uintptr_t>())
+      .def("set_gradients", &SsdCall::set_gradients)
+      .def("begin", &SsdCall::begin, no_gil())
+      .def("outputs", &SsdCall::outputs, no_gil())
+      .def("states", &SsdCall::states, no_gil())
+      .def("gradients", &SsdCall::gradients, no_gil());
 }

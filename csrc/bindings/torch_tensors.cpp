@@ -23,7 +23,8 @@ TorchTensors::TorchTensors(const py::module_& torch)
       contiguous_(torch.attr("contiguous_format")),
       keyword_(py::make_tuple("memory_format")),
       grad_enabled_(torch.attr("is_grad_enabled")),
-      requires_grad_(py::str("requires_grad")) {
+      requires_grad_(py::str("requires_grad")),
+      new_empty_(py::str("new_empty")) {
   const py::object capsule = tensor_.attr("__dlpack_c_exchange_api__");
   exchange_ = static_cast<const TensorExchange*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
   if (exchange_ == nullptr) throw py::error_already_set();
@@ -32,11 +33,11 @@ TorchTensors::TorchTensors(const py::module_& torch)
   }
 }
 
-bool TorchTensors::view(py::handle tensor, bool direct, Tensor& out) const {
+bool TorchTensors::see(py::handle tensor, bool no_subclass, bool no_gradient, Tensor& out) const {
   const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr()));
   const bool plain = type == tensor_.ptr() || type == parameter_.ptr();
-  if (!plain && (direct || !py::isinstance(tensor, tensor_))) return false;
-  if (direct && wants_gradient(tensor)) return false;
+  if (!plain && (no_subclass || !py::isinstance(tensor, tensor_))) return false;
+  if (no_gradient && wants_gradient(tensor)) return false;
   if (exchange_->view(tensor.ptr(), &out) != 0) {
     PyErr_Clear();
     return false;
@@ -49,12 +50,22 @@ bool TorchTensors::view(py::handle tensor, bool direct, Tensor& out) const {
 bool TorchTensors::wants_gradient(py::handle tensor) const {
   const auto wanted = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor.ptr(), requires_grad_.ptr()));
   if (!wanted) throw py::error_already_set();
-  return wanted.ptr() == Py_True && grad_enabled_().ptr() == Py_True;
+  return wanted.ptr() == Py_True;
 }
 
 py::object TorchTensors::empty_like(py::handle tensor) const {
   PyObject* arguments[] = {tensor.ptr(), contiguous_.ptr()};
   auto made = py::reinterpret_steal<py::object>(PyObject_Vectorcall(empty_like_.ptr(), arguments, 1, keyword_.ptr()));
+  if (!made) throw py::error_already_set();
+  return made;
+}
+
+py::object TorchTensors::empty(py::handle like, std::initializer_list<std::int64_t> sizes) const {
+  py::tuple shape(sizes.size());
+  std::size_t i = 0;
+  for (const std::int64_t size : sizes) shape[i++] = size;
+  PyObject* arguments[] = {like.ptr(), shape.ptr()};
+  auto made = py::reinterpret_steal<py::object>(PyObject_VectorcallMethod(new_empty_.ptr(), arguments, 2, nullptr));
   if (!made) throw py::error_already_set();
   return made;
 }

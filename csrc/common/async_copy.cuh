@@ -14,4 +14,11 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, boo
 // All that this thread asked for.
 __device__ __forceinline__ void await_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+// What a thread asked for since the last time is a group, if only of nothing. All but its last kUnderWay are waited for.
+__device__ __forceinline__ void group_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kUnderWay>
+__device__ __forceinline__ void await_copies_but() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kUnderWay) : "memory");
+}
+
 }  // namespace hylo

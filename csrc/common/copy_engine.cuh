@@ -40,9 +40,25 @@ class Barrier {
   DoubleWord bits_;
 };
 
+// Something in shared memory that some fill and others empty. All lanes of a warp say so: of one lane that speaks for
+// its warp compute-sanitizer's racecheck does not see that the others are done.
+struct Handover {
+  Barrier full, empty;
+
+  __device__ __forceinline__ void init(int fillers, int emptiers) {
+    full.init(fillers);
+    empty.init(emptiers);
+  }
+};
+
 // Barriers that were just made are seen by the copy engine.
 __device__ __forceinline__ void fence_barrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+// Swizzled tiles are permuted by address bits, so they start at multiples of 1024.
+__device__ __forceinline__ unsigned char* aligned(unsigned char* shared) {
+  return shared + (-shared_address(shared) & 1023);
 }
 
 // One box of a tensor map of four dims, coordinates innermost first. One thread issues it.
@@ -85,6 +101,12 @@ __device__ __forceinline__ void await_copies_done() { asm volatile("cp.async.bul
 
 // 8 x 8 matrices of 16-bit numbers, straight or transposed on the way; lane 8 i + n gives the address of row n of
 // matrix i.
+__device__ __forceinline__ void load_matrices(Word (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared::cta.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
 __device__ __forceinline__ void load_transposed(Word (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared::cta.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])

@@ -10,14 +10,33 @@ namespace {
 
 // From the driver API's documentation: these numbers are part of its binary interface.
 constexpr int kSuccess = 0;
-constexpr int kLocalBytes = 3;    // CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES
-constexpr int kRegisters = 4;     // CU_FUNC_ATTRIBUTE_NUM_REGS
-constexpr int kMaxShared = 8;     // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-constexpr int kUint16 = 1;        // CU_TENSOR_MAP_DATA_TYPE_UINT16: the copy engine moves bits
-constexpr int kNoInterleave = 0;  // CU_TENSOR_MAP_INTERLEAVE_NONE
-constexpr int kSwizzle128 = 3;    // CU_TENSOR_MAP_SWIZZLE_128B
-constexpr int kPromote256 = 3;    // CU_TENSOR_MAP_L2_PROMOTION_L2_256B
-constexpr int kFillZeros = 0;     // CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE
+constexpr int kLocalBytes = 3;     // CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES
+constexpr int kRegisters = 4;      // CU_FUNC_ATTRIBUTE_NUM_REGS
+constexpr int kMaxShared = 8;      // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+constexpr int kWideClusters = 14;  // CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
+constexpr int kClusterDims = 4;    // CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+constexpr int kUint16 = 1;         // CU_TENSOR_MAP_DATA_TYPE_UINT16: the copy engine moves bits
+constexpr int kNoInterleave = 0;   // CU_TENSOR_MAP_INTERLEAVE_NONE
+constexpr int kSwizzle128 = 3;     // CU_TENSOR_MAP_SWIZZLE_128B
+constexpr int kPromote256 = 3;     // CU_TENSOR_MAP_L2_PROMOTION_L2_256B
+constexpr int kFillZeros = 0;      // CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE
+
+constexpr int kPortableCluster = 8;  // blocks
+
+// CUlaunchAttribute and CUlaunchConfig.
+struct alignas(8) LaunchAttribute {
+  int id, padding;
+  unsigned values[16];
+};
+static_assert(sizeof(LaunchAttribute) == 72);
+
+struct LaunchConfig {
+  unsigned grid[3], threads[3], shared_bytes;
+  void* stream;
+  const LaunchAttribute* attributes;
+  unsigned attributes_count;
+};
+static_assert(sizeof(LaunchConfig) == 56);
 
 struct Driver {
   int (*cuInit)(unsigned);
@@ -36,6 +55,7 @@ struct Driver {
                                 const std::uint32_t*, const std::uint32_t*, int, int, int, int);
   int (*cuLaunchKernel)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**,
                         void**);
+  int (*cuLaunchKernelEx)(const LaunchConfig*, void*, void**, void**);
 };
 
 template <class Function>
@@ -62,6 +82,7 @@ Driver open_driver() {
   find(library, "cuFuncSetAttribute", driver.cuFuncSetAttribute);
   find(library, "cuTensorMapEncodeTiled", driver.cuTensorMapEncodeTiled);
   find(library, "cuLaunchKernel", driver.cuLaunchKernel);
+  find(library, "cuLaunchKernelEx", driver.cuLaunchKernelEx);
   return driver;
 }
 
@@ -121,7 +142,7 @@ class SomeContext {
 
 }  // namespace
 
-Kernel::Kernel(const std::string& cubin, const std::string& name, int device, int shared_bytes)
+Kernel::Kernel(const std::string& cubin, const std::string& name, int device, int shared_bytes, int max_cluster)
     : shared_bytes_(shared_bytes) {
   int handle = 0;
   void* module = nullptr;
@@ -132,6 +153,9 @@ Kernel::Kernel(const std::string& cubin, const std::string& name, int device, in
   check(driver().cuModuleLoadData(&module, cubin.data()), "cuModuleLoadData");
   check(driver().cuModuleGetFunction(&function_, module, name.c_str()), "cuModuleGetFunction");
   if (shared_bytes > 0) check(driver().cuFuncSetAttribute(function_, kMaxShared, shared_bytes), "cuFuncSetAttribute");
+  if (max_cluster > kPortableCluster) {
+    check(driver().cuFuncSetAttribute(function_, kWideClusters, 1), "cuFuncSetAttribute");
+  }
 }
 
 void Kernel::launch(const Grid& grid, unsigned threads, void* params, void* stream) const {
@@ -140,6 +164,15 @@ void Kernel::launch(const Grid& grid, unsigned threads, void* params, void* stre
   check(driver().cuLaunchKernel(function_, grid.x, grid.y, grid.z, threads, 1, 1, shared_bytes_, stream, arguments,
                                 nullptr),
         "cuLaunchKernel");
+}
+
+void Kernel::launch_clusters(const Grid& grid, unsigned cluster, unsigned threads, unsigned shared_bytes, void* params,
+                             void* stream) const {
+  const CurrentContext scope(context_);
+  void* arguments[] = {params};
+  const LaunchAttribute together{kClusterDims, 0, {cluster, 1, 1}};
+  const LaunchConfig config{{grid.x, grid.y, grid.z}, {threads, 1, 1}, shared_bytes, stream, &together, 1};
+  check(driver().cuLaunchKernelEx(&config, function_, arguments, nullptr), "cuLaunchKernelEx");
 }
 
 int Kernel::registers() const { return attribute(kRegisters); }

@@ -17,11 +17,17 @@ struct Grid {
 class Kernel {
  public:
   // device: the ordinal that torch uses. shared_bytes: the most that a launch will ask for, beside what the kernel
-  // declares. Throws std::runtime_error, 'no CUDA driver' where there is none.
-  Kernel(const std::string& cubin, const std::string& name, int device, int shared_bytes);
+  // declares. max_cluster: the most blocks of a cluster that a launch will ask for. Throws std::runtime_error, 'no CUDA
+  // driver' where there is none.
+  Kernel(const std::string& cubin, const std::string& name, int device, int shared_bytes, int max_cluster = 1);
 
   // Asynchronous, on the caller's stream; `params` is the kernel's only argument and is copied before the return.
   void launch(const Grid& grid, unsigned threads, void* params, void* stream) const;
+
+  // The same where `cluster` neighbours along x are resident at once and reach each other's shared memory, with
+  // shared_bytes of it for each block. grid.x is a multiple of `cluster`.
+  void launch_clusters(const Grid& grid, unsigned cluster, unsigned threads, unsigned shared_bytes, void* params,
+                       void* stream) const;
 
   int registers() const;    // per thread
   int local_bytes() const;  // per thread: spills and stack

@@ -14,4 +14,6 @@ using Word = unsigned;
 using DoubleWord = unsigned long long;
 static_assert(sizeof(Word) == 4 && sizeof(DoubleWord) == 8);
 
+constexpr int kChunk = 64;  // tokens that the chunked kernels take at once
+
 }  // namespace hylo

@@ -83,6 +83,8 @@ __device__ __forceinline__ void pack_operand(Word (&a)[4], const float (&d)[kSiz
 enum Major { kAlongK = 0, kAlongMN = 1 };
 
 // The registers of an accumulator, in the instruction's text and among its operands.
+#define HYLO_TEXT_0_7 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define HYLO_TEXT_8_15 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define HYLO_TEXT_0_31                                                                              \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, " \
   "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -96,6 +98,7 @@ enum Major { kAlongK = 0, kAlongMN = 1 };
   "%123, %124, %125, %126, %127"
 #define HYLO_D4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define HYLO_D16(d, i) HYLO_D4(d, i), HYLO_D4(d, i + 4), HYLO_D4(d, i + 8), HYLO_D4(d, i + 12)
+#define HYLO_D8(d, i) HYLO_D4(d, i), HYLO_D4(d, i + 4)
 #define HYLO_D32(d, i) HYLO_D16(d, i), HYLO_D16(d, i + 16)
 #define HYLO_D64(d, i) HYLO_D32(d, i), HYLO_D32(d, i + 32)
 #define HYLO_D128(d) HYLO_D64(d, 0), HYLO_D64(d, 64)
@@ -115,9 +118,14 @@ enum Major { kAlongK = 0, kAlongMN = 1 };
 // A in registers (`pack_operand`), B [16, N] in shared memory; N is twice the accumulator's registers.
 template <class T, Major kMajorB, int kSize>
 __device__ __forceinline__ void product(float (&d)[kSize], const Word (&a)[4], DoubleWord b, bool accumulate) {
-  static_assert(kSize == 32 || kSize == 64 || kSize == 128, "64, 128 or 256 columns");
+  static_assert(kSize == 8 || kSize == 16 || kSize == 32 || kSize == 64 || kSize == 128, "16 to 256 columns");
 #define HYLO_PRODUCT(TYPE)                                                                                             \
-  if constexpr (kSize == 32) {                                                                                         \
+  if constexpr (kSize == 8) {                                                                                          \
+    HYLO_WGMMA_REGISTERS("16", TYPE, HYLO_TEXT_0_7, HYLO_D8(d, 0), "8", "9", "10", "11", "12", "13", "14");            \
+  } else if constexpr (kSize == 16) {                                                                                  \
+    HYLO_WGMMA_REGISTERS("32", TYPE, HYLO_TEXT_0_7 HYLO_TEXT_8_15, HYLO_D16(d, 0), "16", "17", "18", "19", "20", "21", \
+                         "22");                                                                                        \
+  } else if constexpr (kSize == 32) {                                                                                  \
     HYLO_WGMMA_REGISTERS("64", TYPE, HYLO_TEXT_0_31, HYLO_D32(d, 0), "32", "33", "34", "35", "36", "37", "38");        \
   } else if constexpr (kSize == 64) {                                                                                  \
     HYLO_WGMMA_REGISTERS("128", TYPE, HYLO_TEXT_0_31 HYLO_TEXT_32_63, HYLO_D64(d, 0), "64", "65", "66", "67", "68",    \
@@ -136,9 +144,13 @@ __device__ __forceinline__ void product(float (&d)[kSize], const Word (&a)[4], D
 // A [64, 16] in shared memory as well.
 template <class T, Major kMajorA, Major kMajorB, int kSize>
 __device__ __forceinline__ void product_shared(float (&d)[kSize], DoubleWord a, DoubleWord b, bool accumulate) {
-  static_assert(kSize == 32 || kSize == 64, "64 or 128 columns");
+  static_assert(kSize == 8 || kSize == 16 || kSize == 32 || kSize == 64, "16 to 128 columns");
 #define HYLO_PRODUCT(TYPE)                                                                                             \
-  if constexpr (kSize == 32) {                                                                                         \
+  if constexpr (kSize == 8) {                                                                                          \
+    HYLO_WGMMA_SHARED("16", TYPE, HYLO_TEXT_0_7, HYLO_D8(d, 0), "8", "9", "10", "11", "12");                           \
+  } else if constexpr (kSize == 16) {                                                                                  \
+    HYLO_WGMMA_SHARED("32", TYPE, HYLO_TEXT_0_7 HYLO_TEXT_8_15, HYLO_D16(d, 0), "16", "17", "18", "19", "20");         \
+  } else if constexpr (kSize == 32) {                                                                                  \
     HYLO_WGMMA_SHARED("64", TYPE, HYLO_TEXT_0_31, HYLO_D32(d, 0), "32", "33", "34", "35", "36");                       \
   } else {                                                                                                             \
     HYLO_WGMMA_SHARED("128", TYPE, HYLO_TEXT_0_31 HYLO_TEXT_32_63, HYLO_D64(d, 0), "64", "65", "66", "67", "68");      \

@@ -12,7 +12,7 @@
 // would err by most.
 #pragma once
 
-#include "common/wgmma.cuh"
+#include "common/chunk_store.cuh"
 #include "gated_delta_rule/pipeline.cuh"
 
 namespace hylo::gated_delta_rule {
@@ -42,18 +42,14 @@ class Chain {
     });
   }
 
-  // The rows after a sequence's end belong to its neighbour: no number of theirs may enter a product with zero.
   template <class Handing>
   __device__ __forceinline__ void clear_tail(const Inputs& stage, int tokens, const Handing& handing) const {
-    for (int i = threadIdx.x % 128; i < (kChunk - tokens) * 8; i += 128) {
-      const int at = wgmma::swizzled(tokens + i / 8, i % 8);
-      const auto clear = [&](unsigned char* tile) { *reinterpret_cast<uint4*>(tile + at) = make_uint4(0, 0, 0, 0); };
-      for (int tile = 0; tile < kK / kTile; ++tile) {
-        clear(stage.keys() + tile * kTileSize);
-        if constexpr (kPass == kGradients) clear(stage.queries() + tile * kTileSize);
-      }
-      clear(stage.values(warpgroup()));
+    const auto clear = [&](unsigned char* tile) { clear_rows(tile, tokens, threadIdx.x % 128, 128); };
+    for (int tile = 0; tile < kK / kTile; ++tile) {
+      clear(stage.keys() + tile * kTileSize);
+      if constexpr (kPass == kGradients) clear(stage.queries() + tile * kTileSize);
     }
+    clear(stage.values(warpgroup()));
     fence_async();
     handing.sync_chain();
   }

@@ -1,5 +1,6 @@
 #include "gated_delta_rule/launch.h"
 
+#include "common/tensor_checks.h"
 #include "gated_delta_rule/step_params.h"
 #include "gated_delta_rule/step_traits.cuh"
 
@@ -7,34 +8,6 @@ namespace hylo::gated_delta_rule {
 namespace {
 
 constexpr std::int64_t kWidthUnit = 16, kMaxK = 256, kMaxGrid = 65535;
-constexpr int kNone = -1;
-
-int scalar_type(const ElementType& type) {
-  if (type == kBf16) return kScalarBf16;
-  if (type == kFp16) return kScalarFp16;
-  if (type == kFp32) return kScalarFp32;
-  return type == kFp64 ? kScalarFp64 : kNone;
-}
-
-template <class... Sizes>
-bool has_shape(const Tensor& tensor, Sizes... sizes) {
-  const std::int64_t wanted[] = {sizes...};
-  if (tensor.dims != static_cast<int>(sizeof...(sizes))) return false;
-  for (int i = 0; i < tensor.dims; ++i) {
-    if (tensor.shape[i] != wanted[i]) return false;
-  }
-  return true;
-}
-
-// Whether every row of the last dim starts at a multiple of 16 bytes and has its elements side by side.
-bool has_aligned_rows(const Tensor& tensor) {
-  const int last = tensor.dims - 1;
-  auto starts = reinterpret_cast<std::uintptr_t>(tensor.data);
-  for (int i = 0; i < last; ++i) {
-    if (tensor.shape[i] > 1) starts |= static_cast<std::uintptr_t>(tensor.strides[i] * tensor.bytes());
-  }
-  return tensor.strides[last] == 1 && starts % kStepAccess == 0;
-}
 
 bool has_shapes(const StepInputs& x) {
   if (x.q.dims != 4 || x.v.dims != 4 || x.state.dims != 4) return false;
@@ -46,29 +19,22 @@ bool has_shapes(const StepInputs& x) {
   return has_shape(x.state, x.pool ? x.state.shape[0] : B, H, K, V);
 }
 
-StepScalar scalar(const Tensor& tensor) {
-  const bool of_batch = tensor.dims == 3;  // else of the heads alone
-  return {tensor.data, of_batch ? tensor.strides[0] : 0, tensor.strides[tensor.dims - 1], scalar_type(tensor.type)};
-}
-
 }  // namespace
 
 std::string step_why_not(const StepInputs& x, int device_type) {
-  const Tensor* all[] = {&x.q,     &x.k,       &x.v,      &x.gate,   &x.strength,
-                         &x.state, &x.indices, &x.a_log, &x.dt_bias};
-  const bool there[] = {true, true, true, true, true, true, x.pool, x.raw, x.raw};
   if (x.q.device_type != device_type) return "q is not on a CUDA device";
-  for (int i = 0; i < 9; ++i) {
-    if (there[i] && (all[i]->device_type != device_type || all[i]->device != x.q.device)) {
-      return "the tensors are not on one device";
-    }
+  const auto if_there = [](bool there, const Tensor& tensor) { return there ? &tensor : nullptr; };
+  if (!are_on_one_device({&x.q, &x.k, &x.v, &x.gate, &x.strength, &x.state, if_there(x.pool, x.indices),
+                          if_there(x.raw, x.a_log), if_there(x.raw, x.dt_bias)},
+                         device_type)) {
+    return "the tensors are not on one device";
   }
   if (!has_shapes(x)) return "the shapes are not the op's";
   if (x.k.type != x.q.type || x.v.type != x.q.type || (x.q.type != kBf16 && x.q.type != kFp16 && x.q.type != kFp32)) {
     return "q, k and v are not of one dtype, bfloat16, float16 or float32";
   }
   for (const Tensor* gate : {&x.gate, &x.strength, &x.a_log, &x.dt_bias}) {
-    if (gate->data != nullptr && scalar_type(gate->type) == kNone) return "a gate is of no floating dtype";
+    if (gate->data != nullptr && scalar_type(gate->type) == kNoScalar) return "a gate is of no floating dtype";
   }
   if (x.state.type != kFp32 && x.state.type != kBf16) return "the state is not float32 or bfloat16";
   if (x.pool && x.indices.type != kInt32 && x.indices.type != kInt64) return "state_indices are not int32 or int64";

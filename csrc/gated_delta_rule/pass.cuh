@@ -289,9 +289,4 @@ __device__ __forceinline__ void pass(const Params& p, unsigned char* shared) {
   }
 }
 
-// Tiles are swizzled by address bits, so they start at multiples of 1024.
-__device__ __forceinline__ unsigned char* aligned(unsigned char* shared) {
-  return shared + (-shared_address(shared) & 1023);
-}
-
 }  // namespace hylo::gated_delta_rule

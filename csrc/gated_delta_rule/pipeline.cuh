@@ -75,17 +75,6 @@ __device__ __forceinline__ int await_ready(const int* ready, int apart, int coun
   return found;
 }
 
-// Something in shared memory that some fill and others empty. All lanes of a warp say so: of one lane that speaks for
-// its warp compute-sanitizer's racecheck does not see that the others are done.
-struct Handover {
-  Barrier full, empty;
-
-  __device__ __forceinline__ void init(int fillers, int emptiers) {
-    full.init(fillers);
-    empty.init(emptiers);
-  }
-};
-
 // One stage of the ring: tiles of keys and of queries, 64 columns of K each, and of values, and what is used of a
 // record: of its own where the pass reads records, or where a solver leaves it.
 template <Pass kPass, int kK, int kChains>

@@ -6,9 +6,12 @@
 // Q = S^T q of the state as it was, delta = beta (v - decay R) and o = scale (decay Q + (k.q) delta): one sum over rows
 // gives both. Normalised keys and queries are k / |k| and q / |q|, so their lengths are factors of the sums.
 
+#include "common/activation.cuh"
 #include "common/dtype.cuh"
 #include "common/global_access.cuh"
+#include "common/packed.cuh"
 #include "common/reduce.cuh"
+#include "common/scalar.cuh"
 #include "gated_delta_rule/step_params.h"
 #include "gated_delta_rule/step_traits.cuh"
 
@@ -24,51 +27,6 @@ constexpr float kNormEps = 1e-6f;  // of the sum of squares
 // Of the state: what a thread moves at once, packed as it is in memory.
 template <class S>
 constexpr int kStepWidth = kStepAccess / sizeof(S);
-
-template <class S>
-__device__ __forceinline__ float unpack(const Words& words, int i);
-template <>
-__device__ __forceinline__ float unpack<fp32>(const Words& words, int i) {
-  return __uint_as_float(words.at[i]);
-}
-template <>
-__device__ __forceinline__ float unpack<bf16>(const Words& words, int i) {  // bf16 is the upper half of fp32
-  return __uint_as_float(i % 2 == 0 ? words.at[i / 2] << 16 : words.at[i / 2] & 0xffff0000u);
-}
-
-template <class S>
-__device__ __forceinline__ Word pack(const float* values);
-template <>
-__device__ __forceinline__ Word pack<fp32>(const float* values) {
-  return __float_as_uint(values[0]);
-}
-template <>
-__device__ __forceinline__ Word pack<bf16>(const float* values) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(values[0], values[1]);
-  return *reinterpret_cast<const Word*>(&pair);
-}
-
-// kSize neighbours, moved by as wide accesses as their number and 16 bytes allow.
-template <class T, int kSize>
-__device__ __forceinline__ void read(T (&out)[kSize], const T* address) {
-  constexpr int kAtOnce = kSize & -kSize;
-#pragma unroll
-  for (int i = 0; i < kSize; i += kAtOnce) {
-    const auto raw = *reinterpret_cast<const Vector<T, kAtOnce>*>(address + i);
-#pragma unroll
-    for (int j = 0; j < kAtOnce; ++j) out[i + j] = raw.values[j];
-  }
-}
-
-__device__ __forceinline__ float read_scalar(const StepScalar& of, long long batch, int head) {
-  const long long at = batch * of.stride_b + head * of.stride_h;
-  switch (of.type) {
-    case kScalarBf16: return to_float(static_cast<const bf16*>(of.data)[at]);
-    case kScalarFp16: return to_float(static_cast<const fp16*>(of.data)[at]);
-    case kScalarFp32: return static_cast<const float*>(of.data)[at];
-    default: return static_cast<float>(static_cast<const double*>(of.data)[at]);
-  }
-}
 
 // Sums over the rows of a team, given to all of its threads.
 template <int kTeam, int kSize>
@@ -107,11 +65,7 @@ __device__ __forceinline__ void step(const StepParams& p) {
   const bool inside = column < p.values;
   const int safe_column = inside ? column : 0;
 
-  long long row = batch;
-  if (p.indices != nullptr) {
-    const long long at = batch * p.indices_stride;
-    row = p.wide_indices ? static_cast<const long long*>(p.indices)[at] : static_cast<const int*>(p.indices)[at];
-  }
+  const long long row = read_index(p.indices, p.indices_stride, p.wide_indices, batch);
   T r_k[kRows], r_q[kRows], r_v[kWidth];
   read(r_k, static_cast<const T*>(p.k) + batch * p.k_b + key_head * p.k_h + first_row);
   read(r_q, static_cast<const T*>(p.q) + batch * p.q_b + key_head * p.q_h + first_row);
@@ -132,9 +86,8 @@ __device__ __forceinline__ void step(const StepParams& p) {
 
   float gate = read_scalar(p.gate, batch, head), beta = read_scalar(p.strength, batch, head);
   if constexpr (kRaw) {
-    const float x = gate + read_scalar(p.dt_bias, batch, head);
-    const float softplus = fmaxf(x, 0.0f) + log1pf(expf(-fabsf(x)));
-    gate = -expf(read_scalar(p.a_log, batch, head)) * softplus;
+    const float step = softplus(gate + read_scalar(p.dt_bias, batch, head));
+    gate = -expf(read_scalar(p.a_log, batch, head)) * step;
     beta = p.most_strength / (1.0f + expf(-beta));
   }
   const float decay = expf(gate);
@@ -181,10 +134,7 @@ __device__ __forceinline__ void step(const StepParams& p) {
     float next[kWidth];
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) next[j] = decay * unpack<S>(r_state[i], j) + k * write[j];
-    constexpr int kInWord = kWidth / 4;
-    const Words words = {pack<S>(next), pack<S>(next + kInWord), pack<S>(next + 2 * kInWord),
-                         pack<S>(next + 3 * kInWord)};
-    store_words(state + static_cast<long long>(i) * p.values, words);
+    store_words(state + static_cast<long long>(i) * p.values, pack_words<S>(next));
   }
 }
 

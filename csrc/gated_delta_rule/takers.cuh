@@ -1,34 +1,12 @@
 // Who takes what a chain hands on: in _o a warpgroup that makes outputs of it, else a warp that stores it.
 #pragma once
 
-#include "common/wgmma.cuh"
+#include "common/chunk_store.cuh"
 #include "gated_delta_rule/pipeline.cuh"
 
 namespace hylo::gated_delta_rule {
 
 // Both free a chain's results only after they took its next state, so that sending the results off holds up nobody.
-
-// Sends a tile of 64 tokens x 64 values to its place; the first thread's copies are under way on return. The copy
-// engine leaves out what is past the tensor's end; past the end of a packed sequence lies its neighbour, and the
-// threads copy row by row.
-template <class T, int kThreads>
-__device__ __forceinline__ void store_results(const Params& p, const Chunk& chunk, int head, int first_value,
-                                              const unsigned char* tile, int thread) {
-  if (p.cu_seqlens == nullptr || chunk.tokens == kChunk) {
-    if (thread == 0) {
-      copy_box_out(p.out, tile, first_value, head, chunk.begin, chunk.batch);
-      commit_copies_out();
-    }
-    return;
-  }
-  const int piece = thread % 8;
-  if (first_value + 8 * piece >= p.values) return;
-  T* out = static_cast<T*>(p.o) + first_value + 8 * piece;
-  for (int row = thread / 8; row < chunk.tokens; row += kThreads / 8) {
-    *reinterpret_cast<uint4*>(out + (static_cast<long long>(chunk.begin + row) * p.heads + head) * p.values) =
-        *reinterpret_cast<const uint4*>(tile + wgmma::swizzled(row, piece));
-  }
-}
 
 // One warp a chain: the state before every chunk (its gradient after it), and what the chain solved for.
 template <class T>
@@ -53,7 +31,10 @@ class Storer {
     __syncwarp();
     handing.arrive(handing.kStateFree);
     handing.sync(handing.kResultReady);
-    if (counts) store_results<T, kThreads>(p_, chunk, head_, first_value_, results_, lane());
+    if (counts) {
+      store_tokens<T, kThreads>(p_.out, p_.o, p_.cu_seqlens != nullptr, chunk, p_.heads, head_, p_.values,
+                                first_value_, results_, lane());
+    }
   }
 
  private:
@@ -94,7 +75,8 @@ class Outputs {
       handing.sync_takers();  // all have read Vn
       stage_outputs(o);
       handing.sync_takers();
-      store_results<T, kThreads>(p_, chunk, head_, first_value_, results_, threadIdx.x % 128);
+      store_tokens<T, kThreads>(p_.out, p_.o, p_.cu_seqlens != nullptr, chunk, p_.heads, head_, p_.values,
+                                first_value_, results_, threadIdx.x % 128);
     }
   }
 

@@ -5,7 +5,6 @@
 
 namespace hylo::gated_delta_rule {
 
-constexpr int kChunk = 64;       // tokens
 constexpr int kTile = 64;        // columns of a tile
 constexpr int kTileSize = kChunk * kTile * 2;  // bytes; 16-bit types only
 constexpr int kMaxSegments = 32;

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from hylo_ops import checks
-from hylo_ops.causal_conv1d import reference
+from hylo_ops.backend import Backend
+from hylo_ops.causal_conv1d import reference, triton
 from hylo_ops.library import define_op, reference_backend
 
 _ACTIVATIONS = (None, "silu")
@@ -118,7 +119,10 @@ _forward = define_op(
     "causal_conv1d",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? cu_seqlens, str? activation, "
     "str? backend) -> (Tensor, Tensor)",
-    backends=[reference_backend(reference.causal_conv1d, _DIFFERENTIABLE)],
+    backends=[
+        Backend("triton", triton.why_not, triton.forward, triton.backward),
+        reference_backend(reference.causal_conv1d, _DIFFERENTIABLE),
+    ],
     fake=_fake_forward,
     differentiable=_DIFFERENTIABLE,
 )
@@ -127,6 +131,9 @@ _recurrent = define_op(
     "recurrent_causal_conv1d",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) state, Tensor? state_indices, str? activation, "
     "str? backend) -> Tensor",
-    backends=[reference_backend(reference.recurrent_causal_conv1d)],
+    backends=[
+        Backend("triton", triton.why_not, triton.recurrent_forward),
+        reference_backend(reference.recurrent_causal_conv1d),
+    ],
     fake=lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
 )

@@ -1,4 +1,4 @@
-"""The CUDA backend of the gated RMS norm: picks the kernel for the inputs and launches it on the current stream."""
+"""The CUDA backend of the gated RMS norm: picks the kernels for the inputs, launches them on the current stream."""
 
 import functools
 from collections.abc import Callable
@@ -9,6 +9,8 @@ from torch import Tensor
 from hylo_ops import cubin
 
 KERNEL = "gated_rms_norm_fwd_kernel_y"
+BACKWARD_KERNELS = {True: "gated_rms_norm_bwd_kernel_norm_first", False: "gated_rms_norm_bwd_kernel_gate_first"}
+DWEIGHT_KERNEL = "gated_rms_norm_bwd_kernel_dweight"
 MAX_WIDTH = 16384  # kMaxWidth of csrc/gated_rms_norm/traits.cuh
 
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -16,6 +18,7 @@ _MAX_ACCESS_BYTES = 16
 _Key = tuple[int, torch.dtype, torch.dtype, int, int, str | None]
 
 _launchers: dict[_Key, Callable[..., None]] = {}
+_backward_launchers: dict[tuple[_Key, bool], Callable[..., None]] = {}
 
 
 def forward(
@@ -32,7 +35,7 @@ def forward(
     if not y.numel():
         return y
     device = x.get_device()
-    vector = _vector(x, gate, weight)
+    vector = _vector(weight, x, gate)
     key = (device, x.dtype, weight.dtype, x.shape[3], vector, cubin_source)
     launch = _launchers.get(key) or _load(key)
     launch(
@@ -50,6 +53,54 @@ def forward(
         torch._C._cuda_getCurrentRawStream(device),
     )
     return y
+
+
+def backward(
+    grads: list[Tensor],
+    x: Tensor,
+    gate: Tensor,
+    weight: Tensor,
+    eps: float,
+    norm_before_gate: bool,
+    *,
+    cubin_source: str | None = None,
+) -> list[Tensor]:
+    """Gradients of x, gate and weight, in their dtypes; as `forward` otherwise.
+
+    Args:
+        grads: the gradient of y.
+    """
+    vector = _vector(weight, x, gate)
+    dy = grads[0].to(x.dtype)
+    if dy.stride(-1) != 1 or _vector(weight, dy) < vector:
+        dy = dy.clone(memory_format=torch.contiguous_format)
+    dx, dgate, dweight = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, gate, weight))
+    if not x.numel():
+        return [dx, dgate, dweight.zero_()]
+    device, width = x.get_device(), x.shape[3]
+    shared = weight.ndim == 1 or weight.shape[0] == 1
+    key = (device, x.dtype, weight.dtype, width, vector, cubin_source), norm_before_gate
+    launch = _backward_launchers.get(key) or _load_backward(*key)
+    grid = cubin.native().gated_rms_norm_backward_grid(
+        x.shape, vector, x.element_size(), weight.element_size(), _multiprocessors(device)
+    )
+    lines = grid.blocks if shared else grid.blocks * grid.rows
+    partials = x.new_empty((lines, width), dtype=torch.float32)
+    launch(
+        grid,
+        (dy.data_ptr(), x.data_ptr(), gate.data_ptr(), weight.data_ptr()),
+        (dx.data_ptr(), dgate.data_ptr(), dweight.data_ptr()),
+        partials.data_ptr(),
+        x.shape,
+        (dy.stride(), x.stride(), gate.stride()),
+        0 if shared else weight.stride(0),
+        shared,
+        vector,
+        x.element_size(),
+        eps,
+        torch._C._cuda_getCurrentRawStream(device),
+    )
+    return [dx, dgate, dweight]
 
 
 def why_not(x: Tensor, gate: Tensor, weight: Tensor) -> str | None:
@@ -70,7 +121,8 @@ def why_not(x: Tensor, gate: Tensor, weight: Tensor) -> str | None:
         return f"V is {width}, not between 1 and {MAX_WIDTH}"
     reason = cubin.why_not_device(x.get_device()) or cubin.why_not_native()
     if reason is None and cubin.why_not_nvrtc() is not None:  # then only what is packaged runs
-        reason = cubin.why_not(_spec(x.dtype, weight.dtype, width, _vector(x, gate, weight)))
+        dims = x.dtype, weight.dtype, width, _vector(weight, x, gate)
+        reason = cubin.why_not(_spec(*dims)) or cubin.why_not(_spec(*dims, unit="backward"))
     return reason
 
 
@@ -81,19 +133,37 @@ def _load(key: _Key) -> Callable[..., None]:
     return _launchers[key]
 
 
+def _load_backward(key: _Key, norm_before_gate: bool) -> Callable[..., None]:
+    device, x_dtype, weight_dtype, width, vector, source = key
+    spec = _spec(x_dtype, weight_dtype, width, vector, unit="backward")
+    kernels = [
+        cubin.load(spec, name, device, source=source) for name in (BACKWARD_KERNELS[norm_before_gate], DWEIGHT_KERNEL)
+    ]
+    launch = functools.partial(cubin.native().gated_rms_norm_backward, *kernels)
+    _backward_launchers[key, norm_before_gate] = launch
+    return launch
+
+
 @functools.cache
-def _spec(x_dtype: torch.dtype, weight_dtype: torch.dtype, width: int, vector: int) -> cubin.Spec:
+def _spec(x_dtype: torch.dtype, weight_dtype: torch.dtype, width: int, vector: int, unit: str = "kernel") -> cubin.Spec:
     types = (("T", _TYPES[x_dtype]), ("W", _TYPES[weight_dtype]))
-    return cubin.Spec("gated_rms_norm", (("V", width), ("VEC", vector), *types))
+    return cubin.Spec("gated_rms_norm", (("V", width), ("VEC", vector), *types), unit)
 
 
-def _vector(x: Tensor, gate: Tensor, weight: Tensor) -> int:
+@functools.cache
+def _multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _vector(weight: Tensor, *tensors: Tensor) -> int:
     """Elements of one access: as many as 16 bytes hold and every row's start is aligned to."""
-    x_b, x_t, x_h, _ = x.stride()
-    gate_b, gate_t, gate_h, _ = gate.stride()
-    steps = x_b | x_t | x_h | gate_b | gate_t | gate_h | x.shape[3]
-    size, weight_size = x.element_size(), weight.element_size()
+    size, weight_size = tensors[0].element_size(), weight.element_size()
+    starts, steps = _MAX_ACCESS_BYTES, weight.shape[-1]
+    for tensor in tensors:
+        b, t, h, _ = tensor.stride()
+        starts |= tensor.data_ptr()
+        steps |= b | t | h
     weight_starts = weight.data_ptr() | (weight.stride(0) * weight_size if weight.ndim == 2 else 0)
     # The weight is read by as many elements, so its bytes count by the ratio of the sizes.
-    starts = x.data_ptr() | gate.data_ptr() | steps * size | weight_starts * size // weight_size | _MAX_ACCESS_BYTES
+    starts |= steps * size | weight_starts * size // weight_size
     return (starts & -starts) // size

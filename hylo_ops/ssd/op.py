@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from hylo_ops import checks
+from hylo_ops.backend import Backend
 from hylo_ops.common.sequences import working_dtype
-from hylo_ops.library import define_op, reference_backend
-from hylo_ops.ssd import reference
+from hylo_ops.library import define_op, may_skip_dispatcher, reference_backend
+from hylo_ops.ssd import cuda_chunk, cuda_recurrent, reference, triton
 
 
 def chunk_ssd(
@@ -104,6 +105,11 @@ def recurrent_ssd(
     Numerics: fp32 accumulation (fp64 for fp64); not differentiable; deterministic: yes.
     Source: Mamba2 (arXiv 2405.21060), equation 2.
     """
+    tensors = (x, dt, a, b, c, state, d, dt_bias, state_indices)
+    if backend in (None, "cuda") and may_skip_dispatcher():
+        o = cuda_recurrent.direct(*tensors, dt_softplus, dt_limit)
+        if o is not None:
+            return o
     heads = _check(x, dt, a, b, c, d, dt_bias, dt_limit)
     if x.shape[1] != 1:
         raise ValueError(f"x must hold one token a sequence, got {x.shape[1]}")
@@ -111,7 +117,7 @@ def recurrent_ssd(
     checks.dtype("state", state, (torch.float32, torch.bfloat16, torch.float64))
     checks.state_pool(state, state_indices, x.shape[0])
     checks.same_device("x", x, state=state, state_indices=state_indices)
-    return _recurrent(x, dt, a, b, c, state, d, dt_bias, state_indices, dt_softplus, dt_limit, backend)
+    return _recurrent(*tensors, dt_softplus, dt_limit, backend)
 
 
 def _check(
@@ -167,7 +173,11 @@ _forward = define_op(
     "chunk_ssd",
     "(Tensor x, Tensor dt, Tensor a, Tensor b, Tensor c, Tensor? d, Tensor? dt_bias, Tensor? initial_state, "
     "Tensor? cu_seqlens, bool dt_softplus, float[]? dt_limit, bool fixed_split, str? backend) -> (Tensor, Tensor)",
-    backends=[reference_backend(reference.chunk_ssd, _DIFFERENTIABLE)],
+    backends=[
+        Backend("cuda", cuda_chunk.why_not, cuda_chunk.forward, cuda_chunk.backward, cuda_chunk.backward_why_not),
+        Backend("triton", triton.chunk_why_not, triton.chunk_forward, triton.chunk_backward),
+        reference_backend(reference.chunk_ssd, _DIFFERENTIABLE),
+    ],
     fake=_fake_forward,
     differentiable=_DIFFERENTIABLE,
 )
@@ -176,6 +186,10 @@ _recurrent = define_op(
     "recurrent_ssd",
     "(Tensor x, Tensor dt, Tensor a, Tensor b, Tensor c, Tensor(a!) state, Tensor? d, Tensor? dt_bias, "
     "Tensor? state_indices, bool dt_softplus, float[]? dt_limit, str? backend) -> Tensor",
-    backends=[reference_backend(reference.recurrent_ssd)],
+    backends=[
+        Backend("cuda", cuda_recurrent.why_not, cuda_recurrent.forward),
+        Backend("triton", triton.recurrent_why_not, triton.recurrent_forward),
+        reference_backend(reference.recurrent_ssd),
+    ],
     fake=lambda x, dt, *_: x.new_empty(*dt.shape, x.shape[3]),
 )

@@ -1,6 +1,6 @@
 """Inputs for the CUDA gated RMS norm, for the GPU and for the emulated driver alike, and the float64 formula."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +55,7 @@ class Case:
     weight_dtype: torch.dtype | None = None
     x_layout: Callable[[Tensor], Tensor] = contiguous
     gate_layout: Callable[[Tensor], Tensor] = contiguous
+    dy_layout: Callable[[Tensor], Tensor] = contiguous
     eps: float = 1e-5
     label: str = ""
 
@@ -76,6 +77,11 @@ class Case:
         gate = (4 * torch.randn(self.shape, generator=generator)).to(device, self.dtype)
         weight = torch.randn(weight_shape, generator=generator).to(device, self.weight_dtype or self.dtype)
         return self.x_layout(x), self.gate_layout(gate), weight
+
+    def dy(self, device: str) -> Tensor:
+        """A gradient of y."""
+        dy = torch.randn(self.shape, generator=torch.Generator().manual_seed(12))
+        return self.dy_layout(dy.to(device, self.dtype))
 
 
 def exact(x: Tensor, gate: Tensor, weight: Tensor, eps: float, norm_before_gate: bool) -> Tensor:
@@ -100,6 +106,32 @@ def run_and_check(case: Case, device: str, forward: Callable[..., Tensor]) -> Te
     return y
 
 
+Backward = Callable[..., list[Tensor]]
+
+
+def run_and_check_backward(case: Case, device: str, backward: Backward) -> list[Tensor]:
+    """dx, dgate, dweight: shape, dtype, the error budget, and the same bits twice."""
+    x, gate, weight = case.inputs(device)
+    inputs, options, dy = (x, gate, weight), (case.eps, case.norm_before_gate), case.dy(device)
+    found = backward([dy], *inputs, *options)
+    again = backward([dy], *inputs, *options)
+    eager = gradients_of(reference.gated_rms_norm, inputs, options, dy)
+    wanted = gradients_of(exact, [t.double() for t in inputs], options, dy.double())
+    for i, name in enumerate(("dx", "dgate", "dweight")):
+        assert found[i].shape == inputs[i].shape
+        assert found[i].dtype == inputs[i].dtype
+        assert torch.equal(found[i], again[i]), f"{case.name} {name}: other bits"
+        within_budget(found[i], eager[i], wanted[i], f"{case.name} {name}")
+    return found
+
+
+def gradients_of(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor], options: tuple[float, bool], dy: Tensor
+) -> tuple[Tensor, ...]:
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    return torch.autograd.grad(function(*leaves, *options), leaves, dy)
+
+
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
 
 CASES = [
@@ -119,4 +151,18 @@ CASES = [
     Case((2, 3, 1, 1000), _FP16, 8, norm_before_gate=False, label="two_warps"),
     Case((1, 3, 1, 16384), _FP32, 4, label="widest"),
     Case((2, 0, 3, 64), _BF16, 8, label="no_rows"),
+]
+
+# Of the backward alone. On one multiprocessor these are several rows a thread.
+BACKWARD_CASES = [
+    Case((2, 131, 3, 64), _BF16, 8, label="many_rows"),
+    Case((2, 131, 3, 64), _BF16, 8, False, True, dy_layout=slice_of_projection, label="many_rows"),
+    Case((3, 67, 4, 64), _BF16, 8, False, True, x_layout=heads_first, label="many_rows_in_batches"),
+    Case((1, 61, 4, 64), _BF16, 8, dy_layout=starting_at(4), label="misaligned_dy"),
+    Case((1, 61, 4, 64), _BF16, 8, dy_layout=batch_repeated, weight_dtype=_FP32, label="weight_fp32"),
+    Case((2, 33, 3, 512), _BF16, 8, weight_heads=True, label="many_rows"),
+    Case((1, 41, 1, 2048), _BF16, 8, False, True, label="group"),
+    Case((1, 21, 2, 2048), _FP16, 8, False, weight_heads=True, label="groups"),
+    Case((1, 1001, 1, 1), _BF16, 1, label="narrowest"),
+    Case((2, 2, 2, 4104), _BF16, 8, False, True, label="read_twice"),
 ]

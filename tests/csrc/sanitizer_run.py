@@ -1,11 +1,13 @@
 """Launches every case of the CUDA kernels once, for compute-sanitizer (tests/gpu.sh): few other kernels, no pytest."""
 
+import dataclasses
+
 import torch
 
 from hylo_ops.gated_delta_rule import cuda_chunk, cuda_recurrent
 from hylo_ops.gated_rms_norm import cuda as gated_rms_norm
 from tests.csrc import gated_rms_norm_cases
-from tests.ops import gated_delta_rule_cases, gated_delta_rule_fp32_cases
+from tests.ops import gated_delta_rule_cases, gated_delta_rule_fp32_cases, ssd_step_cases
 
 
 def run_gated_rms_norm() -> int:
@@ -13,7 +15,11 @@ def run_gated_rms_norm() -> int:
         x, gate, weight = case.inputs("cuda")
         y = gated_rms_norm.forward(x, gate, weight, case.eps, case.norm_before_gate)
         assert torch.isfinite(y.cpu()).all(), case.name
-    return len(gated_rms_norm_cases.CASES)
+    both = (*gated_rms_norm_cases.CASES, *gated_rms_norm_cases.BACKWARD_CASES)
+    for case in both:
+        gradients = gated_rms_norm.backward([case.dy("cuda")], *case.inputs("cuda"), case.eps, case.norm_before_gate)
+        assert all(torch.isfinite(gradient.cpu()).all() for gradient in gradients), case.name
+    return len(gated_rms_norm_cases.CASES) + len(both)
 
 
 def run_gated_delta_rule() -> int:
@@ -46,8 +52,20 @@ def run_gated_delta_rule_in_fp32() -> int:
     return len(gated_delta_rule_fp32_cases.CASES)
 
 
+def run_ssd_steps() -> int:
+    """Both decode steps, of few states and of many: clusters of one block, of some and of the most."""
+    mamba2 = ssd_step_cases.Mamba2Case(128, 64, H=32, shared=(32, 1, 1))
+    hylo = ssd_step_cases.Mamba2Case(64, 64, H=32, shared=(8, 8, 32), norms=32)
+    many = [dataclasses.replace(case, B=20) for case in (mamba2, hylo)]
+    cases = [*ssd_step_cases.CASES, *ssd_step_cases.MANY, *ssd_step_cases.MAMBA2_CASES, mamba2, hylo, *many]
+    for case in cases:
+        o = case.function()(**case.inputs("cuda"), backend="cuda")
+        assert torch.isfinite(o.cpu()).all(), case.name
+    return len(cases)
+
+
 def main() -> None:
-    count = run_gated_rms_norm() + run_gated_delta_rule() + run_gated_delta_rule_in_fp32()
+    count = run_gated_rms_norm() + run_gated_delta_rule() + run_gated_delta_rule_in_fp32() + run_ssd_steps()
     print(f"{count} cases launched")
 
 

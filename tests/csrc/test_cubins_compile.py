@@ -7,28 +7,40 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
 from hylo_ops import cubin
 from hylo_ops.cubin import Spec
-from hylo_ops.gated_rms_norm.cuda import KERNEL, MAX_WIDTH
+from hylo_ops.gated_rms_norm.cuda import BACKWARD_KERNELS, DWEIGHT_KERNEL, KERNEL, MAX_WIDTH
+from hylo_ops.ssd import cuda_chunk, cuda_mamba2, cuda_recurrent
+from tests.csrc.emulator.run_ssd_step import spec_of
+from tests.ops.ssd_step_cases import Case, Mamba2Case
 
 NVRTC_REASON = cubin.why_not_nvrtc()
 needs_nvrtc = pytest.mark.skipif(NVRTC_REASON is not None, reason=f"cannot compile here: {NVRTC_REASON}")
 
 
-def spec(width: int, vector: int, dtype: str, weight: str) -> Spec:
-    return Spec("gated_rms_norm", (("V", width), ("VEC", vector), ("T", dtype), ("W", weight)))
+def spec(width: int, vector: int, dtype: str, weight: str, unit: str = "kernel") -> Spec:
+    return Spec("gated_rms_norm", (("V", width), ("VEC", vector), ("T", dtype), ("W", weight)), unit)
 
 
 TYPES = [("bf16", 8), ("fp16", 8), ("fp32", 4)]
-LISTED = [spec(width, vector, dtype, dtype) for width in (64, 128, 512) for dtype, vector in TYPES]
+LISTED = [spec(width, vector, dtype, dtype) for width in (64, 128, 512, 2048) for dtype, vector in TYPES]
 # Threads of a multiprocessor share 65536 registers: 32 a thread let it hold 2048, 52 still 1152.
-REGISTERS = {64: 32, 128: 32, 512: 52}
+REGISTERS = {64: 32, 128: 32, 512: 52, 2048: 56}
 OTHERS = [spec(20, 4, "bf16", "bf16"), spec(333, 1, "bf16", "fp32"), spec(512, 8, "bf16", "fp32")]
 WIDEST = [
     spec(MAX_WIDTH, 8, "bf16", "bf16"),
     spec(MAX_WIDTH, 4, "fp32", "fp32"),
     spec(MAX_WIDTH - 1, 1, "fp16", "fp32"),
+]
+BACKWARD = [Spec(s.stem, s.defines, "backward") for s in LISTED]
+OTHER_BACKWARD = [Spec(s.stem, s.defines, "backward") for s in OTHERS + WIDEST]
+OTHER_BACKWARD += [
+    spec(2048, 8, "bf16", "fp32", "backward"),
+    spec(2048, 1, "bf16", "bf16", "backward"),
+    spec(4096, 8, "bf16", "bf16", "backward"),
+    spec(8192, 8, "bf16", "fp32", "backward"),
 ]
 
 
@@ -108,6 +120,81 @@ OTHER_STEPS = [
 ]
 
 
+SSD_KERNELS = {
+    "kernel": ["fwd_kernel_ends", "fwd_kernel_carry", "fwd_kernel_o"],
+    "backward": ["bwd_kernel_states"],
+    "gradients": ["bwd_kernel_gradients"],
+}
+SSD_CHUNKED = [cuda_chunk.spec(dtype, width, None, "kernel") for dtype in HALVES for width in (64, 128, 256)]
+SSD_CHUNKED += [cuda_chunk.spec(dtype, width, None, "backward") for dtype in HALVES for width in (64, 128)]
+SSD_CHUNKED += [
+    cuda_chunk.spec(dtype, width, values, "gradients")
+    for dtype in HALVES
+    for width in (64, 128)
+    for values in (64, 128)
+]
+# The gradients at V = K = 128 keep sums over heads of three kinds, and a few numbers have no register.
+SSD_STACK = {"gradients-TBF16-V128-K128": 64, "gradients-TFP16-V128-K128": 64}
+
+SSD_STEPS = [
+    cuda_recurrent.spec(dtype, state, width, threads, rows)
+    for dtype in HALVES
+    for state, width, threads, rows in (
+        ("fp32", 64, 64, 4),
+        ("fp32", 64, 128, 8),
+        ("bf16", 64, 64, 4),
+        ("bf16", 64, 64, 8),
+        ("fp32", 128, 64, 4),
+        ("fp32", 128, 256, 8),
+        ("bf16", 128, 64, 4),
+        ("bf16", 128, 128, 8),
+        ("fp32", 256, 64, 2),
+        ("fp32", 256, 256, 4),
+        ("bf16", 256, 64, 4),
+        ("bf16", 256, 128, 8),
+    )
+]
+OTHER_SSD_STEPS = [
+    cuda_recurrent.spec(dtype, state, width, threads, rows)
+    for dtype, state, width, threads, rows in (
+        ("fp32", "bf16", 16, 128, 8),
+        ("fp32", "bf16", 240, 128, 8),
+        ("bf16", "fp32", 48, 64, 1),
+        ("fp32", "fp32", 80, 256, 2),
+        ("fp16", "fp32", 144, 256, 2),
+        ("fp32", "fp32", 256, 256, 4),
+    )
+]
+MAMBA2_STEPS = [
+    cuda_mamba2.spec(dtype, dtype, dtype, state, width, 4, threads, rows)
+    for dtype in HALVES
+    for state, width, threads, rows in (
+        ("fp32", 64, 256, 4),
+        ("bf16", 64, 256, 2),
+        ("fp32", 128, 512, 4),
+        ("fp32", 128, 512, 8),
+        ("bf16", 128, 512, 4),
+        ("bf16", 128, 512, 8),
+    )
+]
+OTHER_MAMBA2_STEPS = [
+    cuda_mamba2.spec(*kind)
+    for kind in (
+        ("fp32", "fp32", "fp32", "fp32", 256, 4, 512, 4),
+        ("fp32", "bf16", "fp32", "bf16", 256, 3, 256, 8),
+        ("bf16", "fp32", "fp32", "fp32", 144, 4, 256, 1),
+        ("fp16", "fp16", "bf16", "fp32", 80, 2, 512, 2),
+        ("bf16", "bf16", "fp32", "bf16", 16, 4, 512, 8),
+    )
+]
+PUBLISHED_BLOCKS = [  # heads, V, K; of x, b and c; norms: HyLo's, then Mamba2's
+    (32, 64, 64, (8, 8, 32), 32),
+    (24, 128, 128, (8, 8, 24), 24),
+    (16, 128, 128, (8, 8, 16), 16),
+    *((heads, 64, 128, (heads, 1, 1), 1) for heads in (24, 32, 48, 64, 80)),
+]
+
+
 def check_chunked(spec: Spec, code: bytes, folder: Path) -> None:
     for kernel in KERNELS[spec.unit]:
         used = resources(code, folder, f"gated_delta_rule_{kernel}")
@@ -140,6 +227,69 @@ def test_nvrtc_compiles_the_decode_step(listed, tmp_path):
     assert used["STACK"] == used["LOCAL"] == 0
 
 
+def check_ssd_chunked(spec: Spec, code: bytes, folder: Path) -> None:
+    dims = "-".join(f"{name}{value}".upper() for name, value in spec.defines)
+    for kernel in SSD_KERNELS[spec.unit]:
+        used = resources(code, folder, f"ssd_{kernel}")
+        assert used["STACK"] <= SSD_STACK.get(f"{spec.unit}-{dims}", 0), f"{kernel}: {used}"
+        assert used["LOCAL"] == 0, f"{kernel}: {used}"
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("unit", SSD_KERNELS)
+def test_nvrtc_compiles_the_chunked_kernels_of_ssd(unit, tmp_path):
+    listed = next(spec for spec in SSD_CHUNKED if spec.unit == unit)
+    check_ssd_chunked(listed, cubin.compile_nvrtc(listed), tmp_path)
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed, so no cubin is packaged")
+def test_the_build_packaged_the_chunked_kernels_of_ssd(tmp_path):
+    packaged = cubin.packaged_path(SSD_CHUNKED[0]).parent
+    for unit in SSD_KERNELS:
+        listed = [spec for spec in SSD_CHUNKED if spec.unit == unit]
+        assert {f.name for f in packaged.glob(f"ssd-{unit}-*")} == {cubin.packaged_path(s).name for s in listed}
+        for spec in listed:
+            check_ssd_chunked(spec, cubin.packaged_path(spec).read_bytes(), tmp_path)
+
+
+def check_ssd_step(spec: Spec, code: bytes, folder: Path) -> None:
+    of_block = spec.unit == "mamba2_step"
+    used = resources(code, folder, cuda_mamba2.KERNEL if of_block else cuda_recurrent.KERNEL)
+    assert used["STACK"] == used["LOCAL"] == 0
+    assert used["REG"] <= (64 if of_block else 96)  # 32 warps on a multiprocessor, or 20
+
+
+NVRTC_STEPS = [s for s in SSD_STEPS + MAMBA2_STEPS if ("T", "bf16") in s.defines] + OTHER_SSD_STEPS + OTHER_MAMBA2_STEPS
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("listed", NVRTC_STEPS, ids=lambda s: s.file_name("nvrtc"))
+def test_nvrtc_compiles_the_decode_steps_of_ssd(listed, tmp_path):
+    check_ssd_step(listed, cubin.compile_nvrtc(listed), tmp_path)
+
+
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("block", PUBLISHED_BLOCKS, ids=str)
+@pytest.mark.parametrize("B", [1, 64])
+def test_published_models_ask_for_listed_steps(block, state_dtype, B):
+    H, V, K, shared, norms = block
+    options = {"B": 1, "H": H, "shared": shared, "state_dtype": state_dtype, "index": None}
+    for case in (Case(K, V, **options), Mamba2Case(K, V, **options, norms=norms)):
+        x = case.inputs("cpu")
+        for name in {"x", "b", "c", "z", "xbc", "dt", "conv_state", "state"} & x.keys():
+            x[name] = x[name].expand(B, *x[name].shape[1:])  # as many, without the memory of as many
+        assert spec_of(case, x) in SSD_STEPS + MAMBA2_STEPS
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed, so no cubin is packaged")
+def test_the_build_packaged_the_decode_steps_of_ssd(tmp_path):
+    packaged = cubin.packaged_path(SSD_STEPS[0]).parent
+    for unit, listed in (("step", SSD_STEPS), ("mamba2_step", MAMBA2_STEPS)):
+        assert {f.name for f in packaged.glob(f"ssd-{unit}-*")} == {cubin.packaged_path(s).name for s in listed}
+        for spec in listed:
+            check_ssd_step(spec, cubin.packaged_path(spec).read_bytes(), tmp_path)
+
+
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed, so no cubin is packaged")
 def test_the_build_packaged_gated_delta_rule(tmp_path):
     listed = CHUNKED + FP32_CHUNKED + STEPS
@@ -166,6 +316,18 @@ def test_nvrtc_compiles_other_shapes_without_spills(other, tmp_path):
     assert used["STACK"] == used["LOCAL"] == 0
 
 
+def check_backward(spec: Spec, code: bytes, folder: Path) -> None:
+    for kernel in (*BACKWARD_KERNELS.values(), DWEIGHT_KERNEL):
+        used = resources(code, folder, kernel)
+        assert used["STACK"] == used["LOCAL"] == 0, kernel
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("spec", BACKWARD + OTHER_BACKWARD, ids=lambda s: s.file_name("nvrtc"))
+def test_nvrtc_compiles_the_backward_without_spills(spec, tmp_path):
+    check_backward(spec, cubin.compile_nvrtc(spec), tmp_path)
+
+
 @needs_nvrtc
 def test_wider_rows_do_not_compile():
     with pytest.raises(Exception, match="static assertion"):
@@ -173,9 +335,13 @@ def test_wider_rows_do_not_compile():
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed, so no cubin is packaged")
-def test_the_list_here_is_the_builds():
+def test_the_list_here_is_the_builds(tmp_path):
     packaged = cubin.packaged_path(LISTED[0]).parent
-    assert {f.name for f in packaged.glob("gated_rms_norm-*")} == {cubin.packaged_path(s).name for s in LISTED}
+    assert {f.name for f in packaged.glob("gated_rms_norm-*")} == {
+        cubin.packaged_path(s).name for s in LISTED + BACKWARD
+    }
+    for spec in BACKWARD:
+        check_backward(spec, cubin.packaged_path(spec).read_bytes(), tmp_path)
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed, so no cubin is packaged")

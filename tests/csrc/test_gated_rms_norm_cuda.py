@@ -8,19 +8,30 @@ import torch
 import hylo_ops
 from hylo_ops import cubin
 from hylo_ops.gated_rms_norm import cuda
-from tests.csrc.gated_rms_norm_cases import CASES, Case, exact, run_and_check, slice_of_projection
+from tests.csrc.gated_rms_norm_cases import (
+    BACKWARD_CASES,
+    CASES,
+    Case,
+    exact,
+    gradients_of,
+    run_and_check,
+    run_and_check_backward,
+    slice_of_projection,
+)
 
 gpu = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
-LISTED_WIDTHS = (64, 128, 512)
+LISTED_WIDTHS = (64, 128, 512, 2048)
 LARGE = [
     Case((2, 1001, 6, 512), torch.bfloat16, 8, gate_layout=slice_of_projection, label="gdn"),
     Case((2, 1001, 32, 64), torch.bfloat16, 8, False, True, gate_layout=slice_of_projection, label="mamba2"),
     Case((1, 1001, 16, 128), torch.float16, 8, False, True, label="mamba2"),
     Case((1, 1001, 16, 128), torch.float32, 4, label="fp32"),
     Case((1, 1001, 6, 512), torch.float32, 4, False, True, label="fp32"),
+    Case((2, 1001, 1, 2048), torch.bfloat16, 8, False, gate_layout=slice_of_projection, label="mamba2_group"),
+    Case((2, 333, 1, 8192), torch.bfloat16, 8, False, label="mamba2_whole"),
 ]
 ALL = [*CASES, *LARGE]
 
@@ -35,6 +46,13 @@ def forward_from(source):
         return cuda.forward(*args, cubin_source=source)
 
     return forward
+
+
+def backward_from(source):
+    def backward(*args):
+        return cuda.backward(*args, cubin_source=source)
+
+    return backward
 
 
 @pytest.fixture
@@ -80,6 +98,66 @@ class TestOnGpu:
             return hylo_ops.gated_rms_norm(x, gate, weight, eps=eps, norm_before_gate=norm_before_gate, backend="cuda")
 
         run_and_check(case, "cuda", forward)
+
+    @pytest.mark.parametrize("case", [c for c in [*ALL, *BACKWARD_CASES] if is_packaged(c)], ids=lambda c: c.name)
+    def test_packaged_gradients_agree_with_float64(self, case, nan_filled):
+        run_and_check_backward(case, "cuda", backward_from("packaged"))
+
+    @pytest.mark.parametrize("case", [*ALL, *BACKWARD_CASES], ids=lambda c: c.name)
+    def test_nvrtc_gradients_agree_with_float64(self, case, nan_filled):
+        run_and_check_backward(case, "cuda", backward_from("nvrtc"))
+
+    @pytest.mark.parametrize("case", LARGE, ids=lambda c: c.name)
+    def test_gradients_of_the_public_op(self, case):
+        """Through autograd; None picks this backend both ways."""
+        inputs, dy = case.inputs("cuda"), case.dy("cuda")
+
+        def norm_by(backend):
+            return lambda x, gate, weight, eps, norm_before_gate: hylo_ops.gated_rms_norm(
+                x, gate, weight, eps=eps, norm_before_gate=norm_before_gate, backend=backend
+            )
+
+        options = case.eps, case.norm_before_gate
+        direct = cuda.backward([dy], *inputs, *options)
+        for backend in (None, "cuda"):
+            found = gradients_of(norm_by(backend), inputs, options, dy)
+            assert all(torch.equal(a, b) for a, b in zip(found, direct, strict=True))
+
+    @pytest.mark.parametrize("case", LARGE, ids=lambda c: c.name)
+    def test_gradients_of_a_row_do_not_depend_on_others(self, case):
+        (x, gate, weight), dy = case.inputs("cuda"), case.dy("cuda")
+        dx, dgate, _ = cuda.backward([dy], x, gate, weight, case.eps, case.norm_before_gate)
+        last = [t[-1:, -1:] for t in (dy, x, gate)]
+        alone = cuda.backward([last[0]], *last[1:], weight, case.eps, case.norm_before_gate)
+        assert torch.equal(dx[-1:, -1:], alone[0])
+        assert torch.equal(dgate[-1:, -1:], alone[1])
+
+    def test_the_backward_is_captured_in_a_graph_on_the_callers_stream(self):
+        case = LARGE[1]
+        (x, gate, weight), dy = case.inputs("cuda"), case.dy("cuda")
+        cuda.backward([dy], x, gate, weight, case.eps, False)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = cuda.backward([dy], x, gate, weight, case.eps, False)
+        dy.mul_(-3)
+        for gradient in captured:
+            gradient.zero_()
+        graph.replay()
+        for found, wanted in zip(captured, cuda.backward([dy], x, gate, weight, case.eps, False), strict=True):
+            assert torch.equal(found, wanted)
+
+    def test_a_gradient_past_2_to_the_31_elements(self):
+        """As the forward's test below: only the last tokens are compared; 4.3 GB a tensor, five of them."""
+        tokens = 2**31 // (32 * 64) + 100
+        shape = (1, tokens, 32, 64)
+        x, gate, dy = (torch.randn(shape, dtype=torch.bfloat16, device="cuda") for _ in range(3))
+        weight = torch.randn(32, 64, dtype=torch.bfloat16, device="cuda")
+        dx, dgate, _ = cuda.backward([dy], x, gate, weight, 1e-5, False)
+        last = [t[:, -150:] for t in (dy, x, gate)]
+        alone = cuda.backward([last[0]], *last[1:], weight, 1e-5, False)
+        assert torch.equal(dx[:, -150:], alone[0])
+        assert torch.equal(dgate[:, -150:], alone[1])
 
     def test_unlisted_shape_is_not_packaged(self):
         x, gate, weight = Case((1, 2, 2, 24), torch.bfloat16, 8).inputs("cuda")

@@ -1,7 +1,7 @@
-// Runs a CUDA kernel's source on the CPU, one block after the other, each thread of a block a fiber that is switched
-// at barriers only. Shows indexing, tails and algebra; says nothing about rounding of fast math, or speed. Of races it
-// shows those that make every second launch of a kernel, with its threads in reverse and copies as late as can be, give
-// other bits.
+// Runs a CUDA kernel's source on the CPU, one block or cluster of blocks after the other, each thread of it a fiber
+// that is switched at barriers only. Shows indexing, tails and algebra; says nothing about rounding of fast math, or
+// speed. Of races it shows those of blocks that go on without the others of their cluster, and those that make every
+// second launch of a kernel, with its threads in reverse and copies as late as can be, give other bits.
 #pragma once
 
 #include <crt/host_defines.h>
@@ -32,6 +32,13 @@ inline bool emulated_reverse = false;
 
 void __syncthreads();
 
+// Of all blocks of a cluster; until others have counted a number down; and the dynamic shared memory of a block, or of
+// this one (-1).
+void emulated_cluster_arrive();
+void emulated_cluster_wait();
+void emulated_await_zero(const unsigned long long* number);
+unsigned char* emulated_dynamic_shared(int block);
+
 // The value of another lane, or this one's where there is no such lane. Whole warps call it.
 unsigned long long emulated_shuffle(unsigned long long value, int from);
 
@@ -45,6 +52,9 @@ To same_bits(From from) {
   memcpy(&to, &from, sizeof(to));
   return to;
 }
+inline unsigned __umulhi(unsigned x, unsigned y) { return static_cast<unsigned long long>(x) * y >> 32; }
+inline int max(int x, int y) { return x > y ? x : y; }
+inline int min(int x, int y) { return x < y ? x : y; }
 inline float __uint_as_float(unsigned x) { return same_bits<float>(x); }
 inline unsigned __float_as_uint(float x) { return same_bits<unsigned>(x); }
 

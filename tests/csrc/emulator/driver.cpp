@@ -12,8 +12,22 @@
 namespace {
 
 using Run = void (*)(const void*);
-constexpr int kNotFound = 500;
+constexpr int kInvalid = 1, kNotFound = 500, kHangs = 719;
+
+// CUlaunchConfig, with one attribute: the blocks of a cluster.
+constexpr int kClusterDims = 4;
+struct LaunchAttribute {
+  int id, padding;
+  unsigned cluster[3];
+};
+struct LaunchConfig {
+  unsigned grid[3], threads[3], shared_bytes;
+  void* stream;
+  const LaunchAttribute* attribute;
+  unsigned attributes;
+};
 constexpr size_t kStackBytes = 64 * 1024;
+constexpr unsigned kNever = ~0u;
 
 using Kernels = std::map<std::string, Run>;  // of a cubin, by symbol
 
@@ -24,79 +38,136 @@ std::map<std::string, Kernels>& cubins() {
 
 void* current_context = nullptr;
 ucontext_t scheduler;
-std::vector<ucontext_t> fibers;
-std::vector<bool> finished;
-std::vector<unsigned long long> exchange;
 Run running = nullptr;
 const void* running_params = nullptr;
+
+// A thread of one of the blocks that run together.
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack{new char[kStackBytes]};
+  unsigned block;
+  bool finished = false;
+  unsigned long long exchanged = 0;
+  unsigned came_at = kNever;  // how often its block had met when it came to that barrier last
+  unsigned cluster_at = 0;    // how often the cluster had met when it came to that one last
+  bool waits_for_cluster = false;
+  const unsigned long long* waits_for_zero = nullptr;
+};
+std::vector<Fiber> fibers;  // by block, then by thread
+unsigned current = 0;
 
 // Threads that meet: a fiber goes on when all of the group came.
 struct Meeting {
   unsigned came = 0, times = 0;
 
+  void arrive(unsigned size) {
+    if (++came < size) return;
+    came = 0;
+    ++times;
+  }
   void meet(unsigned size) {
     const unsigned now = times;
-    if (++came == size) {
-      came = 0;
-      ++times;
-      return;
-    }
-    while (times == now) swapcontext(&fibers[threadIdx.x], &scheduler);
+    arrive(size);
+    while (times == now) give_way();
   }
+  static void give_way() { swapcontext(&fibers[current].context, &scheduler); }
 };
 constexpr unsigned kWarp = 32;
-Meeting of_block;
-constexpr unsigned kNever = ~0u;
-std::vector<unsigned> came_at;  // how often the block had met when each thread came to its barrier last
-std::vector<Meeting> of_warps;
+std::vector<Meeting> of_blocks, of_warps;
+Meeting of_cluster;
+std::vector<std::vector<unsigned char>> shared_of_blocks;
+unsigned first_block = 0;  // of the cluster, along x
 
-unsigned warp() { return threadIdx.x / kWarp; }
-unsigned first_lane() { return warp() * kWarp; }
+unsigned warps() { return (blockDim.x + kWarp - 1) / kWarp; }
+unsigned first_lane() { return current - threadIdx.x % kWarp; }
+unsigned lanes() { return std::min(kWarp, blockDim.x - (threadIdx.x - threadIdx.x % kWarp)); }
 
-void meet_warp() { of_warps[warp()].meet(std::min(kWarp, blockDim.x - first_lane())); }
+void meet_warp() { of_warps[fibers[current].block * warps() + threadIdx.x / kWarp].meet(lanes()); }
 
 void start_thread() {
   running(running_params);
-  finished[threadIdx.x] = true;
+  fibers[current].finished = true;
 }
 
-bool can_run(unsigned thread) { return !finished[thread] && came_at[thread] != of_block.times; }
+bool can_run(const Fiber& fiber) {
+  const bool in_block = fiber.came_at != of_blocks[fiber.block].times;
+  const bool in_cluster = !fiber.waits_for_cluster || fiber.cluster_at != of_cluster.times;
+  return !fiber.finished && in_block && in_cluster && (fiber.waits_for_zero == nullptr || *fiber.waits_for_zero == 0);
+}
 
-// One warp goes on up to a barrier of the block before the next begins: what was missing there would be seen. Its threads
-// in turn; false where all of them wait.
-bool run_warp(unsigned first, unsigned threads) {
+// One warp goes on up to a barrier of the block before the next begins: what was missing there would be seen. Its
+// threads in turn; false where all of them wait.
+bool run_warp(unsigned block, unsigned first) {
   bool ran = false;
-  for (unsigned i = first; i < std::min(first + kWarp, threads); ++i) {
-    threadIdx.x = emulated_reverse ? threads - 1 - i : i;
-    if (!can_run(threadIdx.x)) continue;
-    swapcontext(&scheduler, &fibers[threadIdx.x]);
+  for (unsigned i = first; i < std::min(first + kWarp, blockDim.x); ++i) {
+    threadIdx.x = emulated_reverse ? blockDim.x - 1 - i : i;
+    current = block * blockDim.x + threadIdx.x;
+    if (!can_run(fibers[current])) continue;
+    blockIdx.x = first_block + block;
+    swapcontext(&scheduler, &fibers[current].context);
     ran = true;
   }
   return ran;
 }
 
-void run_block(unsigned threads) {
-  fibers.assign(threads, {});
-  finished.assign(threads, false);
-  exchange.assign(threads, 0);
-  of_block = {};
-  came_at.assign(threads, kNever);
-  of_warps.assign((threads + kWarp - 1) / kWarp, {});
-  std::vector<std::unique_ptr<char[]>> stacks;
-  for (unsigned i = 0; i < threads; ++i) {
-    stacks.emplace_back(new char[kStackBytes]);
-    getcontext(&fibers[i]);
-    fibers[i].uc_stack.ss_sp = stacks[i].get();
-    fibers[i].uc_stack.ss_size = kStackBytes;
-    fibers[i].uc_link = &scheduler;
-    makecontext(&fibers[i], start_thread, 0);
+// All warps, each up to a barrier; false where all of them wait.
+bool run_block(unsigned block) {
+  bool ran = false;
+  for (unsigned first = 0; first < blockDim.x; first += kWarp) {
+    while (run_warp(block, first)) ran = true;
   }
+  return ran;
+}
+
+void make_fibers(unsigned blocks) {
+  fibers.clear();
+  fibers.resize(blocks * blockDim.x);
+  for (unsigned i = 0; i < fibers.size(); ++i) {
+    Fiber& fiber = fibers[i];
+    fiber.block = i / blockDim.x;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStackBytes;
+    fiber.context.uc_link = &scheduler;
+    makecontext(&fiber.context, start_thread, 0);
+  }
+}
+
+// Each block as far as it gets without the others, then the next. False where threads wait for ever.
+bool run_cluster(unsigned blocks, unsigned shared_bytes) {
+  make_fibers(blocks);
+  of_blocks.assign(blocks, {});
+  of_warps.assign(blocks * warps(), {});
+  of_cluster = {};
+  shared_of_blocks.assign(blocks, std::vector<unsigned char>(shared_bytes, 0xff));  // as fp32: NaN
+  first_block = blockIdx.x;
   for (bool ran = true; ran;) {
     ran = false;
-    for (unsigned first = 0; first < threads; first += kWarp) {
-      while (run_warp(first, threads)) ran = true;
+    for (unsigned i = 0; i < blocks; ++i) {
+      while (run_block(emulated_reverse ? blocks - 1 - i : i)) ran = true;
     }
   }
+  blockIdx.x = first_block;
+  return std::all_of(fibers.begin(), fibers.end(), [](const Fiber& fiber) { return fiber.finished; });
+}
+
+int run_grid(Run kernel, const Index& grid, unsigned cluster, unsigned threads, unsigned shared_bytes,
+             const void* params) {
+  running = kernel;
+  running_params = params;
+  static std::map<Run, bool> reverse;
+  emulated_reverse = reverse[running];
+  reverse[running] = !emulated_reverse;
+  blockDim.x = threads;
+  gridDim = grid;
+  for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z) {
+    for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y) {
+      for (blockIdx.x = 0; blockIdx.x < grid.x; blockIdx.x += cluster) {
+        if (!run_cluster(cluster, shared_bytes)) return kHangs;
+      }
+    }
+  }
+  return 0;
 }
 
 }  // namespace
@@ -104,15 +175,39 @@ void run_block(unsigned threads) {
 EmulatedKernel::EmulatedKernel(const char* cubin, const char* symbol, Run run) { cubins()[cubin][symbol] = run; }
 
 void __syncthreads() {
-  came_at[threadIdx.x] = of_block.times;
-  of_block.meet(blockDim.x);
+  Meeting& meeting = of_blocks[fibers[current].block];
+  fibers[current].came_at = meeting.times;
+  meeting.meet(blockDim.x);
+}
+
+void emulated_cluster_arrive() {
+  fibers[current].cluster_at = of_cluster.times;
+  of_cluster.arrive(fibers.size());
+}
+
+void emulated_cluster_wait() {
+  Fiber& fiber = fibers[current];
+  fiber.waits_for_cluster = true;
+  while (fiber.cluster_at == of_cluster.times) Meeting::give_way();
+  fiber.waits_for_cluster = false;
+}
+
+void emulated_await_zero(const unsigned long long* number) {
+  Fiber& fiber = fibers[current];
+  fiber.waits_for_zero = number;
+  while (*number != 0) Meeting::give_way();
+  fiber.waits_for_zero = nullptr;
+}
+
+unsigned char* emulated_dynamic_shared(int block) {
+  return shared_of_blocks[block < 0 ? fibers[current].block : block].data();
 }
 
 unsigned long long emulated_shuffle(unsigned long long value, int from) {
-  exchange[threadIdx.x] = value;
+  fibers[current].exchanged = value;
   meet_warp();
-  const bool there = from >= 0 && from < static_cast<int>(kWarp) && first_lane() + from < blockDim.x;
-  const unsigned long long received = there ? exchange[first_lane() + from] : value;
+  const bool there = from >= 0 && from < static_cast<int>(lanes());
+  const unsigned long long received = there ? fibers[first_lane() + from].exchanged : value;
   meet_warp();
   return received;
 }
@@ -120,8 +215,12 @@ unsigned long long emulated_shuffle(unsigned long long value, int from) {
 extern "C" {
 
 int cuInit(unsigned) { return 0; }
-int cuGetErrorName(int, const char** out) { return *out = "EMULATED_NOT_FOUND", 0; }
-int cuGetErrorString(int, const char** out) { return *out = "no emulated kernel of that name", 0; }
+int cuGetErrorName(int status, const char** out) {
+  return *out = status == kHangs ? "EMULATED_HANG" : "EMULATED_NOT_FOUND", 0;
+}
+int cuGetErrorString(int status, const char** out) {
+  return *out = status == kHangs ? "threads wait for ever" : "no emulated kernel of that name", 0;
+}
 int cuDeviceGet(int* out, int) { return *out = 0, 0; }
 int cuDevicePrimaryCtxRetain(void** out, int) { return *out = &scheduler, 0; }
 int cuCtxGetCurrent(void** out) { return *out = current_context, 0; }
@@ -141,20 +240,15 @@ int cuModuleGetFunction(void** out, void* module, const char* symbol) {
   if (found == kernels.end()) return kNotFound;
   return *out = reinterpret_cast<void*>(found->second), 0;
 }
-int cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned, unsigned, unsigned,
-                   void*, void** arguments, void**) {
-  running = reinterpret_cast<Run>(function);
-  running_params = arguments[0];
-  static std::map<Run, bool> reverse;
-  emulated_reverse = reverse[running];
-  reverse[running] = !emulated_reverse;
-  blockDim.x = threads;
-  gridDim = {x, y, z};
-  for (blockIdx.z = 0; blockIdx.z < z; ++blockIdx.z) {
-    for (blockIdx.y = 0; blockIdx.y < y; ++blockIdx.y) {
-      for (blockIdx.x = 0; blockIdx.x < x; ++blockIdx.x) run_block(threads);
-    }
-  }
-  return 0;
+int cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned, unsigned,
+                   unsigned shared_bytes, void*, void** arguments, void**) {
+  return run_grid(reinterpret_cast<Run>(function), {x, y, z}, 1, threads, shared_bytes, arguments[0]);
+}
+int cuLaunchKernelEx(const LaunchConfig* launch, void* function, void** arguments, void**) {
+  const Index grid = {launch->grid[0], launch->grid[1], launch->grid[2]};
+  const unsigned cluster = launch->attribute->cluster[0];
+  if (launch->attributes != 1 || launch->attribute->id != kClusterDims || grid.x % cluster != 0) return kInvalid;
+  return run_grid(reinterpret_cast<Run>(function), grid, cluster, launch->threads[0], launch->shared_bytes,
+                  arguments[0]);
 }
 }

@@ -1,0 +1,16 @@
+// Numbers of any floating type, known at run time only, as the host hands them to a kernel. Plain data, the same layout
+// on both sides.
+#pragma once
+
+namespace hylo {
+
+enum ScalarType : int { kScalarBf16, kScalarFp16, kScalarFp32, kScalarFp64 };
+
+// One number for each sequence and head. Strides in elements: of the batch, of the heads.
+struct Scalar {
+  const void* data;
+  long long stride_b, stride_h;
+  int type;  // ScalarType
+};
+
+}  // namespace hylo

@@ -1,0 +1,9 @@
+// State-space duality, backward: the states and their gradients, and what begins segments. A translation unit of its own:
+// the build passes HYLO_T (type of x, b, c and o: bf16, fp16) and HYLO_K (64, 128, 256: the least with room for K).
+#include "ssd/pass.cuh"
+
+extern "C" __global__ void __launch_bounds__(hylo::ssd::pass_threads(HYLO_K), 1)
+    ssd_bwd_kernel_states(const __grid_constant__ hylo::ssd::PassParams p) {
+  extern __shared__ unsigned char shared[];
+  hylo::ssd::pass<hylo::HYLO_T, hylo::ssd::kStates, HYLO_K>(p.common, p.slots, hylo::aligned(shared));
+}

@@ -1,0 +1,50 @@
+// From what each segment adds to the state alone to what it begins with, in place; and where a sequence ends. Back, the
+// same of the gradients of the states.
+#pragma once
+
+#include "common/chunks.cuh"
+#include "ssd/params.h"
+#include "ssd/traits.cuh"
+
+namespace hylo::ssd {
+
+constexpr int kCarryThreads = 128;
+constexpr int kAhead = 8;  // segments
+
+// A thread for four neighbours of a head's state; blocks along those, heads, and sequences of a direction.
+__device__ __forceinline__ void carry(const Params& p) {
+  const int size = p.values * p.width, element = 4 * (blockIdx.x * kCarryThreads + threadIdx.x);
+  if (element >= size) return;
+  const int head = blockIdx.y, sequence = blockIdx.z % p.sequences;
+  const bool back = static_cast<int>(blockIdx.z) >= p.sequences;
+  const float* given = back ? p.last_gradient : p.first_state;
+  float4 state = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  if (given != nullptr) {
+    state = *reinterpret_cast<const float4*>(given + (static_cast<long long>(sequence) * p.heads + head) * size + element);
+  }
+  const auto piece = [&](int i) {
+    const int segment = back ? p.segments - 1 - i : i;
+    return (static_cast<long long>(blockIdx.z) * p.segments + segment) * p.heads + head;
+  };
+  for (int first = 0; first < p.segments; first += kAhead) {
+    float4 added[kAhead];
+    float decay[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      if (first + i >= p.segments) break;
+      added[i] = *reinterpret_cast<const float4*>(p.ends + piece(first + i) * size + element);
+      decay[i] = p.totals[piece(first + i)];
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      if (first + i >= p.segments) break;
+      *reinterpret_cast<float4*>(p.ends + piece(first + i) * size + element) = state;
+      state.x = decay[i] * state.x + added[i].x;
+      state.y = decay[i] * state.y + added[i].y;
+      state.z = decay[i] * state.z + added[i].z;
+      state.w = decay[i] * state.w + added[i].w;
+    }
+  }
+}
+
+}  // namespace hylo::ssd

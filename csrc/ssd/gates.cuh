@@ -1,0 +1,159 @@
+// What the gates of a chunk and head come to. A warp makes them, two tokens a lane.
+//
+// Decays between tokens of different blocks of 16 are products of two, through the first token of the later one's block:
+// both are at most 1, and 256 exponentials a chunk stand for 4096.
+#pragma once
+
+#include "common/chunks.cuh"
+#include "common/dtype.cuh"
+#include "ssd/params.h"
+#include "ssd/traits.cuh"
+
+namespace hylo::ssd {
+
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kEmptiesState = -150.0f;  // of log2: exp2 of it is 0 in fp32, and what is below stands for as much
+
+__device__ __forceinline__ float number_of_head(const Numbers& of, int head, float otherwise) {
+  if (of.data == nullptr) return otherwise;
+  const long long at = head * of.stride_h;
+  switch (of.type) {
+    case kBf16Number: return to_float(static_cast<const bf16*>(of.data)[at]);
+    case kFp16Number: return to_float(static_cast<const fp16*>(of.data)[at]);
+    case kFp32Number: return static_cast<const float*>(of.data)[at];
+    default: return static_cast<float>(static_cast<const double*>(of.data)[at]);
+  }
+}
+
+// Of one head; what is made of its dt. This lane has tokens 2 lane and 2 lane + 1 of a chunk.
+class Gates {
+ public:
+  __device__ __forceinline__ Gates(const Params& p, int head, const Sequence& sequence)
+      : p_(p),
+        rate_(kLog2E * number_of_head(p.a, head, 0.0f)),
+        bias_(number_of_head(p.dt_bias, head, 0.0f)),
+        tokens_(sequence.tokens),
+        stride_(p.dt.stride_t * number_size()),
+        first_(static_cast<const char*>(p.dt.data) +
+               (sequence.batch * p.dt.stride_b + head * p.dt.stride_h) * number_size() + sequence.begin * stride_) {}
+
+  __device__ __forceinline__ float rate() const { return rate_; }
+
+  // dt of its tokens in a sequence's chunk as it lies in memory, so that nothing waits for it yet; past the sequence's
+  // end that of its last token.
+  struct Raw {
+    Word bits[2];
+  };
+  __device__ __forceinline__ Raw load(int chunk) const {
+    const char *at = place(chunk, 0), *other = place(chunk, 1);
+    switch (p_.dt.type) {
+      case kFp32Number: return {*reinterpret_cast<const Word*>(at), *reinterpret_cast<const Word*>(other)};
+      case kFp64Number: return {narrowed(at), narrowed(other)};
+      default:
+        return {*reinterpret_cast<const unsigned short*>(at), *reinterpret_cast<const unsigned short*>(other)};
+    }
+  }
+
+  // Fetches them into the second cache, for a load later on.
+  __device__ __forceinline__ void prefetch(int chunk) const {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(place(chunk, 0)));
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(place(chunk, 1)));
+  }
+
+  // With its bias.
+  __device__ __forceinline__ float2 raw(const Raw& loaded) const {
+    return make_float2(bias_ + number(loaded.bits[0]), bias_ + number(loaded.bits[1]));
+  }
+
+  // Of them the steps, for a chunk of so many tokens; 0 past its end, which keeps a state as it is.
+  __device__ __forceinline__ float2 steps(float2 raw, int tokens) const {
+    const int first = 2 * lane();
+    return make_float2(first < tokens ? step(raw.x) : 0.0f, first + 1 < tokens ? step(raw.y) : 0.0f);
+  }
+
+  __device__ __forceinline__ float step(float raw) const {
+    if (p_.softplus) raw = raw > 20.0f ? raw : log1pf(__expf(raw));
+    return fminf(fmaxf(raw, p_.least), p_.greatest);
+  }
+
+  // The steps' derivatives by dt; 0 past a chunk's end.
+  __device__ __forceinline__ float2 slopes(float2 raw, int tokens) const {
+    const int first = 2 * lane();
+    return make_float2(first < tokens ? slope(raw.x) : 0.0f, first + 1 < tokens ? slope(raw.y) : 0.0f);
+  }
+
+  // log2 of the decay from the chunk's start through each token.
+  __device__ __forceinline__ float2 sums(float2 step) const {
+    const float2 each = make_float2(fmaxf(rate_ * step.x, kEmptiesState), fmaxf(rate_ * step.y, kEmptiesState));
+    float through = each.x + each.y;
+#pragma unroll
+    for (int back = 1; back < 32; back *= 2) {
+      const float other = __shfl_up_sync(kAllLanes, through, back);
+      if (lane() >= back) through += other;
+    }
+    return make_float2(through - each.y, through);
+  }
+
+  // Fills the factors up to kWritten.
+  static __device__ __forceinline__ void write_ends(float2 step, float2 sum, float* factors) {
+    const float end = __shfl_sync(kAllLanes, sum.y, 31);
+    put(factors, kFromStart, exp2_fast(sum.x), exp2_fast(sum.y));
+    put(factors, kWritten, step.x * exp2_fast(end - sum.x), step.y * exp2_fast(end - sum.y));
+  }
+
+  // Fills the others, those between tokens; with the step of the token that writes in those to a block, or without.
+  template <bool kStepped>
+  static __device__ __forceinline__ void write_between(float2 step, float2 sum, float* factors) {
+    put(factors, kStep, step.x, step.y);
+    put(factors, kSum, sum.x, sum.y);
+    const float start = __shfl_sync(kAllLanes, sum.x, lane() & ~7);
+    put(factors, kInBlock, exp2_fast(sum.x - start), exp2_fast(sum.y - start));
+#pragma unroll
+    for (int block = 1; block < kChunk / kBlock; ++block) {
+      const float anchor = __shfl_sync(kAllLanes, sum.x, 8 * block);
+      const bool earlier = lane() < 8 * block;
+      put(factors, kToBlock1 + block - 1, earlier ? (kStepped ? step.x : 1.0f) * exp2_fast(anchor - sum.x) : 0.0f,
+          earlier ? (kStepped ? step.y : 1.0f) * exp2_fast(anchor - sum.y) : 0.0f);
+    }
+  }
+
+  static __device__ __forceinline__ void write_slopes(float2 slope, float* factors) {
+    put(factors, kSlope, slope.x, slope.y);
+  }
+
+ private:
+  // A limit that is met lets the gradient through, as torch.clamp does.
+  __device__ __forceinline__ float slope(float raw) const {
+    const float found = p_.softplus ? 1.0f / (1.0f + __expf(-raw)) : 1.0f;
+    const float before = p_.softplus ? (raw > 20.0f ? raw : log1pf(__expf(raw))) : raw;
+    return before >= p_.least && before <= p_.greatest ? found : 0.0f;
+  }
+
+  static __device__ __forceinline__ void put(float* factors, int which, float first, float second) {
+    *reinterpret_cast<float2*>(factors + which * kChunk + 2 * lane()) = make_float2(first, second);
+  }
+
+  __device__ __forceinline__ int number_size() const {
+    return p_.dt.type == kFp64Number ? 8 : p_.dt.type == kFp32Number ? 4 : 2;
+  }
+  __device__ __forceinline__ const char* place(int chunk, int which) const {
+    const int token = chunk * kChunk + 2 * lane() + which, last = tokens_ - 1;
+    return first_ + (token < last ? token : last) * stride_;
+  }
+  static __device__ __forceinline__ Word narrowed(const char* at) {
+    return __float_as_uint(static_cast<float>(*reinterpret_cast<const double*>(at)));
+  }
+  __device__ __forceinline__ float number(Word bits) const {
+    if (p_.dt.type == kBf16Number) return __uint_as_float(bits << 16);
+    if (p_.dt.type == kFp16Number) return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
+    return __uint_as_float(bits);
+  }
+
+  const Params& p_;
+  const float rate_, bias_;
+  const int tokens_;
+  const long long stride_;  // bytes
+  const char* const first_;
+};
+
+}  // namespace hylo::ssd

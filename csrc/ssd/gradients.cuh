@@ -1,0 +1,655 @@
+// Everything of the backward that needs no walk from chunk to chunk, out of the states before each chunk (S) and the
+// gradients of those after it (dS). Of a head and a chunk, with tokens j that write along rows and i that read along
+// columns, or the other way round (gradients_traits.cuh has the roles, docs/ssd.md the derivation):
+//
+//   P^T = step L^T * (B C^T)       R^T = step L^T * (X dO^T)
+//   dX += P^T dO + step to_end (B dS^T) + d dO
+//   dB += R^T C + step to_end (X dS)
+//   dC += R B + from_start (dO S)
+#pragma once
+
+#include "common/chunk_store.cuh"
+#include "ssd/gates.cuh"
+#include "ssd/gradients_traits.cuh"
+#include "ssd/rows.cuh"
+
+namespace hylo::ssd {
+
+// What a block's warps share beside the tiles.
+struct GradientsShared {
+  Chunk chunk;
+  Handover tiles[kTileKinds][kMostDepth];
+  Handover factors[kFactorRing], sums[2];
+  float skips[kFactorRing];
+};
+
+// Where a warp is with one kind of tiles, which it fills or empties for each head or for each group of heads.
+class TileCursor {
+ public:
+  __device__ __forceinline__ int slot() const { return bits_ >> kSlotBit & 3; }
+  __device__ __forceinline__ int turn() const { return bits_ >> kTurnBit; }
+  __device__ __forceinline__ bool first() const { return within() == 0; }
+  __device__ __forceinline__ bool last(const TileSlots& slots) const { return within() == slots.group - 1; }
+
+  // On to the next head.
+  __device__ __forceinline__ void advance(const TileSlots& slots) {
+    if (!last(slots)) {
+      ++bits_;
+    } else if (slot() + 1 < slots.depth) {
+      bits_ = (bits_ & ~kWithin) + (1 << kSlotBit);
+    } else {
+      bits_ = (turn() + 1) << kTurnBit;
+    }
+  }
+
+ private:
+  static constexpr int kSlotBit = 16, kTurnBit = 18, kWithin = (1 << kSlotBit) - 1;
+  __device__ __forceinline__ int within() const { return bits_ & kWithin; }
+
+  int bits_ = 0;  // in one register: there are five cursors
+};
+
+template <class T, int kV, int kK>
+class GradientsBlock {
+ public:
+  static constexpr int kWarpgroups = kGradientWarpgroups;
+  static constexpr int kThreads = 128 * kWarpgroups;
+  static constexpr int kWideV = kV / kTile, kWideK = kK / kTile;
+  static constexpr int kOfV = kV / kWarpgroups, kOfK = kK / kWarpgroups;  // columns of a warpgroup
+
+  __device__ __forceinline__ GradientsBlock(const GradientsParams& p, unsigned char* shared, GradientsShared& barriers)
+      : p_(p), tiles_(shared), shared_(barriers) {}
+
+  static __device__ __forceinline__ void init(GradientsShared& shared) {
+    for (auto& kind : shared.tiles) {
+      for (Handover& tile : kind) tile.init(1, kThreads);
+    }
+    for (Handover& factors : shared.factors) factors.init(32, kThreads + 32);
+    for (Handover& sums : shared.sums) sums.init(kThreads, 32);
+    fence_barrier_init();
+  }
+
+  // By one thread.
+  __device__ __forceinline__ void load() const {
+    const Params& p = p_.common;
+    const Chunk& chunk = shared_.chunk;
+    const TensorMap* const maps[] = {&p.x, &p.b, &p.c, &p.d_o};
+    TileCursor cursors[kTileKinds];
+    for (int i = 0; i < p_.set; ++i) {
+      const int head = first_head() + i;
+#pragma unroll
+      for (int kind = 0; kind < kTileKinds; ++kind) {
+        const TileSlots& slots = p_.slots[kind];
+        const TileCursor& cursor = cursors[kind];
+        if (cursor.first()) {
+          Handover& barrier = shared_.tiles[kind][cursor.slot()];
+          unsigned char* const to = tiles(kind, cursor);
+          if (cursor.turn() > 0) barrier.empty.wait((cursor.turn() - 1) & 1);
+          barrier.full.arrive_expecting(slots.size);
+          if (kind == kTilesStates) {
+            load_states(to, head, barrier.full);
+          } else {
+            for (int at = 0; at < slots.size; at += kTileSize) {
+              copy_box(to + at, *maps[kind], barrier.full, at / kTileSize * kTile, head / slots.group, chunk.begin,
+                       chunk.batch);
+            }
+          }
+        }
+        cursors[kind].advance(slots);
+      }
+    }
+  }
+
+  // Two warps take turns.
+  __device__ __forceinline__ void make_factors(int index) const {
+    const Chunk& chunk = shared_.chunk;
+    const Sequence only{0, chunk.batch, chunk.begin, chunk.tokens};
+    for (int i = index; i < p_.set; i += kGradientGates) {
+      const int head = first_head() + i, slot = i % kFactorRing, turn = i / kFactorRing;
+      const Gates gates(p_.common, head, only);
+      const float2 raw = gates.raw(gates.load(0)), step = gates.steps(raw, chunk.tokens), sum = gates.sums(step);
+      const float skip = number_of_head(p_.common.d, head, 0.0f);
+      if (turn > 0) shared_.factors[slot].empty.wait((turn - 1) & 1);
+      float* const factors = factors_at(slot);
+      gates.write_ends(step, sum, factors);
+      gates.template write_between<false>(step, sum, factors);
+      gates.write_slopes(gates.slopes(raw, chunk.tokens), factors);
+      if (lane() == 0) shared_.skips[slot] = skip;
+      shared_.factors[slot].full.arrive();
+    }
+  }
+
+  // The gates' gradients, two tokens a lane.
+  __device__ __forceinline__ void finish() const {
+    for (int i = 0; i < p_.set; ++i) {
+      const int slot = i % kFactorRing, buffer = i % 2;
+      shared_.factors[slot].full.wait(i / kFactorRing & 1);
+      shared_.sums[buffer].full.wait(i / 2 & 1);
+      finish_head(first_head() + i, Factors{factors_at(slot)}, sums_at(buffer));
+      shared_.factors[slot].empty.arrive();
+      shared_.sums[buffer].empty.arrive();
+    }
+  }
+
+  __device__ __forceinline__ void run(int warpgroup) const {
+    float dx[kOfV / 2] = {}, db[kOfK / 2] = {}, dc[kOfK / 2] = {};
+    const Params& p = p_.common;
+    TileCursor cursors[kTileKinds];
+    for (int i = 0; i < p_.set; ++i) {
+      const int slot = i % kFactorRing, buffer = i % 2, head = first_head() + i;
+      const Tiles at = {tiles(kTilesX, cursors[kTilesX]), tiles(kTilesB, cursors[kTilesB]),
+                        tiles(kTilesC, cursors[kTilesC]), tiles(kTilesDO, cursors[kTilesDO]),
+                        tiles(kTilesStates, cursors[kTilesStates])};
+#pragma unroll
+      for (int kind = 0; kind < kTilesStates; ++kind) await(kind, cursors[kind]);
+      if (p.cu_seqlens != nullptr && shared_.chunk.tokens < kChunk) clear_tails(cursors);
+      shared_.factors[slot].full.wait(i / kFactorRing & 1);
+      if (i > 1) shared_.sums[buffer].empty.wait((i / 2 - 1) & 1);
+      const Factors factors{factors_at(slot)};
+      float* const sums = sums_at(buffer);
+      by_writers(at, warpgroup, factors, sums, shared_.skips[slot], cursors[kTilesStates], dx, db);
+      by_readers(at, warpgroup, factors, sums, dc);
+      multiply_states(at.states, warpgroup, sums);
+      shared_.sums[buffer].full.arrive();
+      shared_.factors[slot].empty.arrive();
+      const bool last[] = {cursors[kTilesX].last(p_.slots[kTilesX]), cursors[kTilesB].last(p_.slots[kTilesB]),
+                           cursors[kTilesC].last(p_.slots[kTilesC])};
+#pragma unroll
+      for (int kind = 0; kind < kTileKinds; ++kind) {
+        if (cursors[kind].last(p_.slots[kind])) shared_.tiles[kind][cursors[kind].slot()].empty.arrive();
+        cursors[kind].advance(p_.slots[kind]);
+      }
+      if (last[0]) flush(dx, p_.dx, p.heads / p.x_group, head / p.x_group, p.values, warpgroup * kOfV, warpgroup);
+      if (last[1]) flush(db, p_.db, p.heads / p.b_group, head / p.b_group, p.width, warpgroup * kOfK, warpgroup);
+      if (last[2]) flush(dc, p_.dc, p.heads / p.c_group, head / p.c_group, p.width, warpgroup * kOfK, warpgroup);
+    }
+  }
+
+  // Where the slot has no chunk: nothing of the heads' parts.
+  __device__ __forceinline__ void leave_nothing() const {
+    for (int i = threadIdx.x; i < 3 * p_.set; i += blockDim.x) *part(i / p_.set, first_head() + i % p_.set) = 0.0f;
+  }
+
+ private:
+  static constexpr int kStates = kWideV * kWideK * kTileSize;  // bytes of S, or of dS behind it
+  static constexpr int kAllBarrier = 1 + kWarpgroups;
+
+  __device__ __forceinline__ int first_head() const { return blockIdx.x * p_.set; }
+  __device__ __forceinline__ unsigned char* tiles(int kind, const TileCursor& cursor) const {
+    return tiles_ + p_.slots[kind].offset + cursor.slot() * p_.slots[kind].size;
+  }
+  __device__ __forceinline__ void await(int kind, const TileCursor& cursor) const {
+    if (cursor.first()) shared_.tiles[kind][cursor.slot()].full.wait(cursor.turn() & 1);
+  }
+  __device__ __forceinline__ float* factors_at(int slot) const {
+    return reinterpret_cast<float*>(tiles_ + p_.factors + slot * kFactorsSize);
+  }
+  __device__ __forceinline__ float* sums_at(int buffer) const {
+    return reinterpret_cast<float*>(tiles_ + p_.sums + buffer * kSumsSize);
+  }
+
+  __device__ __forceinline__ float* part(int which, int head) const {
+    return p_.parts + (static_cast<long long>(which) * gridDim.y + blockIdx.y) * p_.common.heads + head;
+  }
+
+  // Where a head's tiles are.
+  struct Tiles {
+    unsigned char *x, *b, *c, *d_o, *states;
+    __device__ __forceinline__ unsigned char* dstates() const { return states + kStates; }
+  };
+
+  __device__ __forceinline__ void load_states(unsigned char* to, int head, Barrier& full) const {
+    for (int tile = 0; tile < kWideV * kWideK; ++tile) {
+      const int column = tile % kWideK * kTile, row = tile / kWideK * kTile;
+      copy_box(to + tile * kTileSize, p_.states, full, column, row, head, blockIdx.y);
+      copy_box(to + kStates + tile * kTileSize, p_.dstates, full, column, row, head, blockIdx.y);
+    }
+  }
+
+  __device__ __forceinline__ void clear_tails(const TileCursor (&cursors)[kTileKinds]) const {
+#pragma unroll
+    for (int kind = 0; kind < kTilesStates; ++kind) {
+      if (!cursors[kind].first()) continue;
+      for (int at = 0; at < p_.slots[kind].size; at += kTileSize) {
+        clear_rows(tiles(kind, cursors[kind]) + at, shared_.chunk.tokens, threadIdx.x, kThreads);
+      }
+    }
+    fence_async();
+    sync_threads(kAllBarrier, kThreads);
+  }
+
+  // d += a b^T, or a b, of two tiles' rows x K or V; over `steps` times 16. Where the rows of b run along the sum, its
+  // tiles follow each other `wide` tiles apart.
+  template <int kSteps, int kSize>
+  static __device__ __forceinline__ void multiply_rows(float (&d)[kSize], const unsigned char* a,
+                                                       const unsigned char* b) {
+    const DoubleWord left = wgmma::descriptor_k_major(shared_address(a));
+    const DoubleWord right = wgmma::descriptor_k_major(shared_address(b));
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+      const int next = i / 4 * (kTileSize >> 4) + i % 4 * wgmma::kNextKMajor;
+      wgmma::product_shared<T, wgmma::kAlongK, wgmma::kAlongK>(d, left + next, right + next, i > 0);
+    }
+    wgmma::commit();
+  }
+  template <int kSteps, int kWide, int kSize>
+  static __device__ __forceinline__ void multiply_columns(float (&d)[kSize], const unsigned char* a,
+                                                          const unsigned char* b) {
+    const DoubleWord left = wgmma::descriptor_k_major(shared_address(a));
+    const DoubleWord right = wgmma::descriptor_n_major(shared_address(b), kTileSize);
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+      wgmma::product_shared<T, wgmma::kAlongK, wgmma::kAlongMN>(
+          d, left + i / 4 * (kTileSize >> 4) + i % 4 * wgmma::kNextKMajor,
+          right + i / 4 * kWide * (kTileSize >> 4) + i % 4 * wgmma::kNextNMajor, i > 0);
+    }
+    wgmma::commit();
+  }
+  template <int kSize>
+  static __device__ __forceinline__ void add_tokens(float (&d)[kSize], const Word (&a)[4][4], const unsigned char* b) {
+    const DoubleWord right = wgmma::descriptor_n_major(shared_address(b), kTileSize);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) wgmma::product<T, wgmma::kAlongMN>(d, a[i], right + i * wgmma::kNextNMajor, true);
+    wgmma::commit();
+  }
+
+  // Columns from `column` on of tiles of tokens.
+  static __device__ __forceinline__ const unsigned char* columns(const unsigned char* tiles, int column) {
+    return tiles + column / kTile * kTileSize + column % kTile * 2;
+  }
+
+  // Calls f(register of an accumulator of 64 tokens x kSize * 2 columns, the numbers of a tile at its place and behind).
+  template <int kSize, class F>
+  static __device__ __forceinline__ void each_of_tile(const float (&)[kSize], const unsigned char* tiles, int column,
+                                                      const F& f) {
+    const unsigned char* tile = tiles + column / kTile * kTileSize;
+#pragma unroll
+    for (int i = 0; i < kSize / 8; ++i) {
+      Word words[4];
+      load_matrices(words, tile + wgmma::swizzled(16 * warp_of_four() + lane() % 16,
+                                                  column % kTile / 8 + 2 * i + lane() / 16));
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        float low, high;
+        wgmma::unpack<T>(words[r], low, high);
+        f(8 * i + 2 * r, low, high);
+      }
+    }
+  }
+
+  // The rows' products of an accumulator with a tile, times a factor of the row, to `sums`; the accumulator times another.
+  template <int kSize>
+  static __device__ __forceinline__ void dot_and_scale(float (&d)[kSize], const unsigned char* tiles, int column,
+                                                       const float (&of_sum)[2], const float (&of_d)[2], float* sums) {
+    float dot[2] = {};
+    each_of_tile(d, tiles, column, [&](int at, float low, float high) {
+      dot[at / 2 % 2] += low * d[at] + high * d[at + 1];
+    });
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      const float sum = of_sum[row] * sum_over_quad(dot[row]);
+      if (lane() % 4 == 0) sums[row_token(row)] = sum;
+    }
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) d[i] *= of_d[i / 2 % 2];
+    wgmma::pin(d);
+  }
+
+  // Tokens that write along rows.
+  __device__ __forceinline__ void by_writers(const Tiles& at, int warpgroup, const Factors& factors, float* sums,
+                                             float skip, const TileCursor& states, float (&dx)[kOfV / 2],
+                                             float (&db)[kOfK / 2]) const {
+    const int of_v = warpgroup * kOfV, of_k = warpgroup * kOfK;
+    const unsigned char *x = at.x, *b = at.b, *c = at.c, *d_o = at.d_o, *dstates = at.dstates();
+    Word weights[4][4], pairs[4][4];
+    TokenSums tokens;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {  // of the tokens that read: there are not registers for all at once
+      float scores[16], products[16];
+      wgmma::fence();
+      multiply_rows<kK / 16>(scores, b, c + half * kTileSize / 2);
+      multiply_rows<kV / 16>(products, x, d_o + half * kTileSize / 2);
+      wgmma::wait<0>();
+      wgmma::pin(scores);
+      wgmma::pin(products);
+      weigh_writers(half, weights, pairs, scores, products, factors, tokens, warpgroup == 0 ? sums : nullptr);
+    }
+    if (warpgroup == 0) tokens.leave(sums);
+    await(kTilesStates, states);
+    const float to_end[2] = {factors.to_end(row_token(0)), factors.to_end(row_token(1))};
+    const float written[2] = {factors.row(kWritten, row_token(0)), factors.row(kWritten, row_token(1))};
+    {
+      float added[kOfV / 2];
+      wgmma::fence();
+      multiply_rows<kK / 16>(added, b, dstates + of_v / kTile * kWideK * kTileSize + of_v % kTile * 128);
+      wgmma::wait<0>();
+      wgmma::pin(added);
+      dot_and_scale(added, x, of_v, to_end, written, sums + (kAtEnd + warpgroup) * kChunk);
+      wgmma::fence();
+      add_tokens(added, weights, columns(d_o, of_v));
+      each_of_tile(dx, d_o, of_v, [&](int at, float low, float high) {
+        dx[at] += skip * low;
+        dx[at + 1] += skip * high;
+      });
+      wgmma::wait<0>();
+      wgmma::pin(added);
+#pragma unroll
+      for (int e = 0; e < kOfV / 2; ++e) dx[e] += added[e];
+    }
+    float added[kOfK / 2];
+    wgmma::fence();
+    multiply_columns<kV / 16, kWideK>(added, x, columns(dstates, of_k));
+    wgmma::wait<0>();
+    wgmma::pin(added);
+#pragma unroll
+    for (int e = 0; e < kOfK / 2; ++e) added[e] *= written[e / 2 % 2];
+    wgmma::pin(added);
+    wgmma::fence();
+    add_tokens(added, pairs, columns(c, of_k));
+    wgmma::wait<0>();
+    wgmma::pin(added);
+#pragma unroll
+    for (int e = 0; e < kOfK / 2; ++e) db[e] += added[e];
+  }
+
+  // Tokens that read along rows.
+  __device__ __forceinline__ void by_readers(const Tiles& at, int warpgroup, const Factors& factors, float* sums,
+                                             float (&dc)[kOfK / 2]) const {
+    const int of_k = warpgroup * kOfK;
+    float added[kOfK / 2];
+    Word pairs[4][4];
+    {
+      float products[32];
+      wgmma::fence();
+      multiply_rows<kV / 16>(products, at.d_o, at.x);
+      wgmma::wait<0>();
+      wgmma::pin(products);
+      weigh_readers<T, false>(pairs, products, factors);
+    }
+    wgmma::fence();
+    multiply_columns<kV / 16, kWideK>(added, at.d_o, columns(at.states, of_k));
+    wgmma::wait<0>();
+    wgmma::pin(added);
+    const float from_start[2] = {factors.row(kFromStart, row_token(0)), factors.row(kFromStart, row_token(1))};
+    dot_and_scale(added, at.c, of_k, from_start, from_start, sums + (kOfState + warpgroup) * kChunk);
+    wgmma::fence();
+    add_tokens(added, pairs, columns(at.b, of_k));
+    wgmma::wait<0>();
+    wgmma::pin(added);
+#pragma unroll
+    for (int e = 0; e < kOfK / 2; ++e) dc[e] += added[e];
+  }
+
+  // Of this thread's two rows, tokens that write: what later ones read of them, they themselves, and x . dO.
+  struct TokenSums {
+    float above[2] = {}, own[2] = {}, skipped[2] = {};
+
+    __device__ __forceinline__ void leave(float* sums) const {
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        const float found[3] = {sum_over_quad(above[row]), sum_over_quad(own[row]), sum_over_quad(skipped[row])};
+        if (lane() % 4 == 0) {
+#pragma unroll
+          for (int which = 0; which < 3; ++which) sums[(kAbove + which) * kChunk + row_token(row)] = found[which];
+        }
+      }
+    }
+  };
+
+  // Packs both kinds of weights for half of the tokens that read, and sums up what comes of their product: over those
+  // tokens, and (to `sums`, if given) over those that write.
+  static __device__ __forceinline__ void weigh_writers(int half, Word (&weights)[4][4], Word (&pairs)[4][4],
+                                                       const float (&scores)[16], const float (&products)[16],
+                                                       const Factors& factors, TokenSums& tokens, float* sums) {
+    switch (uniform(warp_of_four())) {
+      case 0: return weigh_writers<0>(half, weights, pairs, scores, products, factors, tokens, sums);
+      case 1: return weigh_writers<1>(half, weights, pairs, scores, products, factors, tokens, sums);
+      case 2: return weigh_writers<2>(half, weights, pairs, scores, products, factors, tokens, sums);
+      default: return weigh_writers<3>(half, weights, pairs, scores, products, factors, tokens, sums);
+    }
+  }
+  template <int kWarp>
+  static __device__ __forceinline__ void weigh_writers(int half, Word (&weights)[4][4], Word (&pairs)[4][4],
+                                                       const float (&scores)[16], const float (&products)[16],
+                                                       const Factors& factors, TokenSums& tokens, float* sums) {
+    const Writers<kWarp> writers(factors);
+    float below[8] = {};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      writers.each(weights, 4 * half + i, [&](float (&weight)[2], int row, const float (&decay)[2], int itself) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int at = 4 * i + 2 * row + e;
+          const float of_one = scores[at] * decay[e], both = of_one * products[at];
+          weight[e] = writers.step[row] * of_one;
+          tokens.own[row] += e == itself ? both : 0.0f;
+          tokens.skipped[row] += e == itself ? products[at] : 0.0f;
+          tokens.above[row] += e == itself ? 0.0f : both;
+          below[2 * i + e] += e == itself ? 0.0f : writers.step[row] * both;
+        }
+      });
+      writers.each(pairs, 4 * half + i, [&](float (&pair)[2], int row, const float (&decay)[2], int) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) pair[e] = writers.step[row] * (products[4 * i + 2 * row + e] * decay[e]);
+      });
+    }
+    if (sums != nullptr) sums[(kBelow + kWarp) * kChunk + 32 * half + column_of_sum()] = sum_over_rows(below);
+  }
+
+  // The rows of a warp whose tokens write, and the decays to those that read along columns.
+  template <int kWarp>
+  struct Writers {
+    const Factors factors;
+    const float step[2], sum[2];
+
+    __device__ __forceinline__ explicit Writers(const Factors& factors)
+        : factors(factors),
+          step{factors.row(kStep, row_token(0)), factors.row(kStep, row_token(1))},
+          sum{factors.row(kSum, row_token(0)), factors.row(kSum, row_token(1))} {}
+
+    // Calls f(two neighbours, row, their decays, which of them is the row's own token or -1) to fill them; packs them.
+    template <class F>
+    __device__ __forceinline__ void each(Word (&packed)[4][4], int block, const F& f) const {
+      const bool diagonal = block / 2 == kWarp;
+      const int reader = 8 * block + 2 * (lane() % 4);
+      const float2 other = factors.columns(diagonal ? kSum : kInBlock, block);
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        Word& word = packed[block / 2][2 * (block % 2) + row];
+        if (block / 2 < kWarp) {
+          word = 0;
+          continue;
+        }
+        const int writer = row_token(row);
+        float two[2], decay[2];
+        if (diagonal) {
+          decay[0] = reader >= writer ? exp2_fast(other.x - sum[row]) : 0.0f;
+          decay[1] = reader + 1 >= writer ? exp2_fast(other.y - sum[row]) : 0.0f;
+        } else {
+          const float to_block = factors.row(static_cast<Factor>(kToBlock1 - 1 + block / 2), writer);
+          decay[0] = to_block * other.x;
+          decay[1] = to_block * other.y;
+        }
+        f(two, row, decay, diagonal ? writer - reader : -1);
+        word = wgmma::pack<T>(two[0], two[1]);
+      }
+    }
+  };
+
+  // Of eight columns, two of each block of eight tokens, sums over the lanes that have other rows: each gets one, and
+  // which of 32 it is.
+  static __device__ __forceinline__ float sum_over_rows(float (&of)[8]) {
+    halve<4>(of);
+    halve<2>(of);
+    halve<1>(of);
+    return of[0];
+  }
+  template <int kHalf>
+  static __device__ __forceinline__ void halve(float (&of)[8]) {
+    const bool upper = lane() & (4 * kHalf);
+#pragma unroll
+    for (int i = 0; i < kHalf; ++i) {
+      const float sent = upper ? of[i] : of[i + kHalf], kept = upper ? of[i + kHalf] : of[i];
+      of[i] = kept + __shfl_xor_sync(kAllLanes, sent, 4 * kHalf);
+    }
+  }
+  static __device__ __forceinline__ int column_of_sum() {
+    const int which = lane() / 4 % 8;  // the bits of it, from the highest, chose halves
+    return 8 * (which / 2) + 2 * (lane() % 4) + which % 2;
+  }
+
+  // Parts of the sum over all of S dS.
+  __device__ __forceinline__ void multiply_states(const unsigned char* states, int warpgroup, float* sums) const {
+    const unsigned char* dstates = states + kStates;
+    float sum = 0.0f;
+#pragma unroll 2
+    for (int at = 16 * threadIdx.x; at < kStates; at += 16 * kThreads) {
+      const uint4 a = *reinterpret_cast<const uint4*>(states + at), b = *reinterpret_cast<const uint4*>(dstates + at);
+      const Word left[4] = {a.x, a.y, a.z, a.w}, right[4] = {b.x, b.y, b.z, b.w};
+#pragma unroll
+      for (int word = 0; word < 4; ++word) {
+        float low, high, other_low, other_high;
+        wgmma::unpack<T>(left[word], low, high);
+        wgmma::unpack<T>(right[word], other_low, other_high);
+        sum += low * other_low + high * other_high;
+      }
+    }
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
+    if (lane() == 0) sums[kSums * kChunk + 4 * warpgroup + warp_of_four()] = sum;
+  }
+
+  __device__ __forceinline__ void finish_head(int head, const Factors& factors, const float* sums) const {
+    const Params& p = p_.common;
+    const Chunk& chunk = shared_.chunk;
+    const auto two = [&](const float* row) { return *reinterpret_cast<const float2*>(row + 2 * lane()); };
+    const auto total = [&](int first, int count) {
+      float2 sum = make_float2(0.0f, 0.0f);
+      for (int i = 0; i < count; ++i) {
+        const float2 more = two(sums + (first + i) * kChunk);
+        sum.x += more.x, sum.y += more.y;
+      }
+      return sum;
+    };
+    const float2 step = two(factors.at + kStep * kChunk), slope = two(factors.at + kSlope * kChunk);
+    const float2 below = total(kBelow, 4), of_state = total(kOfState, kWarpgroups);
+    const float2 above = total(kAbove, 1), own = total(kOwn, 1), at_end = total(kAtEnd, kWarpgroups);
+    float whole = 0.0f;
+    for (int i = 0; i < 4 * kWarpgroups; ++i) whole += sums[kSums * kChunk + i];
+    whole *= factors.whole();
+
+    // A gate decays what later tokens read of earlier ones and of the state, and what earlier ones add to the next state.
+    const float2 read = make_float2(below.x + of_state.x - step.x * above.x, below.y + of_state.y - step.y * above.y);
+    const float2 added = make_float2(step.x * at_end.x, step.y * at_end.y);
+    float from_here = read.x + read.y, through = added.x + added.y;
+#pragma unroll
+    for (int away = 1; away < 32; away *= 2) {
+      const float later = __shfl_down_sync(kAllLanes, from_here, away);
+      const float earlier = __shfl_up_sync(kAllLanes, through, away);
+      if (lane() + away < 32) from_here += later;
+      if (lane() >= away) through += earlier;
+    }
+    const float before = through - added.x - added.y;
+    const float2 gate = make_float2(from_here + before + whole, from_here - read.x + before + added.x + whole);
+
+    const float rate = number_of_head(p.a, head, 0.0f);
+    const float2 ddt = make_float2(slope.x * (above.x + own.x + at_end.x + rate * gate.x),
+                                   slope.y * (above.y + own.y + at_end.y + rate * gate.y));
+    const float2 skipped = two(sums + kSkipped * kChunk);
+    store_ddt(head, chunk, ddt);
+    float of_head[3] = {step.x * gate.x + step.y * gate.y, skipped.x + skipped.y, ddt.x + ddt.y};
+#pragma unroll
+    for (int which = 0; which < 3; ++which) {
+#pragma unroll
+      for (int away = 16; away > 0; away /= 2) of_head[which] += __shfl_xor_sync(kAllLanes, of_head[which], away);
+      if (lane() == 0) *part(which, head) = of_head[which];
+    }
+  }
+
+  __device__ __forceinline__ void store_ddt(int head, const Chunk& chunk, float2 ddt) const {
+    const Params& p = p_.common;
+#pragma unroll
+    for (int which = 0; which < 2; ++which) {
+      const int token = 2 * lane() + which;
+      if (token >= chunk.tokens) continue;
+      const float value = which == 0 ? ddt.x : ddt.y;
+      const long long row = static_cast<long long>(chunk.batch) * p.tokens + chunk.begin + token;
+      const long long at = row * p.heads + head;
+      switch (p.dt.type) {
+        case kBf16Number: from_float(static_cast<bf16*>(p_.ddt)[at], value); break;
+        case kFp16Number: from_float(static_cast<fp16*>(p_.ddt)[at], value); break;
+        case kFp32Number: static_cast<float*>(p_.ddt)[at] = value; break;
+        default: static_cast<double*>(p_.ddt)[at] = value;
+      }
+    }
+  }
+
+  // Sends gradients of 64 tokens x kSize * 2 columns to their place, and starts anew.
+  template <int kSize>
+  __device__ __forceinline__ void flush(float (&d)[kSize], void* tensor, int heads, int head, int width, int column,
+                                        int warpgroup) const {
+    const Chunk& chunk = shared_.chunk;
+    unsigned char* const tile = tiles_ + p_.staging + warpgroup * kTileSize;
+    sync_threads(1 + warpgroup, 128);
+#pragma unroll
+    for (int i = 0; i < kSize / 8; ++i) {
+      Word packed[4];
+      wgmma::pack_operand<T>(packed, d, i);
+      store_matrices(tile + straight_row(i), packed);
+    }
+    sync_threads(1 + warpgroup, 128);
+    constexpr int kPieces = kSize / 4;  // of a row
+    const int thread = threadIdx.x % 128, piece = thread % kPieces;
+    T* const out = static_cast<T*>(tensor) + column + 8 * piece;
+    for (int row = thread / kPieces; row < chunk.tokens && column + 8 * piece < width; row += 128 / kPieces) {
+      const long long token = static_cast<long long>(chunk.batch) * p_.common.tokens + chunk.begin + row;
+      *reinterpret_cast<uint4*>(out + (token * heads + head) * width) =
+          *reinterpret_cast<const uint4*>(tile + wgmma::swizzled(row, piece));
+    }
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) d[i] = 0.0f;
+  }
+
+  const GradientsParams& p_;
+  unsigned char* const tiles_;
+  GradientsShared& shared_;
+};
+
+template <class T, int kV, int kK>
+__device__ __forceinline__ void gradients(const GradientsParams& p, unsigned char* shared) {
+  using Block = GradientsBlock<T, kV, kK>;
+  __shared__ GradientsShared barriers;
+  if (threadIdx.x < 32) {
+    const Chunk chunk = chunk_at(p.common, blockIdx.y);
+    if (lane() == 0) {
+      barriers.chunk = chunk;
+      Block::init(barriers);
+    }
+  }
+  __syncthreads();
+  const Block block(p, shared, barriers);
+  if (barriers.chunk.tokens <= 0) return block.leave_nothing();
+  const int warpgroup = uniform(threadIdx.x / 128);
+  if (warpgroup < Block::kWarpgroups) {
+    claim_registers<kGradientRegisters>();
+    block.run(warpgroup);
+    return;
+  }
+  release_registers<kGradientLoaderRegisters>();
+  const int warp = uniform(warp_of_four());
+  if (warp < kGradientGates) {
+    block.make_factors(warp);
+  } else if (warp == kGradientGates) {
+    block.finish();
+  } else if (lane() == 0) {
+    block.load();
+  }
+}
+
+}  // namespace hylo::ssd
+
+extern "C" __global__ void __launch_bounds__(hylo::ssd::kGradientThreads, 1)
+    ssd_bwd_kernel_gradients(const __grid_constant__ hylo::ssd::GradientsParams p) {
+  extern __shared__ unsigned char shared[];
+  hylo::ssd::gradients<hylo::HYLO_T, HYLO_V, HYLO_K>(p, hylo::aligned(shared));
+}

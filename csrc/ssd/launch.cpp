@@ -1,0 +1,199 @@
+#include "ssd/launch.h"
+
+#include <algorithm>
+#include <numeric>
+#include <stdexcept>
+
+#include "ssd/gradients_traits.cuh"
+
+namespace hylo::ssd {
+namespace {
+
+enum Dim { kB, kT, kHX, kGB, kG, kH, kV, kK, kN };
+
+constexpr int kCarryThreads = 128, kCarryEach = 4;  // of carry.cuh
+
+std::uint64_t size(std::int64_t n) { return static_cast<std::uint64_t>(n); }
+unsigned count(std::int64_t n) { return static_cast<unsigned>(n); }
+std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+Numbers numbers(const NumbersView& view) {
+  return {reinterpret_cast<const void*>(view[0]), view[2], view[3], view[4], static_cast<NumberType>(view[1])};
+}
+
+// A tile is one for both chains of every block if no pair (2 n, 2 n + 1) of units, which count through the tiles of a
+// head and then the heads, belongs to two of what is read. Going back, a launch reads d_o and c for x and b.
+Slots slots_of(bool back, int width, const Shape& shape) {
+  const int each = chains(width);
+  const std::int64_t tiles = ceil_div(shape[kV], kTile);
+  const auto slots = [&](Dim heads) { return tiles * (shape[kH] / shape[heads]) % each == 0 ? 1 : each; };
+  if (back) return {each, std::max(slots(kGB), slots(kG)), 0};
+  return {tiles == 1 ? slots(kHX) : each, slots(kGB), slots(kG)};
+}
+
+Pass pass_named(const std::string& kernel) {
+  if (kernel == "ends") return kEnds;
+  if (kernel == "o") return kOutputs;
+  if (kernel == "states") return kStates;
+  throw std::invalid_argument("there is no chunked kernel '" + kernel + "'");
+}
+
+// Places of everything in shared memory, in bytes, where tiles of the tokens and of the states have so many slots, but
+// those that serve several heads only one. Returns the end.
+int place_gradients(int values, int width, int of_tokens, int of_states, GradientsParams& p) {
+  const int v = values / kTile * kTileSize, k = width / kTile * kTileSize;
+  const int groups[kTileKinds] = {p.common.x_group, p.common.b_group, p.common.c_group, 1, 1};
+  const int sizes[kTileKinds] = {v, k, k, v, 2 * v * (width / kTile)};
+  int end = 0;
+  for (int i = 0; i < kTileKinds; ++i) {
+    const int depth = i == kTilesStates ? of_states : groups[i] > 1 ? 1 : of_tokens;
+    p.slots[i] = {end, depth, sizes[i], groups[i]};
+    end += depth * sizes[i];
+  }
+  p.staging = end;
+  p.factors = p.staging + kGradientWarpgroups * kTileSize;
+  p.sums = p.factors + kFactorRing * kFactorsSize;
+  return p.sums + 2 * kSumsSize;
+}
+
+// As many slots as there is room for. Returns the dynamic shared memory it takes.
+int place_gradients(int values, int width, GradientsParams& p) {
+  for (int of_states = kMostDepth; of_states > 0; --of_states) {
+    for (int of_tokens = of_states < kMostDepth ? of_states + 1 : kMostDepth; of_tokens > 0; --of_tokens) {
+      const int end = place_gradients(values, width, of_tokens, of_states, p) + 1024;
+      if (end <= kSharedLimit - 2048) return end;
+    }
+  }
+  return 0;
+}
+
+}  // namespace
+
+int chunk_shared_bytes(const std::string& kernel, int width, const Shape& shape) {
+  if (kernel == "carry") return 0;
+  const Pass pass = pass_named(kernel);
+  if (pass == kOutputs) return pass_shared(pass, width, slots_of(false, width, shape));
+  return std::max(pass_shared(pass, width, slots_of(false, width, shape)),
+                  pass_shared(pass, width, slots_of(true, width, shape)));
+}
+
+int gradients_shared_bytes(int values, int width, const Shape& shape) {
+  GradientsParams params{};
+  params.common.x_group = static_cast<int>(shape[kH] / shape[kHX]);
+  params.common.b_group = static_cast<int>(shape[kH] / shape[kGB]);
+  params.common.c_group = static_cast<int>(shape[kH] / shape[kG]);
+  return place_gradients(values, width, params);
+}
+
+ChunkCall::ChunkCall(const std::array<std::uintptr_t, 3>& x_b_c, const std::array<Strides, 3>& strides,
+                     const NumbersView& dt, const NumbersView& a, const NumbersView& d, const NumbersView& dt_bias,
+                     std::uintptr_t cu_seqlens, std::uintptr_t initial_state, const Shape& shape, int width, int chunks,
+                     int segments, std::uintptr_t ends, std::uintptr_t totals, bool softplus, float least,
+                     float greatest, std::uintptr_t stream)
+    : shape_(shape), width_(width), chunks_(chunks), stream_(reinterpret_cast<void*>(stream)) {
+  if (width % kTile != 0 || width < shape[kK]) throw std::invalid_argument("kernels are too narrow for K");
+  if (chunks > 0) {
+    params_.x = tokens_map(x_b_c[0], shape[kHX], shape[kV], strides[0]);
+    params_.b = tokens_map(x_b_c[1], shape[kGB], shape[kK], strides[1]);
+    params_.c = tokens_map(x_b_c[2], shape[kG], shape[kK], strides[2]);
+  }
+  params_.dt = numbers(dt);
+  params_.a = numbers(a);
+  params_.d = numbers(d);
+  params_.dt_bias = numbers(dt_bias);
+  params_.ends = reinterpret_cast<float*>(ends);
+  params_.totals = reinterpret_cast<float*>(totals);
+  params_.first_state = reinterpret_cast<const float*>(initial_state);
+  params_.cu_seqlens = reinterpret_cast<const int*>(cu_seqlens);
+  params_.sequences = static_cast<int>(shape[kN]);
+  params_.tokens = static_cast<int>(shape[kT]);
+  params_.heads = static_cast<int>(shape[kH]);
+  params_.x_group = static_cast<int>(shape[kH] / shape[kHX]);
+  params_.b_group = static_cast<int>(shape[kH] / shape[kGB]);
+  params_.c_group = static_cast<int>(shape[kH] / shape[kG]);
+  params_.values = static_cast<int>(shape[kV]);
+  params_.width = static_cast<int>(shape[kK]);
+  params_.chunks = chunks;
+  params_.segments = segments;
+  params_.softplus = softplus;
+  params_.least = least;
+  params_.greatest = greatest;
+}
+
+void ChunkCall::set_gradients(std::uintptr_t d_o, std::uintptr_t d_final_state) {
+  if (chunks_ > 0) params_.d_o = values_map(d_o);
+  params_.last_gradient = reinterpret_cast<const float*>(d_final_state);
+}
+
+void ChunkCall::begin(const Kernel& ends, const Kernel& carry, int directions) const {
+  if (params_.segments == 1) return;
+  launch(ends, directions, params_);
+  PassParams params{params_, {}};
+  const std::int64_t blocks = ceil_div(shape_[kV] * shape_[kK], kCarryThreads * kCarryEach);
+  carry.launch({count(blocks), count(shape_[kH]), count(directions * shape_[kN])}, kCarryThreads, &params, stream_);
+}
+
+void ChunkCall::outputs(const Kernel& kernel, std::uintptr_t o, std::uintptr_t final_state) const {
+  Params params = params_;
+  if (chunks_ > 0) params.o = values_map(o);
+  params.o_at = reinterpret_cast<void*>(o);
+  params.last_state = reinterpret_cast<float*>(final_state);
+  launch(kernel, 1, params);
+}
+
+void ChunkCall::states(const Kernel& kernel, std::uintptr_t states, std::uintptr_t dstates,
+                       std::uintptr_t d_initial_state) const {
+  Params params = params_;
+  if (chunks_ > 0) {
+    params.states[kForth] = states_map(states);
+    params.states[kBack] = states_map(dstates);
+  }
+  params.first_gradient = reinterpret_cast<float*>(d_initial_state);
+  launch(kernel, 2, params);
+}
+
+void ChunkCall::gradients(const Kernel& kernel, int values, std::uintptr_t states, std::uintptr_t dstates,
+                          const std::array<std::uintptr_t, 4>& dx_db_dc_ddt, std::uintptr_t parts) const {
+  if (chunks_ == 0) return;
+  GradientsParams params{};
+  params.common = params_;
+  params.states = states_map(states);
+  params.dstates = states_map(dstates);
+  params.dx = reinterpret_cast<void*>(dx_db_dc_ddt[0]);
+  params.db = reinterpret_cast<void*>(dx_db_dc_ddt[1]);
+  params.dc = reinterpret_cast<void*>(dx_db_dc_ddt[2]);
+  params.ddt = reinterpret_cast<void*>(dx_db_dc_ddt[3]);
+  params.parts = reinterpret_cast<float*>(parts);
+  params.set = std::lcm(std::lcm(params_.x_group, params_.b_group), params_.c_group);
+  place_gradients(values, width_, params);
+  const Grid grid{count(shape_[kH] / params.set), count(chunks_)};
+  kernel.launch(grid, kGradientThreads, &params, stream_);
+}
+
+void ChunkCall::launch(const Kernel& kernel, int directions, const Params& params) const {
+  PassParams all{params, slots_of(directions > 1, width_, shape_)};
+  const std::int64_t units = shape_[kH] * ceil_div(shape_[kV], kTile);
+  const Grid grid{count(ceil_div(units, chains(width_))), count(shape_[kN] * params.segments), count(directions)};
+  kernel.launch(grid, count(pass_threads(width_)), &all, stream_);
+}
+
+// Boxes of 64 tokens x 64 columns of one head.
+TensorMap ChunkCall::tokens_map(std::uintptr_t tensor, std::int64_t heads, std::int64_t width,
+                                const Strides& strides) const {
+  return box_map(tensor, {size(width), size(heads), size(shape_[kT]), size(shape_[kB])},
+                 {strides[3], strides[2], strides[1], strides[0]}, kTile, kChunk, 2);
+}
+
+// The same of a contiguous [B, T, H, V].
+TensorMap ChunkCall::values_map(std::uintptr_t tensor) const {
+  const std::int64_t H = shape_[kH], V = shape_[kV];
+  return tokens_map(tensor, H, V, {shape_[kT] * H * V, H * V, V, 1});
+}
+
+// Boxes of 64 rows of V x 64 columns of K of a contiguous [chunks, H, V, K].
+TensorMap ChunkCall::states_map(std::uintptr_t tensor) const {
+  const std::int64_t H = shape_[kH], V = shape_[kV], K = shape_[kK];
+  return box_map(tensor, {size(K), size(V), size(H), size(chunks_)}, {1, K, V * K, H * V * K}, kTile, kTile, 1);
+}
+
+}  // namespace hylo::ssd

@@ -1,0 +1,64 @@
+// The chunked kernels' launchers, that the bindings expose.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <string>
+
+#include "common/driver.h"
+#include "ssd/params.h"
+#include "ssd/traits.cuh"
+
+namespace hylo::ssd {
+
+using Strides = std::array<std::int64_t, 4>;
+using Shape = std::array<std::int64_t, 9>;        // B, T, HX, GB, G, H, V, K, N
+using NumbersView = std::array<std::int64_t, 5>;  // address, NumberType, strides of B, T, H
+
+// Dynamic shared memory, in bytes, of a kernel ("ends", "carry", "o", "states") at a shape, compiled for a width.
+int chunk_shared_bytes(const std::string& kernel, int width, const Shape& shape);
+int gradients_shared_bytes(int values, int width, const Shape& shape);
+
+// One call of the op, launch by launch: what all of its kernels share is said once. Pointers are of the tensors in
+// params.h, 0 stands for an absent one; all launches are asynchronous, on the caller's stream.
+class ChunkCall {
+ public:
+  // chunks: of all sequences, or a bound. segments: that a sequence is cut into; ends and totals have room for them, and
+  // for both directions where states are wanted. Strides in elements, of the dims B, T, heads, width; the last is 1, the
+  // others are multiples of 8 (where a dim has more than one entry). width: HYLO_K of the kernels, at least K.
+  ChunkCall(const std::array<std::uintptr_t, 3>& x_b_c, const std::array<Strides, 3>& strides, const NumbersView& dt,
+            const NumbersView& a, const NumbersView& d, const NumbersView& dt_bias, std::uintptr_t cu_seqlens,
+            std::uintptr_t initial_state, const Shape& shape, int width, int chunks, int segments, std::uintptr_t ends,
+            std::uintptr_t totals, bool softplus, float least, float greatest, std::uintptr_t stream);
+
+  // Of the backward: the gradients of o, contiguous, and of the final state.
+  void set_gradients(std::uintptr_t d_o, std::uintptr_t d_final_state);
+
+  // What each segment begins with, in so many directions; nothing is launched where there is one segment.
+  void begin(const Kernel& ends, const Kernel& carry, int directions) const;
+
+  // o and the final state.
+  void outputs(const Kernel& kernel, std::uintptr_t o, std::uintptr_t final_state) const;
+
+  // The states before every chunk, the gradients of those after it, [chunks, H, V, K], and of the initial state.
+  void states(const Kernel& kernel, std::uintptr_t states, std::uintptr_t dstates, std::uintptr_t d_initial_state) const;
+
+  // Everything of the backward that needs no walk from chunk to chunk: the gradients of x, b, c and dt, and parts of
+  // those of a, d and dt_bias, [3, chunks, H], whose sums over the chunks are meant. values: HYLO_V of the kernel.
+  void gradients(const Kernel& kernel, int values, std::uintptr_t states, std::uintptr_t dstates,
+                 const std::array<std::uintptr_t, 4>& dx_db_dc_ddt, std::uintptr_t parts) const;
+
+ private:
+  void launch(const Kernel& kernel, int directions, const Params& params) const;
+  TensorMap tokens_map(std::uintptr_t tensor, std::int64_t heads, std::int64_t width, const Strides& strides) const;
+  TensorMap values_map(std::uintptr_t tensor) const;
+  TensorMap states_map(std::uintptr_t tensor) const;
+
+  Params params_{};
+  Shape shape_;
+  int width_;
+  std::int64_t chunks_;
+  void* stream_;
+};
+
+}  // namespace hylo::ssd

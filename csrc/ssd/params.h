@@ -1,0 +1,79 @@
+// What the host hands to the chunked kernels. Plain data, the same layout on both sides.
+#pragma once
+
+#include "common/tensor_map.h"
+
+namespace hylo::ssd {
+
+enum NumberType { kBf16Number, kFp16Number, kFp32Number, kFp64Number };
+
+// Numbers of the heads, or of tokens and heads, of any floating type; strides in elements.
+struct Numbers {
+  const void* data;  // null: none
+  long long stride_b, stride_t, stride_h;
+  NumberType type;
+};
+
+// The two ways through a sequence: its states, or from the end back the gradients of them.
+enum Direction { kForth, kBack };
+
+// Tiles of a stage: those of the values and of the keys (x and b, or the gradient of o and c where a pass goes back), and
+// of c where outputs are wanted. Chains that read the same tile share it.
+struct Slots {
+  int values, keys, queries;  // 1: one for all chains, 2: one for each
+};
+
+struct Params {
+  TensorMap x;              // [B, T, HX, V], boxes of 64 tokens x 64 columns of one head
+  TensorMap b;              // [B, T, GB, K], the same
+  TensorMap c;              // [B, T, G, K], the same
+  TensorMap d_o;            // [B, T, H, V], the same: the gradient of o
+  TensorMap o;              // [B, T, H, V], the same
+  TensorMap states[2];      // [chunks, H, V, K], boxes of 64 rows of V x 64 columns: the state before each chunk, and the
+                            // gradient of the state after it
+  Numbers dt, a, d, dt_bias;
+  void* o_at;               // of `o`, contiguous
+  float* ends;              // [directions, N, segments, H, V, K]: of each segment alone, then what it begins with
+  float* totals;            // [directions, N, segments, H]: a segment's whole decay
+  const float* first_state;  // [N, H, V, K] or null: the initial state
+  const float* last_gradient;  // [N, H, V, K] or null: the gradient of the final state
+  float* last_state;        // [N, H, V, K] or null: the final state
+  float* first_gradient;    // [N, H, V, K] or null: the gradient of the initial state
+  const int* cu_seqlens;    // [N + 1] or null
+  int sequences;            // N
+  int tokens;               // T
+  int heads;                // H
+  int x_group, b_group, c_group;  // heads that share one of x, b, c
+  int values;               // V
+  int width;                // K
+  int chunks;               // of all sequences; with cu_seqlens an upper bound
+  int segments;             // that a sequence is cut into
+  int softplus;
+  float least, greatest;    // step
+};
+
+// Of a pass.
+struct PassParams {
+  Params common;
+  Slots slots;
+};
+
+// Where tiles are in shared memory that serve `group` heads one after the other: so many slots of so many bytes.
+struct TileSlots {
+  int offset, depth, size, group;
+};
+enum TileKind { kTilesX, kTilesB, kTilesC, kTilesDO, kTilesStates, kTileKinds };
+
+// Of the kernel that makes the gradients of what tokens have, and its parts of the heads' own.
+struct GradientsParams {
+  Params common;
+  TensorMap states, dstates;  // [chunks, H, V, K], boxes of 64 rows of V x 64 columns
+  void *dx, *db, *dc;         // contiguous, of the shapes and the type of x, b and c
+  void* ddt;                  // [B, T, H], contiguous, of dt's type
+  float* parts;               // [3, chunks, H]: of a, d and dt_bias
+  int set;                    // heads of a block: all that share one of x, b, c with one of them
+  TileSlots slots[kTileKinds];
+  int staging, factors, sums;  // where in shared memory
+};
+
+}  // namespace hylo::ssd

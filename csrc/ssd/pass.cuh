@@ -1,0 +1,510 @@
+// A pass over the chunks of a sequence, forth or back. A block has one or two chains, a warpgroup each: 64 columns of V
+// of a head, whose state S [V, K] lives in registers as an accumulator. Beside them
+// are a warp that loads and three that make the gates' factors.
+//
+//   forth:   S <- whole S + (to_end step X)^T B
+//   back:    S <- whole S + (from_start dO)^T C                    S: the gradient of the state
+//   outputs: O = from_start C S^T + (L * step * (C B^T)) X + d X
+#pragma once
+
+#include "common/chunk_store.cuh"
+#include "ssd/gates.cuh"
+#include "ssd/rows.cuh"
+
+namespace hylo::ssd {
+
+// 64 columns of V of a head.
+struct Unit {
+  int head, tile;
+  __device__ __forceinline__ int column() const { return tile * kTile; }
+};
+
+// Units count through the tiles of a head, then through the heads; past the last one the last one is done again.
+__device__ __forceinline__ Unit unit_at(const Params& p, int index) {
+  const int tiles = (p.values + kTile - 1) / kTile, last = p.heads * tiles - 1;
+  const int unit = index < last ? index : last;
+  return {unit / tiles, unit % tiles};
+}
+
+// The chunks of a segment, [begin, end), and where they lie.
+struct Segment {
+  Sequence sequence;
+  int index, begin, end;
+  int first;  // the sequence's first chunk among all
+
+  __device__ __forceinline__ int count() const { return end - begin; }
+};
+
+// Called by whole warps.
+__device__ __forceinline__ Segment segment_of(const Params& p, int piece) {
+  Segment segment;
+  segment.sequence = sequence_at(p, piece / p.segments);
+  segment.index = piece % p.segments;
+  const int chunks = chunks_of(segment.sequence.tokens), each = (chunks + p.segments - 1) / p.segments;
+  const int begin = segment.index * each, end = begin + each;
+  segment.begin = begin < chunks ? begin : chunks;
+  segment.end = end < chunks ? end : chunks;
+  segment.first = first_chunk(p, segment.sequence.index);
+  return segment;
+}
+
+// What a block's warps share beside the tiles.
+struct Ring {
+  Segment segment;
+  Handover stages[kPassRing];
+};
+
+// One stage of the ring: tiles, and the factors of either chain.
+template <Pass kPass, int kK>
+struct Stage {
+  static constexpr int kWide = kK / kTile;
+
+  unsigned char* base;
+  const Slots& slots;
+
+  __device__ __forceinline__ unsigned char* values(int chain) const {
+    return base + (slots.values == 1 ? 0 : chain) * kTileSize;
+  }
+  __device__ __forceinline__ unsigned char* keys(int chain) const {
+    return base + (slots.values + (slots.keys == 1 ? 0 : chain) * kWide) * kTileSize;
+  }
+  __device__ __forceinline__ unsigned char* queries(int chain) const {
+    return base + (slots.values + (slots.keys + (slots.queries == 1 ? 0 : chain)) * kWide) * kTileSize;
+  }
+  __device__ __forceinline__ float* factors(int chain) const {
+    const int tiles = slots.values + kWide * (slots.keys + (kPass == kOutputs ? slots.queries : 0));
+    return reinterpret_cast<float*>(base + tiles * kTileSize + chain * kPassFactorsSize);
+  }
+};
+
+template <class T, Pass kPass, int kK>
+class Chain {
+ public:
+  using Inputs = Stage<kPass, kK>;
+
+  // shared: chain_size bytes.
+  __device__ __forceinline__ Chain(const Params& p, int index, Unit unit, unsigned char* shared)
+      : p_(p), index_(index), unit_(unit), state_(shared), results_(shared + kK / kTile * kTileSize) {}
+
+  // from: a head's [V, K], or null for zeros.
+  __device__ __forceinline__ void start(const float* from) {
+#pragma unroll
+    for (int i = 0; i < kK / 2; ++i) s_[i] = 0.0f;
+    if (from != nullptr) {
+      each_pair([&](float& low, float& high, long long at) {
+        const float2 both = *reinterpret_cast<const float2*>(from + at);
+        low = both.x, high = both.y;
+      });
+    }
+    if constexpr (kPass == kOutputs) {
+      store_state();
+      fence_async();
+      sync();
+    }
+  }
+
+  __device__ __forceinline__ void finish(float* to) {
+    each_pair([&](float low, float high, long long at) {
+      *reinterpret_cast<float2*>(to + at) = make_float2(low, high);
+    });
+  }
+
+  // With the outputs of the chunk. All four products are under way at once, but where registers are short.
+  __device__ __forceinline__ void run_with_outputs(const Inputs& stage, const Chunk& chunk, float skip) {
+    wgmma::wait<0>();  // again: ptxas does not see it at the end of the last turn, and would wait where the state is
+    wgmma::pin(s_);    // scaled
+    const Factors factors{stage.factors(index_)};
+    Word weights[4][4];
+    float o[32];
+    wgmma::fence();
+    if constexpr (kTight) {
+      weigh_scores<0>(weights, stage, factors, [] {});
+      wgmma::fence();
+      read_state(o, stage);
+    } else {
+      weigh_scores<2>(weights, stage, factors, [&] {
+        read_state(o, stage);
+        update_state<true>(stage, factors);
+      });
+    }
+    float within[32];
+    wgmma::fence();
+    const DoubleWord written = wgmma::descriptor_n_major(shared_address(stage.values(index_)), kTileSize);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      wgmma::product<T, wgmma::kAlongMN>(within, weights[i], written + i * wgmma::kNextNMajor, i > 0);
+    }
+    wgmma::commit();
+    if constexpr (kTight) {
+      wgmma::wait<0>();
+      update_state<true>(stage, factors);
+      wgmma::wait<0>();
+    }
+    if (threadIdx.x % 128 == 0) await_copies_out<0>();
+    wgmma::wait<1>();
+    wgmma::pin(o);
+    wgmma::pin(s_);
+    sync();  // all have read the state, and the outputs before are on their way
+    store_state();
+    wgmma::wait<0>();
+    wgmma::pin(within);
+    store_outputs(o, within, stage.values(index_), skip, factors);
+    fence_async();
+    sync();
+    store_tokens<T, 128>(p_.o, p_.o_at, p_.cu_seqlens != nullptr, chunk, p_.heads, unit_.head, p_.values,
+                         unit_.column(), results_, threadIdx.x % 128);
+  }
+
+  // The state alone.
+  template <bool kWrites>
+  __device__ __forceinline__ void run(const Inputs& stage) {
+    update_state<kWrites>(stage, Factors{stage.factors(index_)});
+    wgmma::wait<0>();
+    wgmma::pin(s_);
+  }
+
+  // Sends the state, in 16 bits, to its place among a direction's.
+  __device__ __forceinline__ void leave_state(const TensorMap& states, int chunk) {
+    if (threadIdx.x % 128 == 0) await_copies_out<0>();
+    sync();
+    store_state();
+    fence_async();
+    sync();
+    if (threadIdx.x % 128 == 0) {
+#pragma unroll
+      for (int i = 0; i < kK / kTile; ++i) {
+        copy_box_out(states, state_ + i * kTileSize, i * kTile, unit_.column(), unit_.head, chunk);
+      }
+      commit_copies_out();
+    }
+  }
+
+  __device__ __forceinline__ void sync() const { sync_threads(1 + index_, 128); }
+
+ private:
+  // Whether there are no registers for outputs while scores are under way.
+  static constexpr bool kTight = kK > 128;
+
+  // The scores, weighed and packed; `meanwhile` starts so many more products, and does what else needs none of them.
+  template <int kMore, class F>
+  __device__ __forceinline__ void weigh_scores(Word (&weights)[4][4], const Inputs& stage, const Factors& factors,
+                                               const F& meanwhile) const {
+    float scores[32];
+    multiply_queries(scores, stage.queries(index_), stage.keys(index_));
+    wgmma::commit();
+    meanwhile();
+    wgmma::wait<kMore>();
+    wgmma::pin(scores);
+    weigh_readers<T, true>(weights, scores, factors);
+  }
+
+  __device__ __forceinline__ void read_state(float (&o)[32], const Inputs& stage) const {
+    multiply_queries(o, stage.queries(index_), state_);
+    wgmma::commit();
+  }
+
+  // Calls f(element, the one behind it, where they are in [V, K]) for what this thread has of the state.
+  template <class F>
+  __device__ __forceinline__ void each_pair(const F& f) {
+    const int value = unit_.column() + 16 * warp_of_four() + lane() / 4;
+    int key = 2 * (lane() % 4);
+    long long at = static_cast<long long>(value) * p_.width + key;
+#pragma unroll
+    for (int block = 0; block < kK / 8; ++block) {
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        if (key < p_.width && value + 8 * row < p_.values) {
+          f(s_[4 * block + 2 * row], s_[4 * block + 2 * row + 1], at + 8LL * row * p_.width);
+        }
+      }
+      key += 8;
+      at += 8;
+      asm volatile("" : "+r"(key), "+l"(at));  // else all addresses come first, and there are no registers for them
+    }
+  }
+
+  // d = queries b^T for tiles b of 64 rows x K.
+  static __device__ __forceinline__ void multiply_queries(float (&d)[32], const unsigned char* queries,
+                                                          const unsigned char* b) {
+    const DoubleWord left = wgmma::descriptor_k_major(shared_address(queries));
+    const DoubleWord right = wgmma::descriptor_k_major(shared_address(b));
+#pragma unroll
+    for (int i = 0; i < kK / 16; ++i) {
+      const int next = i / 4 * (kTileSize >> 4) + i % 4 * wgmma::kNextKMajor;
+      wgmma::product_shared<T, wgmma::kAlongK, wgmma::kAlongK>(d, left + next, right + next, i > 0);
+    }
+  }
+
+  // S <- whole S + (factors values)^T keys, under way on return: each token adds its part of the state at the chunk's end
+  // or, going back, of the gradient of the state at its start.
+  template <bool kWrites>
+  __device__ __forceinline__ void update_state(const Inputs& stage, const Factors& factors) {
+    Word values[4][4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) load_transposed(values[i], stage.values(index_) + transposed_row(i));
+    scale_values(values, factors, kWrites ? kWritten : kFromStart);
+    scale_state(factors.whole());
+    wgmma::fence();
+    const DoubleWord b = wgmma::descriptor_n_major(shared_address(stage.keys(index_)), kTileSize);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) wgmma::product<T, wgmma::kAlongMN>(s_, values[i], b + i * wgmma::kNextNMajor, true);
+    wgmma::commit();
+  }
+
+  __device__ __forceinline__ void scale_state(float decay) {
+#pragma unroll
+    for (int i = 0; i < kK / 2; ++i) s_[i] *= decay;
+    wgmma::pin(s_);
+  }
+
+  static __device__ __forceinline__ void scale_values(Word (&values)[4][4], const Factors& factors, Factor which) {
+#pragma unroll
+    for (int block = 0; block < 8; ++block) {
+      const float2 factor = factors.columns(which, block);
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        Word& both = values[block / 2][2 * (block % 2) + row];
+        float low, high;
+        wgmma::unpack<T>(both, low, high);
+        both = wgmma::pack<T>(factor.x * low, factor.y * high);
+      }
+    }
+  }
+
+  // o: what the state gave, not yet decayed; within: what tokens of the chunk gave.
+  __device__ __forceinline__ void store_outputs(float (&o)[32], const float (&within)[32], const unsigned char* values,
+                                                float skip, const Factors& factors) const {
+    const float decay[2] = {factors.row(kFromStart, row_token(0)), factors.row(kFromStart, row_token(1))};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      Word skipped[4];
+      load_matrices(skipped, values + straight_row(i));
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        float low, high;
+        wgmma::unpack<T>(skipped[r], low, high);
+        const int at = 8 * i + 2 * r;
+        o[at] = decay[r % 2] * o[at] + (within[at] + skip * low);
+        o[at + 1] = decay[r % 2] * o[at + 1] + (within[at + 1] + skip * high);
+      }
+      Word packed[4];
+      wgmma::pack_operand<T>(packed, o, i);
+      store_matrices(results_ + straight_row(i), packed);
+    }
+  }
+
+  __device__ __forceinline__ void store_state() const {
+#pragma unroll
+    for (int i = 0; i < kK / 16; ++i) {
+      Word packed[4];
+      wgmma::pack_operand<T>(packed, s_, i);
+      store_matrices(state_ + i / 4 * kTileSize + straight_row(i % 4), packed);
+    }
+  }
+
+  const Params& p_;
+  const int index_;
+  const Unit unit_;
+  unsigned char* const state_;    // S in 16 bits: tiles of 64 rows of V x 64 columns of K
+  unsigned char* const results_;  // 64 tokens x 64 columns of V
+  float s_[kK / 2];
+};
+
+template <class T, Pass kPass, int kK>
+class PassBlock {
+ public:
+  static constexpr int kChains = chains(kK);
+  using Inputs = Stage<kPass, kK>;
+
+  __device__ __forceinline__ PassBlock(const Params& p, const Slots& slots, unsigned char* shared, Ring& ring)
+      : p_(p), slots_(slots), shared_(shared), ring_(ring), back_(kPass != kOutputs && blockIdx.z == kBack) {}
+
+  __device__ __forceinline__ void load() const {
+    const TensorMap& values = back_ ? p_.d_o : p_.x;
+    const TensorMap& keys = back_ ? p_.c : p_.b;
+    const int value_group = back_ ? 1 : p_.x_group, key_group = back_ ? p_.c_group : p_.b_group;
+    const int size = stage_size(kPass, kK, slots_) - kChains * kPassFactorsSize;
+    each_chunk([&](int at, int turn, const Chunk& chunk, int) {
+      Handover& stage = ring_.stages[at];
+      const Inputs inputs = this->stage(at);
+      if (turn > 0) stage.empty.wait((turn - 1) & 1);
+      stage.full.arrive_expecting(size);
+      const auto copy = [&](unsigned char* to, const TensorMap& map, int columns, int first, int head) {
+        for (int i = 0; i < columns; ++i) {
+          copy_box(to + i * kTileSize, map, stage.full, first + i * kTile, head, chunk.begin, chunk.batch);
+        }
+      };
+#pragma unroll
+      for (int chain = 0; chain < kChains; ++chain) {
+        const Unit unit = this->unit(chain);
+        if (chain < slots_.values) copy(inputs.values(chain), values, 1, unit.column(), unit.head / value_group);
+        if (chain < slots_.keys) copy(inputs.keys(chain), keys, Inputs::kWide, 0, unit.head / key_group);
+        if constexpr (kPass == kOutputs) {
+          if (chain < slots_.queries) copy(inputs.queries(chain), p_.c, Inputs::kWide, 0, unit.head / p_.c_group);
+        }
+      }
+    });
+  }
+
+  // Warps take turns, each with all chains at once: one alone takes longer for a chunk than a chain. Never more of them
+  // than there are stages: one that is a turn ahead of another would take an older phase of a barrier for its own.
+  __device__ __forceinline__ void make_factors(int index) const {
+    const int ring = stages(kPass, kK, slots_), count = ring_.segment.count();
+    const int warps = ring < kGateWarps ? ring : kGateWarps;
+    if (index >= warps) return;
+    const Gates gates[] = {gates_of(0), gates_of(kChains - 1)};
+    Gates::Raw next[kChains] = {};
+    for (int i = index; i < count && i < kPrefetch; i += warps) {
+#pragma unroll
+      for (int chain = 0; chain < kChains; ++chain) gates[chain].prefetch(which(i));
+    }
+#pragma unroll
+    for (int chain = 0; index < count && chain < kChains; ++chain) next[chain] = gates[chain].load(which(index));
+    int at = index, turn = 0;
+    for (int i = index; i < count; i += warps, at += warps) {
+      for (; at >= ring; at -= ring) ++turn;
+      const int tokens = chunk(i).tokens;
+      float2 step[kChains], sum[kChains];
+#pragma unroll
+      for (int chain = 0; chain < kChains; ++chain) step[chain] = gates[chain].steps(gates[chain].raw(next[chain]), tokens);
+#pragma unroll
+      for (int chain = 0; chain < kChains; ++chain) {
+        if (i + kPrefetch < count) gates[chain].prefetch(which(i + kPrefetch));
+        if (i + warps < count) next[chain] = gates[chain].load(which(i + warps));
+      }
+#pragma unroll
+      for (int chain = 0; chain < kChains; ++chain) sum[chain] = gates[chain].sums(step[chain]);
+      Handover& stage = ring_.stages[at];
+      if (turn > 0) stage.empty.wait((turn - 1) & 1);
+#pragma unroll
+      for (int chain = 0; chain < kChains; ++chain) {
+        float* const factors = this->stage(at).factors(chain);
+        gates[chain].write_ends(step[chain], sum[chain], factors);
+        if constexpr (kPass == kOutputs) gates[chain].template write_between<true>(step[chain], sum[chain], factors);
+      }
+      stage.full.arrive();
+    }
+  }
+
+  __device__ __forceinline__ void run(int index) const {
+    const Unit unit = this->unit(index);
+    Chain<T, kPass, kK> chain(p_, index, unit, shared_ + tiles() + index * chain_size(kPass, kK));
+    const float skip = kPass == kOutputs ? number_of_head(p_.d, unit.head, 0.0f) : 0.0f;
+    float decay = 1.0f;
+    chain.start(kPass == kEnds ? nullptr : begins_with(unit));
+    each_chunk([&](int at, int turn, const Chunk& chunk, int c) {
+      const Inputs inputs = stage(at);
+      if constexpr (kPass == kStates) chain.leave_state(p_.states[back_], ring_.segment.first + c);
+      ring_.stages[at].full.wait(turn & 1);
+      if (p_.cu_seqlens != nullptr && chunk.tokens < kChunk) clear_tail(inputs, index, chunk.tokens);
+      if constexpr (kPass == kOutputs) {
+        chain.run_with_outputs(inputs, chunk, skip);
+      } else if (back_) {
+        chain.template run<false>(inputs);
+      } else {
+        chain.template run<true>(inputs);
+      }
+      if constexpr (kPass == kEnds) decay *= inputs.factors(index)[kFromStart * kChunk + kChunk - 1];
+      ring_.stages[at].empty.arrive();
+    });
+    if (kPass == kEnds && threadIdx.x % 128 == 0) p_.totals[piece() * p_.heads + unit.head] = decay;
+    if (float* to = ends_in(unit)) chain.finish(to);
+    await_copies_out<0>();
+  }
+
+ private:
+  static constexpr int kPrefetch = 12;  // chunks; a multiple of the warps that take turns
+
+  __device__ __forceinline__ Gates gates_of(int chain) const {
+    return Gates(p_, unit(chain).head, ring_.segment.sequence);
+  }
+  __device__ __forceinline__ Unit unit(int chain) const { return unit_at(p_, kChains * blockIdx.x + chain); }
+  __device__ __forceinline__ int tiles() const { return stages(kPass, kK, slots_) * stage_size(kPass, kK, slots_); }
+  __device__ __forceinline__ Inputs stage(int at) const {
+    return {shared_ + at * stage_size(kPass, kK, slots_), slots_};
+  }
+
+  // Of all sequences, segments and directions.
+  __device__ __forceinline__ long long piece() const {
+    return static_cast<long long>(blockIdx.z) * gridDim.y + blockIdx.y;
+  }
+  __device__ __forceinline__ long long state(long long of, const Unit& unit) const {
+    return (of * p_.heads + unit.head) * p_.values * p_.width;
+  }
+
+  __device__ __forceinline__ const float* begins_with(const Unit& unit) const {
+    if (p_.segments > 1) return p_.ends + state(piece(), unit);
+    const float* given = back_ ? p_.last_gradient : p_.first_state;
+    return given == nullptr ? nullptr : given + state(ring_.segment.sequence.index, unit);
+  }
+  __device__ __forceinline__ float* ends_in(const Unit& unit) const {
+    if constexpr (kPass == kEnds) return p_.ends + state(piece(), unit);
+    float* wanted = back_ ? p_.first_gradient : kPass == kOutputs ? p_.last_state : nullptr;
+    const bool last = ring_.segment.index == (back_ ? 0 : p_.segments - 1);
+    return last && wanted != nullptr ? wanted + state(ring_.segment.sequence.index, unit) : nullptr;
+  }
+
+  // The i-th that the block comes to.
+  __device__ __forceinline__ int which(int i) const {
+    return back_ ? ring_.segment.end - 1 - i : ring_.segment.begin + i;
+  }
+  __device__ __forceinline__ Chunk chunk(int i) const { return chunk_of(ring_.segment.sequence, which(i)); }
+
+  // Calls f(stage of the ring, how often the ring went round, chunk, its index in the sequence).
+  template <class F>
+  __device__ __forceinline__ void each_chunk(const F& f) const {
+    const int ring = stages(kPass, kK, slots_), count = ring_.segment.count();
+    for (int i = 0, at = 0, turn = 0; i < count; ++i) {
+      f(at, turn, chunk(i), which(i));
+      if (++at == ring) at = 0, ++turn;
+    }
+  }
+
+  // Chains share tiles, so both are through before either goes on.
+  __device__ __forceinline__ void clear_tail(const Inputs& inputs, int index, int tokens) const {
+    clear_rows(inputs.values(index), tokens, threadIdx.x % 128, 128);
+#pragma unroll
+    for (int i = 0; i < Inputs::kWide; ++i) {
+      clear_rows(inputs.keys(index) + i * kTileSize, tokens, threadIdx.x % 128, 128);
+    }
+    fence_async();
+    sync_threads(1 + kChains, 128 * kChains);
+  }
+
+  const Params& p_;
+  const Slots& slots_;
+  unsigned char* const shared_;
+  Ring& ring_;
+  const bool back_;
+};
+
+template <class T, Pass kPass, int kK>
+__device__ __forceinline__ void pass(const Params& p, const Slots& slots, unsigned char* shared) {
+  constexpr int kChains = chains(kK);
+  __shared__ Ring ring;
+  if (threadIdx.x < 32) {
+    const Segment segment = segment_of(p, blockIdx.y);
+    if (lane() == 0) {
+      ring.segment = segment;
+      for (Handover& stage : ring.stages) stage.init(1 + 32, 128 * kChains);
+      fence_barrier_init();
+    }
+  }
+  __syncthreads();
+  const PassBlock<T, kPass, kK> block(p, slots, shared, ring);
+  const int warpgroup = uniform(threadIdx.x / 128);
+  if (warpgroup < kChains) {
+    if constexpr (kChains > 1) claim_registers<kChainRegisters>();
+    block.run(kChains == 1 ? 0 : warpgroup);
+  } else {
+    if constexpr (kChains > 1) release_registers<kLoaderRegisters>();
+    const int warp = uniform(warp_of_four());
+    if (warp == kGateWarps) {
+      if (lane() == 0) block.load();
+    } else {
+      block.make_factors(warp);
+    }
+  }
+}
+
+}  // namespace hylo::ssd

@@ -1,0 +1,73 @@
+// Tiles, roles and shared memory of the chunked kernels: constexpr functions of the dims, for host and kernels alike.
+#pragma once
+
+#include "common/portable.h"
+#include "ssd/params.h"
+
+namespace hylo::ssd {
+
+constexpr int kTile = 64;                      // columns of a tile
+constexpr int kTileSize = kChunk * kTile * 2;  // bytes; 16-bit types only
+constexpr int kSharedLimit = 227 * 1024;
+constexpr int kMaxSegments = 64;
+
+// What the gates of a chunk and head come to: rows of 64 fp32, numbers of tokens.
+enum Factor {
+  kFromStart,  // decay from the chunk's start through the token
+  kWritten,    // the step times the decay from after the token through the chunk's end
+  kStep,       // dt after softplus and limits
+  kSum,        // log2 of the decay from the chunk's start through the token
+  kInBlock,    // decay from after the first token of its 16 through the token
+  kToBlock1,   // the step times the decay from after the token through the first token of block 1 of 16; 0 for tokens
+  kToBlock2,   // of that block and behind it
+  kToBlock3,
+  kSlope,      // the step's derivative by dt
+  kFactors,
+  kPassFactors = kSlope  // the passes need none
+};
+constexpr int kFactorsSize = kFactors * kChunk * 4;
+constexpr int kPassFactorsSize = kPassFactors * kChunk * 4;
+static_assert(kPassFactorsSize % 1024 == 0, "tiles behind it are swizzled by address bits");
+constexpr int kBlock = 16;
+
+// --- the passes over the chunks of a sequence: a block has one or two chains, each with 64 columns of V of a head ---
+
+enum Pass {
+  kEnds,     // ssd_fwd_kernel_ends: what each segment adds to the state
+  kOutputs,  // ssd_fwd_kernel_o
+  kStates,   // ssd_bwd_kernel_states: the state before every chunk, and the gradient of the state after it
+};
+
+// Wide states leave a second one neither registers nor shared memory.
+HYLO_HOST_DEVICE constexpr int chains(int width) { return width > 128 ? 1 : 2; }
+HYLO_HOST_DEVICE constexpr int pass_threads(int width) { return 128 * (chains(width) + 1); }
+constexpr int kGateWarps = 3;
+constexpr int kPassRing = 8;         // stages, at most
+constexpr int kPassBarriers = 1024;  // bytes
+
+HYLO_HOST_DEVICE constexpr int stage_size(Pass pass, int width, const Slots& slots) {
+  const int wide = width / kTile;
+  const int tiles = slots.values + wide * slots.keys + (pass == kOutputs ? wide * slots.queries : 0);
+  return tiles * kTileSize + chains(width) * kPassFactorsSize;
+}
+
+// What a chain leaves for the copy engine or for its own next chunk: the state in 16 bits, and outputs.
+HYLO_HOST_DEVICE constexpr int chain_size(Pass pass, int width) {
+  if (pass == kEnds) return 0;
+  return width / kTile * kTileSize + (pass == kOutputs ? kTileSize : 0);
+}
+
+HYLO_HOST_DEVICE constexpr int stages(Pass pass, int width, const Slots& slots) {
+  const int left = kSharedLimit - 1024 - kPassBarriers - chains(width) * chain_size(pass, width);
+  const int fit = left / stage_size(pass, width, slots);
+  return fit < kPassRing ? fit : kPassRing;
+}
+
+HYLO_HOST_DEVICE constexpr int pass_shared(Pass pass, int width, const Slots& slots) {
+  return stages(pass, width, slots) * stage_size(pass, width, slots) + chains(width) * chain_size(pass, width) + 1024;
+}
+
+// Of a thread, where there are two chains: 504 for a thread of each warpgroup.
+constexpr int kChainRegisters = 216, kLoaderRegisters = 72;
+
+}  // namespace hylo::ssd

@@ -1,0 +1,285 @@
+"""The chunked kernels of the CUDA backend: which inputs they take, and their launches on the current stream.
+
+docs/ssd.md has what each kernel computes. The backward recomputes the states, so autograd keeps nothing but the inputs.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hylo_ops import cubin
+
+if TYPE_CHECKING:
+    from hylo_ops._C import Kernel
+
+_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+_NUMBERS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}  # NumberType of params.h
+_WIDTHS = (64, 128, 256)  # of K that kernels are compiled for; a head of another width runs in the next wider one's
+_CHUNK = 64  # tokens; kChunk of csrc/common/portable.h
+_COLUMNS = 64  # of V, each chain's
+_STEP = 16  # of widths
+_ALIGNMENT = 16  # bytes, of what is read at once
+_MAX_SEGMENTS = 64
+_LEAST_SEGMENT = 4  # chunks
+_START = 2  # chunks that a block could have done before its first one is there
+_CUT_COST = 1.4  # of a walk with outputs, one without them before it included
+_MAX_GRID = 65535
+_VALUES = (64, 128)  # of V that the gradients' kernel is compiled for
+_MOST_BACK = 128  # of V and K
+_UNITS = {"ends": "kernel", "carry": "kernel", "o": "kernel", "states": "backward", "gradients": "gradients"}
+_NONE = (0, 0, 0, 0, 0)
+
+
+class _Sizes(NamedTuple):
+    B: int
+    T: int
+    HX: int
+    GB: int
+    G: int
+    H: int
+    V: int
+    K: int
+    N: int
+
+    @property
+    def width(self) -> int:
+        return _width(self.K)
+
+    @property
+    def most_values(self) -> int:
+        """Of the gradients' kernel that takes V."""
+        return next(values for values in _VALUES if values >= self.V)
+
+    @property
+    def blocks(self) -> int:
+        """Of a pass in one direction, if no sequence is cut."""
+        return self.N * -(-self.H * -(-self.V // _COLUMNS) // cubin.native().ssd_chains(self.width))
+
+
+class _Call:
+    """One call of the op: its geometry, what its kernels share, and their launches."""
+
+    def __init__(
+        self,
+        source: str | None,
+        directions: int,
+        x: Tensor,
+        dt: Tensor,
+        a: Tensor,
+        b: Tensor,
+        c: Tensor,
+        d: Tensor | None,
+        dt_bias: Tensor | None,
+        initial_state: Tensor | None,
+        cu_seqlens: Tensor | None,
+        dt_softplus: bool,
+        dt_limit: Sequence[float] | None,
+        fixed_split: bool,
+    ):
+        (B, T, HX, V), (GB, K), G, H = x.shape, b.shape[2:], c.shape[2], dt.shape[2]
+        N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        self.sizes = sizes = _Sizes(B, T, HX, GB, G, H, V, K, N)
+        self.device, self.dtype, self.source, self.directions = x.get_device(), x.dtype, source, directions
+        self.chunks = 0 if not T else B * -(-T // _CHUNK) if cu_seqlens is None else T // _CHUNK + N
+        segments = 1 if fixed_split else _segments(sizes, self.chunks, directions, _multiprocessors(self.device))
+        ends = totals = None  # room for what each segment adds, which becomes what it begins with
+        if segments > 1:
+            ends = x.new_empty((directions, N, segments, H, V, K), dtype=torch.float32)
+            totals = x.new_empty((directions, N, segments, H), dtype=torch.float32)
+        initial_state = None if initial_state is None else initial_state.float().contiguous()
+        bounds = None if cu_seqlens is None else cu_seqlens.int().contiguous()
+        self.kept = ends, totals, bounds, initial_state  # until the last launch
+        least, greatest = (-math.inf, math.inf) if dt_limit is None else dt_limit
+        self.native = cubin.native().SsdChunkCall(
+            [t.data_ptr() for t in (x, b, c)],
+            [t.stride() for t in (x, b, c)],
+            (dt.data_ptr(), _NUMBERS[dt.dtype], *dt.stride()),
+            _of_heads(a),
+            _of_heads(d),
+            _of_heads(dt_bias),
+            _pointer(bounds),
+            _pointer(initial_state),
+            sizes,
+            sizes.width,
+            self.chunks,
+            segments,
+            _pointer(ends),
+            _pointer(totals),
+            dt_softplus,
+            least,
+            greatest,
+            torch._C._cuda_getCurrentRawStream(self.device),
+        )
+
+    def kernel(self, name: str) -> "Kernel":
+        sizes = self.sizes
+        values = sizes.most_values if name == "gradients" else None
+        return _kernel(self.device, self.dtype, sizes.width, values, name, _shared_bytes(name, sizes), self.source)
+
+    def begin(self) -> None:
+        """What each segment begins with."""
+        self.native.begin(self.kernel("ends"), self.kernel("carry"), self.directions)
+
+
+def forward(*inputs: Any, cubin_source: str | None = None) -> tuple[Tensor, Tensor]:
+    """`chunk_ssd` for inputs that `why_not` lets pass.
+
+    Never synchronises. The first call of a shape loads its kernels, which a CUDA graph cannot capture.
+
+    Args:
+        inputs: the op's, in its order, without the backend.
+        cubin_source: None | "packaged" | "nvrtc", as `hylo_ops.cubin.device_code` has it.
+    """
+    call = _Call(cubin_source, 1, *inputs)
+    x, sizes = inputs[0], call.sizes
+    o = x.new_empty((sizes.B, sizes.T, sizes.H, sizes.V))
+    final_state = x.new_empty((sizes.N, sizes.H, sizes.V, sizes.K), dtype=torch.float32)
+    if final_state.numel():
+        call.begin()
+        call.native.outputs(call.kernel("o"), o.data_ptr(), final_state.data_ptr())
+    return o, final_state
+
+
+def backward(grads: list[Tensor], *inputs: Any, cubin_source: str | None = None) -> list[Tensor]:
+    """Gradients of x, dt, a, b, c and, where given, d, dt_bias and initial_state, in their dtypes; as `forward`
+    otherwise.
+
+    Args:
+        grads: gradients of o and of final_state.
+        inputs: the op's, in its order, without the backend.
+    """
+    x, dt, a, b, c, d, dt_bias, initial_state = inputs[:8]
+    call = _Call(cubin_source, 2, *inputs)
+    sizes = call.sizes
+    d_o, d_final_state = grads[0].to(x.dtype).contiguous(), grads[1].float().contiguous()
+    call.native.set_gradients(d_o.data_ptr(), d_final_state.data_ptr())
+    found = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, b, c, dt)]
+    parts = x.new_empty((3, call.chunks, sizes.H), dtype=torch.float32)
+    states = x.new_empty((2, call.chunks, sizes.H, sizes.V, sizes.K))
+    d_initial_state = None if initial_state is None else torch.empty_like(d_final_state)
+    if d_final_state.numel():
+        call.begin()
+        pointers = states[0].data_ptr(), states[1].data_ptr()
+        call.native.states(call.kernel("states"), *pointers, _pointer(d_initial_state))
+        gradients = call.kernel("gradients")
+        addresses = [t.data_ptr() for t in found]
+        call.native.gradients(gradients, sizes.most_values, *pointers, addresses, parts.data_ptr())
+    dx, db, dc, ddt = found
+    of_heads = parts.sum(1)
+    results = [dx, ddt, of_heads[0].to(a.dtype), db, dc]
+    results += [sums.to(t.dtype) for sums, t in ((of_heads[1], d), (of_heads[2], dt_bias)) if t is not None]
+    if d_initial_state is not None:
+        results.append(d_initial_state.to(initial_state.dtype))
+    return results
+
+
+def why_not(
+    x: Tensor, dt: Tensor, b: Tensor, c: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None, **_: Any
+) -> str | None:
+    """The reason why these kernels cannot take the inputs, or None. Shapes are taken to be the op's."""
+    if not x.is_cuda:
+        return f"x is on {x.device}, not on a CUDA device"
+    if x.dtype not in _TYPES:
+        return f"x is {x.dtype}, not bfloat16 or float16"
+    if initial_state is not None and initial_state.dtype == torch.float64:
+        return "the state is float64"
+    V, K = x.shape[3], b.shape[3]
+    if K % _STEP or not 0 < K <= _WIDTHS[-1]:
+        return f"K is {K}, not a multiple of {_STEP} up to {_WIDTHS[-1]}"
+    if V % _STEP or not V:
+        return f"V is {V}, not a multiple of {_STEP}"
+    for name, tensor in (("x", x), ("b", b), ("c", c)):
+        if not _reachable(tensor):
+            return f"{name} cannot be read 16 bytes at a time: strides {tensor.stride()} or its start are not aligned"
+    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if max(sequences, dt.shape[2]) > _MAX_GRID:
+        return f"there are {sequences} sequences and {dt.shape[2]} heads, more than {_MAX_GRID}"
+    return cubin.why_not_device(x.get_device()) or _why_no_code(x.dtype, _width(K))
+
+
+def backward_why_not(x: Tensor, b: Tensor, **others: Any) -> str | None:
+    """The same of `backward`."""
+    V, K = x.shape[3], b.shape[3]
+    if V > _MOST_BACK or K > _MOST_BACK:
+        return f"the backward takes V and K up to {_MOST_BACK}, not {V} and {K}"
+    return why_not(x, b=b, **others)
+
+
+def _width(K: int) -> int:
+    return next(width for width in _WIDTHS if width >= K)
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _of_heads(numbers: Tensor | None) -> tuple[int, int, int, int, int]:
+    return _NONE if numbers is None else (numbers.data_ptr(), _NUMBERS[numbers.dtype], 0, 0, numbers.stride(0))
+
+
+def _reachable(tensor: Tensor) -> bool:
+    steps = [step for step, size in zip(tensor.stride()[:3], tensor.shape[:3], strict=True) if size > 1]
+    aligned = all(step * tensor.element_size() % _ALIGNMENT == 0 for step in steps)
+    return tensor.stride(3) == 1 and aligned and tensor.data_ptr() % _ALIGNMENT == 0
+
+
+@functools.cache
+def _segments(sizes: _Sizes, chunks: int, directions: int, multiprocessors: int) -> int:
+    """Parts that a sequence is cut into: as many as end soonest where blocks run in full waves.
+
+    A cut sequence is walked twice, first for what each segment begins with.
+    """
+    blocks, each = directions * sizes.blocks, chunks // max(1, sizes.N)
+
+    def chunks_run(segments: int) -> float:
+        waves = -(-blocks * segments // multiprocessors)
+        return waves * (-(-each // segments) + _START) * (_CUT_COST if segments > 1 else 1.0)
+
+    most = max(1, min(_MAX_SEGMENTS, each // _LEAST_SEGMENT, _MAX_GRID // max(1, sizes.N)))
+    return min(range(1, most + 1), key=chunks_run)
+
+
+def spec(dtype: str, width: int, values: int | None, unit: str) -> cubin.Spec:
+    """One of the kernels' files for a type and widths by the build's names; only the gradients' has a V."""
+    of_values = () if values is None else (("V", values),)
+    return cubin.Spec("ssd", (("T", dtype), *of_values, ("K", width)), unit)
+
+
+@functools.cache
+def _why_no_code(dtype: torch.dtype, width: int) -> str | None:
+    """The reason why nothing can be launched here. One cubin stands for all of a width: they are packaged together."""
+    return cubin.why_not_native() or cubin.why_not(spec(_TYPES[dtype], width, None, "kernel"))
+
+
+@functools.cache
+def _compile(dtype: torch.dtype, width: int, values: int | None, source: str | None) -> None:
+    """Compiles at once what is not packaged: the forward, or the backward for so many V."""
+    units = [("kernel", None)] if values is None else [("kernel", None), ("backward", None), ("gradients", values)]
+    cubin.compile_missing([spec(_TYPES[dtype], width, of_values, unit) for unit, of_values in units], source)
+
+
+@functools.cache
+def _shared_bytes(name: str, sizes: _Sizes) -> int:
+    native = cubin.native()
+    if name == "gradients":
+        return int(native.ssd_gradients_shared_bytes(sizes.most_values, sizes.width, sizes))
+    return int(native.ssd_chunk_shared_bytes(name, sizes.width, sizes))
+
+
+@functools.cache
+def _kernel(
+    device: int, dtype: torch.dtype, width: int, values: int | None, name: str, shared: int, source: str | None
+) -> "Kernel":
+    _compile(dtype, width, values, source)
+    unit = _UNITS[name]
+    symbol = f"ssd_{'fwd' if unit == 'forward' else 'bwd'}_kernel_{name}"
+    return cubin.load(spec(_TYPES[dtype], width, values, unit), symbol, device, shared_bytes=shared, source=source)
+
+
+@functools.cache
+def _multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

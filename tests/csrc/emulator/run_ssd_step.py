@@ -1,0 +1,76 @@
+"""Runs every case through the public functions on CPU tensors and the emulated driver; prints the verdicts as JSON."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from hylo_ops import cubin
+from hylo_ops.cubin import Spec
+from hylo_ops.ssd import cuda_mamba2, cuda_recurrent
+from tests.csrc.emulator.build import kernel_name
+from tests.ops.ssd_step_cases import CASES, MAMBA2_CASES, MANY, Case, Mamba2Case, run_and_check
+
+CPU = 1  # DLPack's number
+ALL = [*CASES, *MANY, *MAMBA2_CASES]
+
+
+def specs() -> list[Spec]:
+    """Of the kernels that the cases ask for."""
+    return list(dict.fromkeys(spec_of(case, case.inputs("cpu")) for case in ALL))
+
+
+def spec_of(case: Case, x: dict[str, Any]) -> Spec:
+    """Of the kernel that a case asks for with these inputs."""
+    asked: list[Spec] = []
+
+    def note(spec: Spec, *_: Any) -> str:
+        asked.append(spec)
+        return "there is no kernel yet"
+
+    step, mamba2 = natives(note)
+    if isinstance(case, Mamba2Case):
+        answer = mamba2.why_not(case.tensors(x), (x["d_state"], x["x_heads"], x["b_heads"]))
+    else:
+        answer = step.why_not(case.tensors(x))
+    assert answer == "there is no kernel yet", (case.name, answer)
+    return asked[0]
+
+
+def natives(find: Callable[..., Any]) -> tuple[Any, Any]:
+    """Both steps for CPU tensors, with kernels that `find` gives for a spec, a name and limits."""
+
+    def load(device: int, *kind: Any) -> Any:
+        return find(cuda_recurrent.spec(*kind), cuda_recurrent.KERNEL, 0, 1)
+
+    def load_mamba2(device: int, *kind: Any) -> Any:
+        *of_spec, shared_bytes, max_cluster = kind
+        return find(cuda_mamba2.spec(*of_spec), cuda_mamba2.KERNEL, shared_bytes, max_cluster)
+
+    native = cubin.native()
+    return native.SsdStep(torch, load, device_type=CPU), native.Mamba2Step(torch, load_mamba2, device_type=CPU)
+
+
+def main() -> None:
+    def find(spec: Spec, kernel: str, shared_bytes: int, max_cluster: int) -> Any:
+        return cubin.native().Kernel(kernel_name(spec).encode(), kernel, 0, shared_bytes, max_cluster)
+
+    step, mamba2 = natives(find)
+    cuda_recurrent._native_or_none = lambda: step
+    cuda_mamba2._native_or_none = lambda: mamba2
+    torch.use_deterministic_algorithms(True)  # with it, new tensors are filled with NaN
+    print(json.dumps({case.name: verdict(case) for case in ALL}))
+
+
+def verdict(case: Case) -> str:
+    """What is wrong, or nothing."""
+    try:
+        run_and_check(case, "cpu")
+    except (AssertionError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+if __name__ == "__main__":
+    main()
