@@ -30,11 +30,12 @@ __device__ __forceinline__ void store_tokens(const TensorMap& map, void* tensor,
   }
 }
 
-// The rows after a sequence's end belong to its neighbour: no number of theirs may enter a product with zero.
-__device__ __forceinline__ void clear_rows(unsigned char* tile, int first, int thread, int threads) {
-  for (int i = thread; i < (kChunk - first) * 8; i += threads) {
-    *reinterpret_cast<uint4*>(tile + wgmma::swizzled(first + i / 8, i % 8)) = make_uint4(0, 0, 0, 0);
-  }
+// The rows after a sequence's end belong to its neighbour: no number of theirs may enter a product with zero. Calls
+// clear(where 16 bytes of such a row are in a tile) for a thread's share of them.
+template <class F>
+__device__ __forceinline__ void each_row_from(int first, int thread, int threads, const F& clear) {
+  for (int i = thread; i < (kChunk - first) * 8; i += threads) clear(wgmma::swizzled(first + i / 8, i % 8));
 }
+__device__ __forceinline__ void clear_words(unsigned char* at) { *reinterpret_cast<uint4*>(at) = make_uint4(0, 0, 0, 0); }
 
 }  // namespace hylo

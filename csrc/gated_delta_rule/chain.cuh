@@ -44,12 +44,13 @@ class Chain {
 
   template <class Handing>
   __device__ __forceinline__ void clear_tail(const Inputs& stage, int tokens, const Handing& handing) const {
-    const auto clear = [&](unsigned char* tile) { clear_rows(tile, tokens, threadIdx.x % 128, 128); };
-    for (int tile = 0; tile < kK / kTile; ++tile) {
-      clear(stage.keys() + tile * kTileSize);
-      if constexpr (kPass == kGradients) clear(stage.queries() + tile * kTileSize);
-    }
-    clear(stage.values(warpgroup()));
+    each_row_from(tokens, threadIdx.x % 128, 128, [&](int at) {
+      for (int tile = 0; tile < kK / kTile; ++tile) {
+        clear_words(stage.keys() + tile * kTileSize + at);
+        if constexpr (kPass == kGradients) clear_words(stage.queries() + tile * kTileSize + at);
+      }
+      clear_words(stage.values(warpgroup()) + at);
+    });
     fence_async();
     handing.sync_chain();
   }

@@ -210,9 +210,10 @@ class GradientsBlock {
 #pragma unroll
     for (int kind = 0; kind < kTilesStates; ++kind) {
       if (!cursors[kind].first()) continue;
-      for (int at = 0; at < p_.slots[kind].size; at += kTileSize) {
-        clear_rows(tiles(kind, cursors[kind]) + at, shared_.chunk.tokens, threadIdx.x, kThreads);
-      }
+      unsigned char* const first = tiles(kind, cursors[kind]);
+      each_row_from(shared_.chunk.tokens, threadIdx.x, kThreads, [&](int at) {
+        for (int tile = 0; tile < p_.slots[kind].size; tile += kTileSize) clear_words(first + tile + at);
+      });
     }
     fence_async();
     sync_threads(kAllBarrier, kThreads);

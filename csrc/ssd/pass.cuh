@@ -462,11 +462,11 @@ class PassBlock {
 
   // Chains share tiles, so both are through before either goes on.
   __device__ __forceinline__ void clear_tail(const Inputs& inputs, int index, int tokens) const {
-    clear_rows(inputs.values(index), tokens, threadIdx.x % 128, 128);
+    each_row_from(tokens, threadIdx.x % 128, 128, [&](int at) {
+      clear_words(inputs.values(index) + at);
 #pragma unroll
-    for (int i = 0; i < Inputs::kWide; ++i) {
-      clear_rows(inputs.keys(index) + i * kTileSize, tokens, threadIdx.x % 128, 128);
-    }
+      for (int i = 0; i < Inputs::kWide; ++i) clear_words(inputs.keys(index) + i * kTileSize + at);
+    });
     fence_async();
     sync_threads(1 + kChains, 128 * kChains);
   }

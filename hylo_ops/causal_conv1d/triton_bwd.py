@@ -18,7 +18,9 @@ from hylo_ops.causal_conv1d.triton_fwd import (
     convolve,
     in_float32,
     load_channels,
+    load_column,
     load_columns,
+    load_first_inputs,
     load_inputs,
     place_of,
     sequences_of,
@@ -66,13 +68,11 @@ def _zeros(shape: tl.constexpr, W: tl.constexpr):
 
 @triton.jit
 def _gradients_of_z(
-    p_x,
-    x_stride,
+    b_inputs,
     p_dy,
     dy_stride,
     b_weight,
     b_bias,
-    p_state,
     first,
     length,
     o_d,
@@ -82,16 +82,14 @@ def _gradients_of_z(
     SILU: tl.constexpr,
     PRECISE: tl.constexpr,
 ):
-    """dz [BD] of COUNT outputs of a sequence, zeros where there is none, and their inputs: W - 1 more."""
-    b_inputs = load_inputs(p_x, x_stride, p_state, o_d, m_d, first + (1 - W), length, COUNT + W - 1, W)
-    b_dys = load_inputs(p_dy, dy_stride, None, o_d, m_d, first, length, COUNT, W)
-    b_inputs = in_float32(b_inputs, COUNT + W - 1)
+    """dz [BD] of COUNT outputs of a sequence, zeros where it has none, from their inputs, W - 1 more."""
+    b_dys = load_inputs(p_dy, dy_stride, o_d, m_d, first, length, COUNT)
     b_dz = ()
     for i in tl.static_range(COUNT):
         b_z = convolve(b_weight, b_bias, b_inputs[i : i + W], W)
         b_one = _gradient_of_z(b_dys[i].to(tl.float32), b_z, SILU, PRECISE)
-        b_dz += (tl.where((first + i >= 0) & (first + i < length), b_one, 0.0),)
-    return b_dz, b_inputs
+        b_dz += (tl.where(first + i < length, b_one, 0.0),)
+    return b_dz
 
 
 @triton.jit
@@ -119,34 +117,34 @@ def _edge(
 ):
     """Of one sequence: gradients of the initial state, the first W - 1 inputs and the last W, which the final state
     holds; and what the first W - 1 tokens add to those of weight and bias."""
-    inputs = (p_x, x_stride, p_dy, dy_stride, b_weight, b_bias, p_state)
-    b_dz, b_inputs = _gradients_of_z(*inputs, 0, length, o_d, m_d, 2 * W - 2, W, SILU, PRECISE)
+    b_inputs = load_first_inputs(p_x, x_stride, p_state, o_d, m_d, length, 2 * W - 2, W)
+    outputs = (p_dy, dy_stride, b_weight, b_bias)
+    b_dz = _gradients_of_z(b_inputs, *outputs, 0, length, o_d, m_d, 2 * W - 2, W, SILU, PRECISE)
     for t in tl.static_range(W - 1):
         b_dweight = _add_products(b_dweight, b_dz[t], b_inputs[t : t + W], W)
         b_dbias += b_dz[t]
     b_dz = _zeros([BD], W) + b_dz  # from -W on
     for i in tl.static_range(W if p_dstate is None else 0, 2 * W - 1):
         b_dx = _gradient_of_x(b_weight, b_dz[i : i + W], W)
-        b_dx += _load_column(p_dfinal, i - length, o_d, m_d, W)
+        b_dx += load_column(p_dfinal, i - length, o_d, m_d, W).to(tl.float32)
         if i < W:
             tl.store(p_dstate + o_d * W + i, b_dx.to(p_dstate.dtype.element_ty), mask=m_d)
         else:
-            p_q = p_dx + (i - W) * dx_stride
-            tl.store(p_q + o_d, b_dx.to(p_dx.dtype.element_ty), mask=m_d & (i - W < length))
+            p_q = p_dx + (i - W) * dx_stride + o_d
+            tl.store(p_q, b_dx.to(p_dx.dtype.element_ty), mask=m_d & (i - W < length))
 
-    b_dz, _ = _gradients_of_z(*inputs, length - W, length, o_d, m_d, W, W, SILU, PRECISE)
+    # Of a tail that reaches into the head no more is stored, so the initial state is not asked for.
+    first = length - W
+    b_inputs = load_inputs(p_x, x_stride, o_d, m_d, first - W + 1, length, 2 * W - 1)
+    b_inputs = in_float32(b_inputs, 2 * W - 1)
+    b_dz = _gradients_of_z(b_inputs, *outputs, first, length, o_d, m_d, W, W, SILU, PRECISE)
     b_dz = b_dz + _zeros([BD], W - 1)
     for i in tl.static_range(W):
-        b_dx = _gradient_of_x(b_weight, b_dz[i : i + W], W) + _load_column(p_dfinal, i, o_d, m_d, W)
-        q = length - W + i
-        tl.store(p_dx + q * dx_stride + o_d, b_dx.to(p_dx.dtype.element_ty), mask=m_d & (q >= W - 1))
+        b_dx = _gradient_of_x(b_weight, b_dz[i : i + W], W)
+        b_dx += load_column(p_dfinal, i, o_d, m_d, W).to(tl.float32)
+        p_q = p_dx + (first + i) * dx_stride + o_d
+        tl.store(p_q, b_dx.to(p_dx.dtype.element_ty), mask=m_d & (first + i >= W - 1))
     return b_dweight, b_dbias
-
-
-@triton.jit
-def _load_column(p_state, column, o_d, m_d, W: tl.constexpr):
-    """Of a state [D, W]; zeros where there is no such column."""
-    return load_channels(p_state, o_d * W + column, m_d & (column >= 0) & (column < W))
 
 
 @triton.jit

@@ -198,22 +198,32 @@ def place_of(i_sequence, p_bounds, T):
 
 
 @triton.jit
-def load_input(p_x, stride, p_state, o_d, m_d, q, length, W: tl.constexpr):
-    """[BD] of input q of a sequence, whose first one p_x points at; below 0 it is in the initial state. Else zeros."""
-    b_x = tl.load(p_x + q * stride + o_d, mask=m_d & (q >= 0) & (q < length), other=0.0)
-    if p_state is not None:
-        b_state = tl.load(p_state + o_d * W + (W + q), mask=m_d & (q < 0), other=0.0)
-        b_x = tl.where(q < 0, b_state.to(b_x.dtype), b_x)
-    return b_x
+def load_inputs(p_x, stride, o_d, m_d, first, length, COUNT: tl.constexpr):
+    """COUNT rows [BD] of a sequence, whose first one p_x points at, from row `first` on; zeros where it has none."""
+    b_rows = ()
+    for i in tl.static_range(COUNT):
+        m_x = m_d & (first + i >= 0) & (first + i < length)
+        b_rows += (tl.load(p_x + (first + i) * stride + o_d, mask=m_x, other=0.0),)
+    return b_rows
 
 
 @triton.jit
-def load_inputs(p_x, stride, p_state, o_d, m_d, q, length, COUNT: tl.constexpr, W: tl.constexpr):
-    """COUNT inputs of a sequence from input q on."""
+def load_column(p_state, column, o_d, m_d, W: tl.constexpr):
+    """[BD] of a state [D, W]; zeros where it has no such column."""
+    return tl.load(p_state + o_d * W + column, mask=m_d & (column >= 0) & (column < W), other=0.0)
+
+
+@triton.jit
+def load_first_inputs(p_x, stride, p_state, o_d, m_d, length, COUNT: tl.constexpr, W: tl.constexpr):
+    """The W - 1 inputs before a sequence and its first COUNT, in float32."""
     b_inputs = ()
-    for i in tl.static_range(COUNT):
-        b_inputs += (load_input(p_x, stride, p_state, o_d, m_d, q + i, length, W),)
-    return b_inputs
+    for w in tl.static_range(1, W):
+        if p_state is None:
+            b_inputs += (tl.zeros(o_d.shape, dtype=tl.float32),)
+        else:
+            b_x = load_column(p_state, w, o_d, m_d, W).to(p_x.dtype.element_ty)
+            b_inputs += (b_x.to(tl.float32),)
+    return b_inputs + in_float32(load_inputs(p_x, stride, o_d, m_d, 0, length, COUNT), COUNT)
 
 
 @triton.jit
@@ -234,14 +244,17 @@ def _edge(
     PRECISE: tl.constexpr,
 ):
     """Of one sequence: the outputs of its first W - 1 tokens, and its last W inputs."""
-    b_first = load_inputs(p_x, x_stride, p_state, o_d, m_d, 1 - W, length, 2 * W - 2, W)
-    b_last = load_inputs(p_x, x_stride, p_state, o_d, m_d, length - W, length, W, W)
-    b_first = in_float32(b_first, 2 * W - 2)
+    b_inputs = load_first_inputs(p_x, x_stride, p_state, o_d, m_d, length, W - 1, W)
     for t in tl.static_range(W - 1):
-        b_y = activate(convolve(b_weight, b_bias, b_first[t : t + W], W), SILU, PRECISE)
+        b_y = activate(convolve(b_weight, b_bias, b_inputs[t : t + W], W), SILU, PRECISE)
         tl.store(p_y + t * D + o_d, b_y.to(p_y.dtype.element_ty), mask=m_d & (t < length))
+    b_last = load_inputs(p_x, x_stride, o_d, m_d, length - W, length, W)
     for w in tl.static_range(W):
-        tl.store(p_final + o_d * W + w, b_last[w], mask=m_d)
+        b_x = b_last[w]
+        if p_state is not None:
+            b_before = load_column(p_state, length + w, o_d, m_d, W)
+            b_x = tl.where(length + w < W, b_before.to(b_x.dtype), b_x)
+        tl.store(p_final + o_d * W + w, b_x, mask=m_d)
 
 
 @triton.jit

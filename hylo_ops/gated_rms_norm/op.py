@@ -5,7 +5,7 @@ from torch import Tensor
 
 from hylo_ops import checks
 from hylo_ops.backend import Backend
-from hylo_ops.gated_rms_norm import cuda, reference
+from hylo_ops.gated_rms_norm import cuda, reference, triton
 from hylo_ops.library import define_op, reference_backend
 
 
@@ -49,7 +49,10 @@ _forward = define_op(
     "gated_rms_norm",
     "(Tensor x, Tensor gate, Tensor weight, float eps, bool norm_before_gate, str? backend) -> Tensor",
     backends=[
-        Backend("cuda", lambda x, gate, weight, **_: cuda.why_not(x, gate, weight), cuda.forward),
+        Backend("cuda", lambda x, gate, weight, **_: cuda.why_not(x, gate, weight), cuda.forward, cuda.backward),
+        Backend(
+            "triton", lambda x, gate, weight, **_: triton.why_not(x, gate, weight), triton.forward, triton.backward
+        ),
         reference_backend(reference.gated_rms_norm, _DIFFERENTIABLE),
     ],
     fake=lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),

@@ -155,14 +155,14 @@ CASES = [
 
 # Of the backward alone. On one multiprocessor these are several rows a thread.
 BACKWARD_CASES = [
-    Case((2, 131, 3, 64), _BF16, 8, label="many_rows"),
-    Case((2, 131, 3, 64), _BF16, 8, False, True, dy_layout=slice_of_projection, label="many_rows"),
-    Case((3, 67, 4, 64), _BF16, 8, False, True, x_layout=heads_first, label="many_rows_in_batches"),
-    Case((1, 61, 4, 64), _BF16, 8, dy_layout=starting_at(4), label="misaligned_dy"),
-    Case((1, 61, 4, 64), _BF16, 8, dy_layout=batch_repeated, weight_dtype=_FP32, label="weight_fp32"),
-    Case((2, 33, 3, 512), _BF16, 8, weight_heads=True, label="many_rows"),
-    Case((1, 41, 1, 2048), _BF16, 8, False, True, label="group"),
-    Case((1, 21, 2, 2048), _FP16, 8, False, weight_heads=True, label="groups"),
+    Case((2, 37, 3, 64), _BF16, 8, label="many_rows"),
+    Case((2, 37, 3, 64), _BF16, 8, False, True, dy_layout=slice_of_projection, label="many_rows"),
+    Case((3, 23, 4, 64), _BF16, 8, False, True, x_layout=heads_first, label="many_rows_in_batches"),
+    Case((1, 7, 4, 64), _BF16, 8, dy_layout=starting_at(4), label="misaligned_dy"),
+    Case((2, 13, 4, 64), _BF16, 8, dy_layout=batch_repeated, weight_dtype=_FP32, label="weight_fp32"),
+    Case((2, 9, 3, 512), _BF16, 8, weight_heads=True, label="many_rows"),
+    Case((1, 11, 1, 2048), _BF16, 8, False, True, label="group"),
+    Case((1, 6, 2, 2048), _FP16, 8, False, weight_heads=True, label="groups"),
     Case((1, 1001, 1, 1), _BF16, 1, label="narrowest"),
     Case((2, 2, 2, 4104), _BF16, 8, False, True, label="read_twice"),
 ]

@@ -44,20 +44,18 @@ def outputs_gradients(inputs):
     ("W", "dtype", "activation"),
     [
         (2, FP32, "silu"),
-        (2, FP16, None),
-        (3, BF16, "silu"),
-        (3, FP32, None),
-        (4, FP32, "silu"),
+        (3, FP16, None),
+        (3, FP32, "silu"),
         (4, BF16, "silu"),
         (4, FP16, "silu"),
-        (4, BF16, None),
+        (4, FP32, None),
     ],
 )
 def test_dtypes_and_widths(W, dtype, activation):
     check(make(W=W, dtype=dtype), activation=activation)
 
 
-@pytest.mark.parametrize("T", [0, 1, 3, 4, 7, 8, 40])
+@pytest.mark.parametrize("T", [0, 1, 4, 7, 8, 40])
 def test_lengths(T):
     """Around the width, where head and tail meet, and around a tile."""
     check(make(B=2, T=T))

@@ -24,14 +24,13 @@ def check(inputs, **options):
     return y, state
 
 
-@pytest.mark.parametrize("activation", [None, "silu"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("W", [2, 3, 4])
-def test_dtypes_and_widths(W, dtype, activation):
+@pytest.mark.parametrize(("W", "activation"), [(2, None), (3, "silu"), (4, "silu")])
+def test_dtypes_and_widths(W, activation, dtype):
     check(make(W=W, dtype=dtype), activation=activation)
 
 
-@pytest.mark.parametrize("T", [0, 1, 2, 3, 4, 32, 35, 64])
+@pytest.mark.parametrize("T", [0, 1, 3, 4, 32, 35])
 def test_lengths(T):
     """Around the width, where all is edges, and around a tile."""
     check(make(B=2, T=T), activation="silu")

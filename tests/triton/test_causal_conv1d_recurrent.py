@@ -20,12 +20,12 @@ def step(inputs, state, backend="triton", **options):
     return recurrent_causal_conv1d(**tensors, state=state, backend=backend, **{"activation": "silu"} | options)
 
 
-@pytest.mark.parametrize("state_dtype", [None, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("W", "D", "activation"), [(2, 1, None), (3, 130, "silu"), (4, 130, "silu")])
 def test_one_step(W, D, activation, dtype, state_dtype):
     inputs = make(B=2, T=1, D=D, W=W, dtype=dtype)
-    state = inputs["initial_state"].to(state_dtype or dtype)
+    state = inputs["initial_state"].to(state_dtype)
     states = [state.clone(), state.clone()]
     y = step(inputs, states[0], activation=activation)
     y_eager = step(inputs, states[1], "reference", activation=activation)
