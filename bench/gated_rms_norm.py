@@ -18,7 +18,7 @@ from hylo_ops.testing import DTYPE_NAMES, within_budget
 
 CASES = {case.name: case for case in GATED_RMS_NORM}
 PEERS = peers.FORMS
-BACKENDS = ["cuda"]
+BACKENDS = ["cuda", "triton"]
 EPS = 1e-5
 SECONDS = 1.0
 # Forward: square, sum; exp, add, divide, gate; scale, weight, and the product with the gate. Backward: these again, the

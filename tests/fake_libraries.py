@@ -180,6 +180,12 @@ def causal_conv1d_fwd_verifier(x, weight):
     return weight.shape[1] <= 4, "Gluon convolution requires a width of 2, 3, or 4"
 
 
+class GluonBackend:
+    @staticmethod
+    def is_available():
+        return True
+
+
 def causal_conv1d_fn(x, weight, bias=None, activation=None):
     assert x.stride(1) == 1
     return causal_conv1d(x.mT, weight, bias, activation, "triton")[0].mT
@@ -246,6 +252,7 @@ _MODULES = {
     "flashinfer.mamba": {"selective_state_update": _flashinfer_update},
     "fla.ops.simple_gla": {"chunk_simple_gla": chunk_simple_gla},
     "fla.modules.causal_conv1d": {"causal_conv1d": causal_conv1d, "causal_conv1d_update": _fla_conv_update},
+    "fla.backends": {"GluonBackend": GluonBackend},
     "fla.modules.causal_conv1d.backends.gluon": {"causal_conv1d_fwd_verifier": causal_conv1d_fwd_verifier},
     "causal_conv1d": {"causal_conv1d_fn": causal_conv1d_fn, "causal_conv1d_update": causal_conv1d_update},
 }

@@ -211,7 +211,7 @@ def test_every_peer_of_the_convolution_computes_the_same(on_cpu, libraries):
         assert all(entry["error"] < 1e-2 for entry in row["peers"].values() if "missing" not in entry)
 
 
-def test_fla_is_asked_for_each_of_its_languages(libraries):
+def test_fla_is_asked_for_each_of_its_languages(libraries, monkeypatch):
     inputs = causal_conv1d.draw(CONV, "cpu")
     for name, switch in (("fla_gluon", "1"), ("fla_triton", "0")):
         conv_peers.FORMS[name](inputs).forward()
@@ -219,6 +219,9 @@ def test_fla_is_asked_for_each_of_its_languages(libraries):
     wide = causal_conv1d.draw(replace(CONV, W=5), "cpu")
     with pytest.raises(Missing, match="requires a width of 2, 3, or 4"):
         conv_peers.FORMS["fla_gluon"](wide)
+    monkeypatch.setattr(fake_libraries.GluonBackend, "is_available", lambda: False)
+    with pytest.raises(Missing, match="has no gluon here"):
+        conv_peers.FORMS["fla_gluon"](inputs)
 
 
 @pytest.mark.parametrize("case", MIXERS.values(), ids=list(MIXERS))

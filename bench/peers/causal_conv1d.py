@@ -60,10 +60,7 @@ def _fla(gluon: bool, inputs: ConvInputs) -> Run:
     """One of the two languages that fla has this kernel in; it asks a variable which, at every call."""
     convolve = imported("fla.modules.causal_conv1d", "causal_conv1d")
     if gluon:
-        why = imported("fla.modules.causal_conv1d.backends.gluon", "causal_conv1d_fwd_verifier")
-        accepted, reason = why(x=inputs.x, weight=inputs.weight)
-        if not accepted:  # it would silently take the other language
-            raise Missing(reason)
+        _demand_gluon(inputs)
     i, switch = inputs, str(int(gluon))
 
     def forward() -> Tensors:
@@ -71,6 +68,16 @@ def _fla(gluon: bool, inputs: ConvInputs) -> Run:
         return (convolve(i.x, i.weight, i.bias, activation="silu", backend="triton")[0],)
 
     return plain_run(inputs, forward, OUTPUTS)
+
+
+def _demand_gluon(inputs: ConvInputs) -> None:
+    """Raises Missing where fla would silently take the other language."""
+    if not imported("fla.backends", "GluonBackend").is_available():
+        raise Missing("fla has no gluon here")
+    verify = imported("fla.modules.causal_conv1d.backends.gluon", "causal_conv1d_fwd_verifier")
+    accepted, reason = verify(x=inputs.x, weight=inputs.weight)
+    if not accepted:
+        raise Missing(reason)
 
 
 def _vllm(inputs: ConvInputs) -> Run:

@@ -361,7 +361,7 @@ def causal_conv1d_bwd_kernel_dweight(
         tl.store(p_dbias + o_c % D, b_total.to(p_dbias.dtype.element_ty), mask=m_c & (o_w == W))
 
 
-# By what Triton compiles: 16 warps of 124 registers fit in a multiprocessor.
+# By what Triton compiles: 16 warps of 128 registers fit in a multiprocessor.
 CONFIG = Config(channels=128, elements=4, length=64, ahead=4, stages=3, num_warps=4)
 
 

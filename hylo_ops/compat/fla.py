@@ -12,17 +12,11 @@ from torch import Tensor
 
 from hylo_ops import chunk_gated_delta_rule as chunk
 from hylo_ops import recurrent_gated_delta_rule as recurrent
+from hylo_ops.compat.keywords import refuse_unknown
 
 __all__ = ["chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule"]
 
 _L2_NORM_EPS = 1e-6
-# A model's forward in transformers hands all of its keyword arguments down to the op. None of these changes the result;
-# any other name is a mistake or an option that we lack, and is refused.
-_OF_THE_MODEL = {
-    *("use_cache", "return_dict", "output_attentions", "output_hidden_states", "output_router_logits"),
-    *("position_ids", "seq_idx", "is_causal", "num_items_in_batch"),
-    *("cu_seq_lens_k", "max_length_q", "max_length_k"),
-}
 
 
 def chunk_gated_delta_rule(
@@ -54,7 +48,7 @@ def chunk_gated_delta_rule(
         TypeError: an argument has a name that neither the form nor transformers' models have.
         ValueError, NotImplementedError: as the op.
     """
-    _check_names("chunk_gated_delta_rule", of_the_model)
+    refuse_unknown("chunk_gated_delta_rule", of_the_model)
     if use_qk_l2norm_in_kernel:
         q, k = _l2_normalised(q), _l2_normalised(k)
     initial_state = None if initial_state is None else _wide(initial_state)
@@ -87,7 +81,7 @@ def fused_recurrent_gated_delta_rule(
         g: None: no decay.
         beta: None: ones.
     """
-    _check_names("fused_recurrent_gated_delta_rule", of_the_model)
+    refuse_unknown("fused_recurrent_gated_delta_rule", of_the_model)
     g = v.new_zeros(v.shape[:3], dtype=torch.float32) if g is None else g
     beta = v.new_ones(v.shape[:3]) if beta is None else beta
     differentiated = torch.is_grad_enabled() and any(
@@ -111,12 +105,6 @@ def fused_recurrent_gated_delta_rule(
     state = _new_state(q, v) if initial_state is None else _wide(initial_state.clone())
     o = recurrent(q, k, v, g, beta, state, scale=scale)
     return o, state if output_final_state else None
-
-
-def _check_names(function: str, given: dict[str, object]) -> None:
-    unknown = sorted(given.keys() - _OF_THE_MODEL)
-    if unknown:
-        raise TypeError(f"{function}() got an unexpected keyword argument {unknown[0]!r}")
 
 
 def _l2_normalised(x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,8 +104,8 @@ def backward(
     return [dx, dgate, dweight]
 
 
-def why_not(x: Tensor, gate: Tensor, weight: Tensor) -> str | None:
-    """The reason why `forward` cannot take these inputs, or None. Shapes are taken to be the op's."""
+def why_not(x: Tensor, gate: Tensor, weight: Tensor, **_: Any) -> str | None:
+    """The reason why the kernels cannot take these inputs, or None. Shapes are taken to be the op's."""
     if not x.is_cuda:
         return f"x is on {x.device}, not on a CUDA device"
     if x.dtype not in _TYPES:

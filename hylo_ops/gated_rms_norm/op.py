@@ -44,17 +44,16 @@ def gated_rms_norm(
 
 
 _DIFFERENTIABLE = ("x", "gate", "weight")
+BACKENDS = [
+    Backend("cuda", cuda.why_not, cuda.forward, cuda.backward),
+    Backend("triton", triton.why_not, triton.forward, triton.backward),
+    reference_backend(reference.gated_rms_norm, _DIFFERENTIABLE),
+]
 
 _forward = define_op(
     "gated_rms_norm",
     "(Tensor x, Tensor gate, Tensor weight, float eps, bool norm_before_gate, str? backend) -> Tensor",
-    backends=[
-        Backend("cuda", lambda x, gate, weight, **_: cuda.why_not(x, gate, weight), cuda.forward, cuda.backward),
-        Backend(
-            "triton", lambda x, gate, weight, **_: triton.why_not(x, gate, weight), triton.forward, triton.backward
-        ),
-        reference_backend(reference.gated_rms_norm, _DIFFERENTIABLE),
-    ],
+    backends=BACKENDS,
     fake=lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
     differentiable=_DIFFERENTIABLE,
 )

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ def backward(
         return triton_bwd.backward(grads, x, gate, weight, eps, norm_before_gate)
 
 
-def why_not(x: Tensor, gate: Tensor, weight: Tensor) -> str | None:
+def why_not(x: Tensor, gate: Tensor, weight: Tensor, **_: Any) -> str | None:
     """The reason why the kernels cannot take these inputs, or None. Shapes are taken to be the op's."""
     if not _has_triton():
         return "triton is not installed"

@@ -276,7 +276,7 @@ def _kernel(
 ) -> "Kernel":
     _compile(dtype, width, values, source)
     unit = _UNITS[name]
-    symbol = f"ssd_{'fwd' if unit == 'forward' else 'bwd'}_kernel_{name}"
+    symbol = f"ssd_{'fwd' if unit == 'kernel' else 'bwd'}_kernel_{name}"
     return cubin.load(spec(_TYPES[dtype], width, values, unit), symbol, device, shared_bytes=shared, source=source)
 
 

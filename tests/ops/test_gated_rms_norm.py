@@ -4,7 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hylo_ops import gated_rms_norm
+from hylo_ops import cubin, gated_rms_norm
+from hylo_ops.backend import choose
+from hylo_ops.gated_rms_norm.op import BACKENDS as ALL_BACKENDS
 from hylo_ops.testing import cast, gradients, within_budget
 
 BACKENDS = ["reference"]
@@ -153,6 +155,39 @@ def test_compiles_without_a_graph_break():
 def test_rejected_inputs(change, message):
     with pytest.raises(ValueError, match=message):
         run({**make(dtype=torch.float32), **change}, True)
+
+
+class OnGpu(torch.Tensor):
+    """Says that it is on a GPU, for backends to be chosen; nothing runs on it."""
+
+    is_cuda = True
+
+    def get_device(self):
+        return 0
+
+
+CASES_OF_MODELS = [
+    (*dims, dtype, weight_dtype, per_head)
+    for dims in [(6, 512), (9, 512), (32, 64), (24, 128), (16, 128), (1, 2048), (8, 1024), (1, 8192)]
+    for dtype in (torch.bfloat16, torch.float16, torch.float32)
+    for weight_dtype in {dtype, torch.float32}
+    for per_head in (True, False)
+]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("hopper", [True, False])
+def test_the_fastest_backend_takes_the_models_both_ways(monkeypatch, hopper, order):
+    """cuda where its code runs, else triton, without a look at the CPU's form."""
+    monkeypatch.setattr(cubin, "why_not_device", lambda device: None if hopper else "another GPU")
+    monkeypatch.setattr(cubin, "why_not_native", lambda: None)
+    monkeypatch.setattr(cubin, "why_not_nvrtc", lambda: None)
+    assert all(backend.backward is not None for backend in ALL_BACKENDS)
+    for H, V, dtype, weight_dtype, per_head in CASES_OF_MODELS:
+        x = torch.empty(2, 3, H, V, dtype=dtype).as_subclass(OnGpu)
+        weight = torch.empty((H, V) if per_head else V, dtype=weight_dtype).as_subclass(OnGpu)
+        arguments = {"x": x, "gate": x, "weight": weight, "eps": EPS, "norm_before_gate": order}
+        assert choose("gated_rms_norm", ALL_BACKENDS, None, arguments).name == ("cuda" if hopper else "triton")
 
 
 def test_a_named_backend_that_is_not_there():

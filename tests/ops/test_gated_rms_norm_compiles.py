@@ -1,4 +1,4 @@
-"""The Triton kernels of gated_rms_norm in each of their configurations, compiled for sm_90 just as the op launches them."""
+"""Every configuration of the Triton kernels of gated_rms_norm, compiled for sm_90 just as the op launches it."""
 
 import pytest
 import torch
@@ -16,7 +16,6 @@ CASES = [
     (64, FP32, FP32, True, 3, 5, 1),
     (512, BF16, FP32, True, 2, 16, 6),
     (2048, FP16, FP16, False, 1, 16, 1),
-    (3000, FP32, FP32, False, 1, 3, 2),
     (4096, BF16, FP32, True, 1, 3, 1),
     (16384, FP32, FP32, False, 1, 2, 1),
 ]

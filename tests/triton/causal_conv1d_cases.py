@@ -13,8 +13,8 @@ from tests.triton.ssd_cases import hasty_interpreter
 NAMES = ("x", "weight", "bias", "initial_state")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
-# The interpreter takes its time for every step of a walk, whatever its width: tiles of four walks of 8 tokens.
-SMALL = Config(channels=16, elements=2, length=8, ahead=4, stages=1, num_warps=1)
+# The interpreter takes its time for every step of a walk, whatever its width: tiles of four walks of 4 tokens.
+SMALL = Config(channels=16, elements=2, length=4, ahead=2, stages=1, num_warps=1)
 
 
 @contextlib.contextmanager
@@ -28,7 +28,7 @@ def cut(config=SMALL, edges=2):
         yield
 
 
-def make(B=1, T=70, D=16, W=4, dtype=torch.float32, N=None, seed=0):
+def make(B=1, T=37, D=16, W=4, dtype=torch.float32, N=None, seed=0):
     """The op's tensors by name, all in one dtype; N states."""
     rng = torch.Generator().manual_seed(seed)
     shapes = {"x": (B, T, D), "weight": (D, W), "bias": (D,), "initial_state": (N or B, D, W)}

@@ -55,15 +55,30 @@ def test_dtypes_and_widths(W, dtype, activation):
     check(make(W=W, dtype=dtype), activation=activation)
 
 
-@pytest.mark.parametrize("T", [0, 1, 4, 7, 8, 40])
+@pytest.mark.parametrize("T", [0, 1, 4, 7, 8, 20])
 def test_lengths(T):
     """Around the width, where head and tail meet, and around a tile."""
     check(make(B=2, T=T))
 
 
-@pytest.mark.parametrize("D", [1, 33])
-def test_channels(D):
-    check(make(T=36, D=D, W=2))
+def close(found, expected):
+    """Equal but for the order of sums over tokens."""
+    for name, gradient in found.items():
+        tolerance = 1e-5 if name in ("weight", "bias") else 0
+        torch.testing.assert_close(gradient, expected[name], rtol=tolerance, atol=tolerance)
+
+
+def test_channels():
+    """More than a program's, with an odd stride; and one of them alone."""
+    inputs = make(T=20, D=33)
+    check(inputs)
+    dy, dfinal = outputs_gradients(inputs)
+    found = backward(inputs, dy, dfinal)
+    one = {"x": inputs["x"][..., :1]} | {
+        name: inputs[name].narrow(-1 if name == "bias" else -2, 0, 1) for name in NAMES[1:]
+    }
+    single = backward(one, dy[..., :1], dfinal[:, :1])
+    close(single, {name: found[name][tuple(slice(n) for n in single[name].shape)] for name in NAMES})
 
 
 @pytest.mark.parametrize(("B", "D"), [(0, 8), (2, 0)])
@@ -85,37 +100,34 @@ def test_float32_weights_and_state():
 
 def test_saturated():
     """The derivative of SiLU is 0 and 1 there."""
-    inputs = make(T=36)
-    inputs["x"] *= torch.logspace(0, 8, 36)[:, None]
+    inputs = make(T=20)
+    inputs["x"] *= torch.logspace(0, 8, 20)[:, None]
     check(inputs)
 
 
 def test_tiles_show_in_sums_only():
     inputs = make()
-    gradients_of_outputs = outputs_gradients(inputs)
-    found = backward(inputs, *gradients_of_outputs)
-    for config in (SMALL._replace(length=16, stages=3), SMALL._replace(channels=8, ahead=8)):
+    given = outputs_gradients(inputs)
+    found = backward(inputs, *given)
+    for config in (SMALL._replace(length=8, ahead=4, stages=3), SMALL._replace(channels=8, ahead=4)):
         with cut(config):
-            again = backward(inputs, *gradients_of_outputs)
-        for name in ("x", "initial_state"):
-            assert torch.equal(again[name], found[name])
-        for name in ("weight", "bias"):
-            torch.testing.assert_close(again[name], found[name], rtol=1e-5, atol=1e-5)
+            close(backward(inputs, *given), found)
 
 
-def test_many_parts(monkeypatch):
-    """The reduction goes over its rows in steps, and over channels in several programs."""
+def test_parts_are_added_in_several_steps(monkeypatch):
+    inputs = make(B=3, T=20, W=2)
+    given = outputs_gradients(inputs)
+    found = backward(inputs, *given)
     monkeypatch.setattr(triton_bwd, "_REDUCED_ROWS", 4)
     monkeypatch.setattr(triton_bwd, "_REDUCED_COLUMNS", 32)
-    with cut(SMALL._replace(length=4)):
-        check(make(B=3, T=36, W=2))
+    close(backward(inputs, *given), found)
 
 
 @pytest.mark.parametrize("with_state", [True, False], ids=["state", "fresh"])
 def test_packed_sequences_equal_single_ones_and_keep_to_themselves(with_state):
     """More of them than edge programs; some inside a tile, one over several, empty ones at both ends."""
-    inputs, cu = packed([0, 5, 0, 1, 70, 3, 12, 0], W=3)
-    inputs["x"][:, 76:79] = torch.nan
+    inputs, cu = packed([0, 5, 0, 1, 44, 3, 12, 0], W=3)
+    inputs["x"][:, 50:53] = torch.nan
     dy, dfinal = outputs_gradients(inputs)
     given = inputs if with_state else inputs | {"initial_state": None}
     found = backward(given, dy, dfinal, cu)
@@ -132,12 +144,12 @@ def test_packed_sequences_equal_single_ones_and_keep_to_themselves(with_state):
 
 
 def test_packed_sequences_by_the_reference():
-    inputs, cu = packed([7, 0, 36, 1, 2, 3])
+    inputs, cu = packed([7, 0, 26, 1, 2, 3])
     check(inputs, cu_seqlens=cu)
 
 
 def test_strided_views():
-    inputs = make(B=2, T=36, W=2)
+    inputs = make(B=2, T=20, W=2)
     dy, dfinal = outputs_gradients(inputs)
     expected = backward(inputs, dy, dfinal)
     x_view, dy_view = torch.cat([inputs["x"], dy], -1).split(16, -1)
@@ -145,12 +157,6 @@ def test_strided_views():
     for views in ((x_view, dy_view), (inputs["x"], turned)):
         found = backward(inputs | {"x": views[0]}, views[1], dfinal.mT.contiguous().mT)
         assert all(torch.equal(found[name], expected[name]) for name in NAMES)
-    found = backward(inputs, torch.ones([]).expand(2, 36, 16), dfinal)
-    expected = backward(inputs, torch.ones(2, 36, 16), dfinal)
+    found = backward(inputs, torch.ones([]).expand(2, 20, 16), dfinal)
+    expected = backward(inputs, torch.ones(2, 20, 16), dfinal)
     assert all(torch.equal(found[name], expected[name]) for name in NAMES)
-
-
-def test_registration():
-    inputs = make(T=3, D=3, W=2)
-    arguments = ([*outputs_gradients(inputs)], *inputs.values(), None, "silu", "triton")
-    torch.library.opcheck(torch.ops.hylo_ops.causal_conv1d_backward, arguments)

@@ -30,7 +30,7 @@ def test_dtypes_and_widths(W, activation, dtype):
     check(make(W=W, dtype=dtype), activation=activation)
 
 
-@pytest.mark.parametrize("T", [0, 1, 3, 4, 32, 35])
+@pytest.mark.parametrize("T", [0, 1, 3, 4, 16, 19])
 def test_lengths(T):
     """Around the width, where all is edges, and around a tile."""
     check(make(B=2, T=T), activation="silu")
@@ -39,13 +39,13 @@ def test_lengths(T):
 @pytest.mark.parametrize("D", [1, 33])
 def test_channels(D):
     """Fewer than a program's, and more, with an odd stride."""
-    check(make(T=36, D=D), activation="silu")
+    check(make(T=20, D=D), activation="silu")
 
 
 @pytest.mark.parametrize(("B", "D"), [(0, 8), (2, 0)])
 def test_nothing(B, D):
     y, state = causal_conv1d(**make(B=B, D=D), backend="triton")
-    assert y.shape == (B, 70, D)
+    assert y.shape == (B, 37, D)
     assert state.shape == (B, D, 4)
 
 
@@ -56,7 +56,7 @@ def test_without_a_bias_and_a_state():
 def test_far_from_zero():
     """SiLU is 0 and the identity there, with nothing that overflows on the way."""
     inputs = make()
-    inputs["x"] *= torch.logspace(0, 20, 70)[:, None]
+    inputs["x"] *= torch.logspace(0, 20, 37)[:, None]
     y, _ = check(inputs, activation="silu")
     assert (y.abs() > 1e15).any()
 
@@ -71,12 +71,12 @@ def test_float32_weights_and_state(dtype):
 def test_tiles_do_not_show():
     inputs = make()
     y, _ = causal_conv1d(**inputs, activation="silu", backend="triton")
-    for config in (SMALL._replace(length=16, stages=3), SMALL._replace(channels=8, ahead=8)):
+    for config in (SMALL._replace(length=8, ahead=4, stages=3), SMALL._replace(channels=8, ahead=4)):
         with cut(config):
             assert torch.equal(causal_conv1d(**inputs, activation="silu", backend="triton")[0], y)
 
 
-@pytest.mark.parametrize("cut_at", [1, 2, 40])
+@pytest.mark.parametrize("cut_at", [1, 2, 20])
 def test_two_parts_equal_the_whole(cut_at):
     inputs = make()
     options = {"activation": "silu", "backend": "triton"}
@@ -90,8 +90,8 @@ def test_two_parts_equal_the_whole(cut_at):
 @pytest.mark.parametrize("with_state", [True, False], ids=["state", "fresh"])
 def test_packed_sequences_equal_single_ones_and_keep_to_themselves(with_state):
     """More of them than edge programs; some inside a tile, one over several, empty ones at both ends."""
-    inputs, cu = packed([0, 5, 0, 0, 1, 70, 3, 2, 18, 0])
-    inputs["x"][:, 76:79] = torch.nan
+    inputs, cu = packed([0, 5, 0, 0, 1, 40, 3, 2, 8, 0])
+    inputs["x"][:, 46:49] = torch.nan
     options = {"activation": "silu", "backend": "triton"}
     given = inputs if with_state else inputs | {"initial_state": None}
     y, final = causal_conv1d(**given, cu_seqlens=cu, **options)
@@ -105,15 +105,15 @@ def test_packed_sequences_equal_single_ones_and_keep_to_themselves(with_state):
 
 @pytest.mark.parametrize("bounds", [torch.int32, torch.int64])
 def test_packed_sequences_by_the_reference(bounds):
-    inputs, cu = packed([7, 0, 20, 1, 2, 3, 30, 4], dtype=torch.bfloat16)
+    inputs, cu = packed([7, 0, 10, 1, 2, 3, 24, 4], dtype=torch.bfloat16)
     check(inputs, activation="silu", cu_seqlens=cu.to(bounds))
 
 
 def test_strided_views():
     """Slices of a projection, at an even and an odd column; columns first; every other row; tokens that repeat."""
-    inputs = make(B=2, T=36)
+    inputs = make(B=2, T=20)
     y, state = causal_conv1d(**inputs, backend="triton")
-    wide = torch.full((2, 36, 40), torch.nan)
+    wide = torch.full((2, 20, 40), torch.nan)
     wide[..., 3:19] = wide[..., 24:] = inputs["x"]
     turned, doubled = inputs["x"].mT.contiguous().mT, torch.stack([inputs["x"]] * 2, 2)
     for view in (wide[..., 3:19], wide[..., 24:], turned, doubled[:, :, 0]):
@@ -122,13 +122,13 @@ def test_strided_views():
         assert torch.equal(found[1], state)
     others = {name: torch.stack([inputs[name]] * 2, -1)[..., 0] for name in ("weight", "bias", "initial_state")}
     assert torch.equal(causal_conv1d(**inputs | others, backend="triton")[0], y)
-    check(inputs | {"x": inputs["x"][:, :1].expand(2, 36, 16)})
+    check(inputs | {"x": inputs["x"][:, :1].expand(2, 20, 16)})
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"x": torch.zeros(1, 70, 16).double()}, "x is torch.float64, not bfloat16, float16 or float32"),
+        ({"x": torch.zeros(1, 37, 16).double()}, "x is torch.float64, not bfloat16, float16 or float32"),
         ({"weight": torch.zeros(16, 4).double()}, "weight is torch.float64, not bfloat16, float16 or float32"),
     ],
 )
