@@ -44,13 +44,15 @@ class Chain {
 
   template <class Handing>
   __device__ __forceinline__ void clear_tail(const Inputs& stage, int tokens, const Handing& handing) const {
-    each_row_from(tokens, threadIdx.x % 128, 128, [&](int at) {
+    // Not by `each_row_from`: at K = 256 its closure takes the one register too many.
+    for (int i = threadIdx.x % 128; i < (kChunk - tokens) * 8; i += 128) {
+      const int at = wgmma::swizzled(tokens + i / 8, i % 8);
       for (int tile = 0; tile < kK / kTile; ++tile) {
         clear_words(stage.keys() + tile * kTileSize + at);
         if constexpr (kPass == kGradients) clear_words(stage.queries() + tile * kTileSize + at);
       }
       clear_words(stage.values(warpgroup()) + at);
-    });
+    }
     fence_async();
     handing.sync_chain();
   }
