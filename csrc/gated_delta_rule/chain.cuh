@@ -47,11 +47,12 @@ class Chain {
     // Not by `each_row_from`: at K = 256 its closure takes the one register too many.
     for (int i = threadIdx.x % 128; i < (kChunk - tokens) * 8; i += 128) {
       const int at = wgmma::swizzled(tokens + i / 8, i % 8);
+      const auto clear = [&](unsigned char* tile) { *reinterpret_cast<uint4*>(tile + at) = make_uint4(0, 0, 0, 0); };
       for (int tile = 0; tile < kK / kTile; ++tile) {
-        clear_words(stage.keys() + tile * kTileSize + at);
-        if constexpr (kPass == kGradients) clear_words(stage.queries() + tile * kTileSize + at);
+        clear(stage.keys() + tile * kTileSize);
+        if constexpr (kPass == kGradients) clear(stage.queries() + tile * kTileSize);
       }
-      clear_words(stage.values(warpgroup()) + at);
+      clear(stage.values(warpgroup()));
     }
     fence_async();
     handing.sync_chain();

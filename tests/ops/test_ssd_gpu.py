@@ -192,8 +192,8 @@ def check_gradients(inputs, backend, units=5, **options):
     for name, gradient in found.items():
         assert gradient.dtype == inputs[name].dtype
         assert torch.equal(gradient, again[name]), name
-        # Few numbers, in each of which much cancels.
-        factor = 4 if name in VECTORS else 1
+        # Few numbers, in each of which much cancels: 27 roundings of `a` at 8192 tokens whose gates are slow.
+        factor = 8 if name in VECTORS else 1
         limit = 1e-5 if dtype == FP32 else units * relative_error(exact[name].to(dtype), exact[name])
         error = relative_error(gradient, exact[name])
         assert error <= factor * limit, f"{name}: {error:.2e}, limit {factor * limit:.2e}"
