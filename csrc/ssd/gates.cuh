@@ -14,15 +14,26 @@ namespace hylo::ssd {
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kEmptiesState = -150.0f;  // of log2: exp2 of it is 0 in fp32, and what is below stands for as much
 
-__device__ __forceinline__ float number_of_head(const Numbers& of, int head, float otherwise) {
-  if (of.data == nullptr) return otherwise;
-  const long long at = head * of.stride_h;
-  switch (of.type) {
-    case kBf16Number: return to_float(static_cast<const bf16*>(of.data)[at]);
-    case kFp16Number: return to_float(static_cast<const fp16*>(of.data)[at]);
-    case kFp32Number: return static_cast<const float*>(of.data)[at];
-    default: return static_cast<float>(static_cast<const double*>(of.data)[at]);
-  }
+// A number as it lies in memory, so that nothing waits for it yet; an fp64 one already as fp32.
+__device__ __forceinline__ Word load_number(NumberType type, const char* at) {
+  if (type == kFp32Number) return *reinterpret_cast<const Word*>(at);
+  if (type == kFp64Number) return __float_as_uint(static_cast<float>(*reinterpret_cast<const double*>(at)));
+  return *reinterpret_cast<const unsigned short*>(at);
+}
+__device__ __forceinline__ float number(NumberType type, Word bits) {
+  if (type == kBf16Number) return __uint_as_float(bits << 16);
+  if (type == kFp16Number) return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
+  return __uint_as_float(bits);
+}
+__device__ __forceinline__ int size_of(NumberType type) { return type == kFp64Number ? 8 : type == kFp32Number ? 4 : 2; }
+
+// Of a head; 0 where there are none.
+__device__ __forceinline__ Word load_of_head(const Numbers& of, int head) {
+  if (of.data == nullptr) return 0;
+  return load_number(of.type, static_cast<const char*>(of.data) + head * of.stride_h * size_of(of.type));
+}
+__device__ __forceinline__ float number_of_head(const Numbers& of, int head) {
+  return number(of.type, load_of_head(of, head));
 }
 
 // Of one head; what is made of its dt. This lane has tokens 2 lane and 2 lane + 1 of a chunk.
@@ -30,28 +41,21 @@ class Gates {
  public:
   __device__ __forceinline__ Gates(const Params& p, int head, const Sequence& sequence)
       : p_(p),
-        rate_(kLog2E * number_of_head(p.a, head, 0.0f)),
-        bias_(number_of_head(p.dt_bias, head, 0.0f)),
         tokens_(sequence.tokens),
-        stride_(p.dt.stride_t * number_size()),
+        stride_(p.dt.stride_t * size_of(p.dt.type)),
         first_(static_cast<const char*>(p.dt.data) +
-               (sequence.batch * p.dt.stride_b + head * p.dt.stride_h) * number_size() + sequence.begin * stride_) {}
+               (sequence.batch * p.dt.stride_b + head * p.dt.stride_h) * size_of(p.dt.type) + sequence.begin * stride_),
+        rate_bits_(load_of_head(p.a, head)),
+        bias_bits_(load_of_head(p.dt_bias, head)) {}
 
-  __device__ __forceinline__ float rate() const { return rate_; }
+  __device__ __forceinline__ float rate() const { return number(p_.a.type, rate_bits_); }
 
-  // dt of its tokens in a sequence's chunk as it lies in memory, so that nothing waits for it yet; past the sequence's
-  // end that of its last token.
+  // dt of its tokens in a sequence's chunk as it lies in memory; past the sequence's end that of its last token.
   struct Raw {
     Word bits[2];
   };
   __device__ __forceinline__ Raw load(int chunk) const {
-    const char *at = place(chunk, 0), *other = place(chunk, 1);
-    switch (p_.dt.type) {
-      case kFp32Number: return {*reinterpret_cast<const Word*>(at), *reinterpret_cast<const Word*>(other)};
-      case kFp64Number: return {narrowed(at), narrowed(other)};
-      default:
-        return {*reinterpret_cast<const unsigned short*>(at), *reinterpret_cast<const unsigned short*>(other)};
-    }
+    return {load_number(p_.dt.type, place(chunk, 0)), load_number(p_.dt.type, place(chunk, 1))};
   }
 
   // Fetches them into the second cache, for a load later on.
@@ -62,7 +66,8 @@ class Gates {
 
   // With its bias.
   __device__ __forceinline__ float2 raw(const Raw& loaded) const {
-    return make_float2(bias_ + number(loaded.bits[0]), bias_ + number(loaded.bits[1]));
+    const float bias = number(p_.dt_bias.type, bias_bits_);
+    return make_float2(bias + number(p_.dt.type, loaded.bits[0]), bias + number(p_.dt.type, loaded.bits[1]));
   }
 
   // Of them the steps, for a chunk of so many tokens; 0 past its end, which keeps a state as it is.
@@ -84,7 +89,8 @@ class Gates {
 
   // log2 of the decay from the chunk's start through each token.
   __device__ __forceinline__ float2 sums(float2 step) const {
-    const float2 each = make_float2(fmaxf(rate_ * step.x, kEmptiesState), fmaxf(rate_ * step.y, kEmptiesState));
+    const float rate = kLog2E * this->rate();
+    const float2 each = make_float2(fmaxf(rate * step.x, kEmptiesState), fmaxf(rate * step.y, kEmptiesState));
     float through = each.x + each.y;
 #pragma unroll
     for (int back = 1; back < 32; back *= 2) {
@@ -133,27 +139,16 @@ class Gates {
     *reinterpret_cast<float2*>(factors + which * kChunk + 2 * lane()) = make_float2(first, second);
   }
 
-  __device__ __forceinline__ int number_size() const {
-    return p_.dt.type == kFp64Number ? 8 : p_.dt.type == kFp32Number ? 4 : 2;
-  }
   __device__ __forceinline__ const char* place(int chunk, int which) const {
     const int token = chunk * kChunk + 2 * lane() + which, last = tokens_ - 1;
     return first_ + (token < last ? token : last) * stride_;
   }
-  static __device__ __forceinline__ Word narrowed(const char* at) {
-    return __float_as_uint(static_cast<float>(*reinterpret_cast<const double*>(at)));
-  }
-  __device__ __forceinline__ float number(Word bits) const {
-    if (p_.dt.type == kBf16Number) return __uint_as_float(bits << 16);
-    if (p_.dt.type == kFp16Number) return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
-    return __uint_as_float(bits);
-  }
 
   const Params& p_;
-  const float rate_, bias_;
   const int tokens_;
   const long long stride_;  // bytes
   const char* const first_;
+  const Word rate_bits_, bias_bits_;
 };
 
 }  // namespace hylo::ssd

@@ -20,7 +20,7 @@ struct GradientsShared {
   Chunk chunk;
   Handover tiles[kTileKinds][kMostDepth];
   Handover factors[kFactorRing], sums[2];
-  float skips[kFactorRing];
+  float skips[kFactorRing], rates[kFactorRing];
 };
 
 // Where a warp is with one kind of tiles, which it fills or empties for each head or for each group of heads.
@@ -100,21 +100,25 @@ class GradientsBlock {
     }
   }
 
-  // Two warps take turns.
+  // Two warps take turns. All loads of a head are under way at once: in a row they took longer than all else.
   __device__ __forceinline__ void make_factors(int index) const {
     const Chunk& chunk = shared_.chunk;
     const Sequence only{0, chunk.batch, chunk.begin, chunk.tokens};
     for (int i = index; i < p_.set; i += kGradientGates) {
       const int head = first_head() + i, slot = i % kFactorRing, turn = i / kFactorRing;
       const Gates gates(p_.common, head, only);
-      const float2 raw = gates.raw(gates.load(0)), step = gates.steps(raw, chunk.tokens), sum = gates.sums(step);
-      const float skip = number_of_head(p_.common.d, head, 0.0f);
+      const Gates::Raw dt = gates.load(0);
+      const Word skip = load_of_head(p_.common.d, head);
       if (turn > 0) shared_.factors[slot].empty.wait((turn - 1) & 1);
+      const float2 raw = gates.raw(dt), step = gates.steps(raw, chunk.tokens), sum = gates.sums(step);
       float* const factors = factors_at(slot);
-      gates.write_ends(step, sum, factors);
-      gates.template write_between<false>(step, sum, factors);
-      gates.write_slopes(gates.slopes(raw, chunk.tokens), factors);
-      if (lane() == 0) shared_.skips[slot] = skip;
+      Gates::write_ends(step, sum, factors);
+      Gates::write_between<false>(step, sum, factors);
+      Gates::write_slopes(gates.slopes(raw, chunk.tokens), factors);
+      if (lane() == 0) {
+        shared_.skips[slot] = number(p_.common.d.type, skip);
+        shared_.rates[slot] = gates.rate();
+      }
       shared_.factors[slot].full.arrive();
     }
   }
@@ -125,7 +129,7 @@ class GradientsBlock {
       const int slot = i % kFactorRing, buffer = i % 2;
       shared_.factors[slot].full.wait(i / kFactorRing & 1);
       shared_.sums[buffer].full.wait(i / 2 & 1);
-      finish_head(first_head() + i, Factors{factors_at(slot)}, sums_at(buffer));
+      finish_head(first_head() + i, shared_.rates[slot], Factors{factors_at(slot)}, sums_at(buffer));
       shared_.factors[slot].empty.arrive();
       shared_.sums[buffer].empty.arrive();
     }
@@ -520,8 +524,7 @@ class GradientsBlock {
     if (lane() == 0) sums[kSums * kChunk + 4 * warpgroup + warp_of_four()] = sum;
   }
 
-  __device__ __forceinline__ void finish_head(int head, const Factors& factors, const float* sums) const {
-    const Params& p = p_.common;
+  __device__ __forceinline__ void finish_head(int head, float rate, const Factors& factors, const float* sums) const {
     const Chunk& chunk = shared_.chunk;
     const auto two = [&](const float* row) { return *reinterpret_cast<const float2*>(row + 2 * lane()); };
     const auto total = [&](int first, int count) {
@@ -553,7 +556,6 @@ class GradientsBlock {
     const float before = through - added.x - added.y;
     const float2 gate = make_float2(from_here + before + whole, from_here - read.x + before + added.x + whole);
 
-    const float rate = number_of_head(p.a, head, 0.0f);
     const float2 ddt = make_float2(slope.x * (above.x + own.x + at_end.x + rate * gate.x),
                                    slope.y * (above.y + own.y + at_end.y + rate * gate.y));
     const float2 skipped = two(sums + kSkipped * kChunk);

@@ -389,7 +389,7 @@ class PassBlock {
   __device__ __forceinline__ void run(int index) const {
     const Unit unit = this->unit(index);
     Chain<T, kPass, kK> chain(p_, index, unit, shared_ + tiles() + index * chain_size(kPass, kK));
-    const float skip = kPass == kOutputs ? number_of_head(p_.d, unit.head, 0.0f) : 0.0f;
+    const float skip = kPass == kOutputs ? number_of_head(p_.d, unit.head) : 0.0f;
     float decay = 1.0f;
     chain.start(kPass == kEnds ? nullptr : begins_with(unit));
     each_chunk([&](int at, int turn, const Chunk& chunk, int c) {

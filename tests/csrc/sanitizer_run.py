@@ -6,8 +6,9 @@ import torch
 
 from hylo_ops.gated_delta_rule import cuda_chunk, cuda_recurrent
 from hylo_ops.gated_rms_norm import cuda as gated_rms_norm
+from hylo_ops.ssd import cuda_chunk as ssd_chunk
 from tests.csrc import gated_rms_norm_cases
-from tests.ops import gated_delta_rule_cases, gated_delta_rule_fp32_cases, ssd_step_cases
+from tests.ops import gated_delta_rule_cases, gated_delta_rule_fp32_cases, ssd_cases, ssd_step_cases
 
 
 def run_gated_rms_norm() -> int:
@@ -52,6 +53,31 @@ def run_gated_delta_rule_in_fp32() -> int:
     return len(gated_delta_rule_fp32_cases.CASES)
 
 
+def run_ssd() -> int:
+    """All chunked kernels, at every width and way of sharing heads: packing, a tail, and segments."""
+    count = 0
+    for kind, V, K in (
+        ("hylo", 64, 64),
+        ("mamba2", 64, 128),
+        ("hylo", 128, 128),
+        ("grouped", 128, 64),
+        ("equal", 48, 80),
+    ):
+        for T, bounds in ((333, None), (330, [0, 70, 70, 71, 330]), (1100, None)):
+            sequences = 1 if bounds is None else len(bounds) - 1
+            inputs = ssd_cases.make(1, T, kind, V, K, torch.bfloat16, "fast", sequences, device="cuda")
+            cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32, device="cuda")
+            names = "x", "dt", "a", "b", "c", "d", "dt_bias", "initial_state"
+            tensors = [inputs[name] for name in names]
+            options = cu_seqlens, True, None, False
+            results = ssd_chunk.forward(*tensors, *options)
+            gradients = ssd_chunk.backward(list(results), *tensors, *options)
+            for result in (*results, *gradients):
+                assert torch.isfinite(result.cpu()).all(), (kind, V, K, T)
+            count += 1
+    return count
+
+
 def run_ssd_steps() -> int:
     """Both decode steps, of few states and of many: clusters of one block, of some and of the most."""
     mamba2 = ssd_step_cases.Mamba2Case(128, 64, H=32, shared=(32, 1, 1))
@@ -65,8 +91,8 @@ def run_ssd_steps() -> int:
 
 
 def main() -> None:
-    count = run_gated_rms_norm() + run_gated_delta_rule() + run_gated_delta_rule_in_fp32() + run_ssd_steps()
-    print(f"{count} cases launched")
+    runs = run_gated_rms_norm, run_gated_delta_rule, run_gated_delta_rule_in_fp32, run_ssd, run_ssd_steps
+    print(f"{sum(run() for run in runs)} cases launched")
 
 
 if __name__ == "__main__":
