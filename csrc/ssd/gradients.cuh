@@ -55,7 +55,6 @@ class GradientsBlock {
   static constexpr int kWarpgroups = kGradientWarpgroups;
   static constexpr int kThreads = 128 * kWarpgroups;
   static constexpr int kWideV = kV / kTile, kWideK = kK / kTile;
-  static constexpr int kOfV = kV / kWarpgroups, kOfK = kK / kWarpgroups;  // columns of a warpgroup
 
   __device__ __forceinline__ GradientsBlock(const GradientsParams& p, unsigned char* shared, GradientsShared& barriers)
       : p_(p), tiles_(shared), shared_(barriers) {}
@@ -135,38 +134,28 @@ class GradientsBlock {
     }
   }
 
-  __device__ __forceinline__ void run(int warpgroup) const {
-    float dx[kOfV / 2] = {}, db[kOfK / 2] = {}, dc[kOfK / 2] = {};
-    const Params& p = p_.common;
-    TileCursor cursors[kTileKinds];
-    for (int i = 0; i < p_.set; ++i) {
-      const int slot = i % kFactorRing, buffer = i % 2, head = first_head() + i;
-      const Tiles at = {tiles(kTilesX, cursors[kTilesX]), tiles(kTilesB, cursors[kTilesB]),
-                        tiles(kTilesC, cursors[kTilesC]), tiles(kTilesDO, cursors[kTilesDO]),
-                        tiles(kTilesStates, cursors[kTilesStates])};
-#pragma unroll
-      for (int kind = 0; kind < kTilesStates; ++kind) await(kind, cursors[kind]);
-      if (p.cu_seqlens != nullptr && shared_.chunk.tokens < kChunk) clear_tails(cursors);
-      shared_.factors[slot].full.wait(i / kFactorRing & 1);
-      if (i > 1) shared_.sums[buffer].empty.wait((i / 2 - 1) & 1);
-      const Factors factors{factors_at(slot)};
-      float* const sums = sums_at(buffer);
-      by_writers(at, warpgroup, factors, sums, shared_.skips[slot], cursors[kTilesStates], dx, db);
-      by_readers(at, warpgroup, factors, sums, dc);
-      multiply_states(at.states, warpgroup, sums);
-      shared_.sums[buffer].full.arrive();
-      shared_.factors[slot].empty.arrive();
-      const bool last[] = {cursors[kTilesX].last(p_.slots[kTilesX]), cursors[kTilesB].last(p_.slots[kTilesB]),
-                           cursors[kTilesC].last(p_.slots[kTilesC])};
-#pragma unroll
-      for (int kind = 0; kind < kTileKinds; ++kind) {
-        if (cursors[kind].last(p_.slots[kind])) shared_.tiles[kind][cursors[kind].slot()].empty.arrive();
-        cursors[kind].advance(p_.slots[kind]);
-      }
-      if (last[0]) flush(dx, p_.dx, p.heads / p.x_group, head / p.x_group, p.values, warpgroup * kOfV, warpgroup);
-      if (last[1]) flush(db, p_.db, p.heads / p.b_group, head / p.b_group, p.width, warpgroup * kOfK, warpgroup);
-      if (last[2]) flush(dc, p_.dc, p.heads / p.c_group, head / p.c_group, p.width, warpgroup * kOfK, warpgroup);
-    }
+  // The first warpgroup.
+  __device__ __forceinline__ void make_dx() const {
+    float dx[kWideV][32] = {};
+    each_head(0, [&](const Tiles& at, const Factors& factors, float* sums, float skip, const TileCursor& states) {
+      add_dx(at, factors, sums, skip, states, dx);
+    }, [&](bool x, bool, bool, int head) {
+      const Params& p = p_.common;
+      if (x) flush(dx, p_.dx, p.heads / p.x_group, head / p.x_group, p.values, 0);
+    });
+  }
+
+  // The second one.
+  __device__ __forceinline__ void make_db_and_dc() const {
+    float db[kWideK][32] = {}, dc[kWideK][32] = {};
+    each_head(1, [&](const Tiles& at, const Factors& factors, float* sums, float, const TileCursor& states) {
+      add_db(at, factors, states, db);
+      add_dc(at, factors, sums, dc);
+    }, [&](bool, bool b, bool c, int head) {
+      const Params& p = p_.common;
+      if (b) flush(db, p_.db, p.heads / p.b_group, head / p.b_group, p.width, 1);
+      if (c) flush(dc, p_.dc, p.heads / p.c_group, head / p.c_group, p.width, 1);
+    });
   }
 
   // Where the slot has no chunk: nothing of the heads' parts.
@@ -179,8 +168,11 @@ class GradientsBlock {
   static constexpr int kAllBarrier = 1 + kWarpgroups;
 
   __device__ __forceinline__ int first_head() const { return blockIdx.x * p_.set; }
+  __device__ __forceinline__ int offset(int kind, const TileCursor& cursor) const {
+    return p_.slots[kind].offset + cursor.slot() * p_.slots[kind].size;
+  }
   __device__ __forceinline__ unsigned char* tiles(int kind, const TileCursor& cursor) const {
-    return tiles_ + p_.slots[kind].offset + cursor.slot() * p_.slots[kind].size;
+    return tiles_ + offset(kind, cursor);
   }
   __device__ __forceinline__ void await(int kind, const TileCursor& cursor) const {
     if (cursor.first()) shared_.tiles[kind][cursor.slot()].full.wait(cursor.turn() & 1);
@@ -196,10 +188,49 @@ class GradientsBlock {
     return p_.parts + (static_cast<long long>(which) * gridDim.y + blockIdx.y) * p_.common.heads + head;
   }
 
-  // Where a head's tiles are.
+  // Calls add(tiles, factors, sums, skip, cursor of the states) for each head, then flush(whether it is the last one of
+  // its x, of its b, of its c, head).
+  template <class Add, class Flush>
+  __device__ __forceinline__ void each_head(int warpgroup, const Add& add, const Flush& flush) const {
+    TileCursor cursors[kTileKinds];
+    for (int i = 0; i < p_.set; ++i) {
+      const int slot = i % kFactorRing, buffer = i % 2;
+      Tiles at;
+      at.shared = tiles_;
+#pragma unroll
+      for (int kind = 0; kind < kTileKinds; ++kind) at.offsets[kind] = offset(kind, cursors[kind]);
+#pragma unroll
+      for (int kind = 0; kind < kTilesStates; ++kind) await(kind, cursors[kind]);
+      if (p_.common.cu_seqlens != nullptr && shared_.chunk.tokens < kChunk) clear_tails(cursors);
+      shared_.factors[slot].full.wait(i / kFactorRing & 1);
+      if (i > 1) shared_.sums[buffer].empty.wait((i / 2 - 1) & 1);
+      float* const sums = sums_at(buffer);
+      add(at, Factors{factors_at(slot)}, sums, shared_.skips[slot], cursors[kTilesStates]);
+      multiply_states(at.states(), warpgroup, sums);
+      shared_.sums[buffer].full.arrive();
+      shared_.factors[slot].empty.arrive();
+      bool last[kTileKinds];
+#pragma unroll
+      for (int kind = 0; kind < kTileKinds; ++kind) {
+        last[kind] = cursors[kind].last(p_.slots[kind]);
+        if (last[kind]) shared_.tiles[kind][cursors[kind].slot()].empty.arrive();
+        cursors[kind].advance(p_.slots[kind]);
+      }
+      flush(last[kTilesX], last[kTilesB], last[kTilesC], first_head() + i);
+    }
+  }
+
+  // Where a head's tiles are. Offsets: five pointers would take twice the registers.
   struct Tiles {
-    unsigned char *x, *b, *c, *d_o, *states;
-    __device__ __forceinline__ unsigned char* dstates() const { return states + kStates; }
+    unsigned char* shared;
+    int offsets[kTileKinds];
+
+    __device__ __forceinline__ unsigned char* x() const { return shared + offsets[kTilesX]; }
+    __device__ __forceinline__ unsigned char* b() const { return shared + offsets[kTilesB]; }
+    __device__ __forceinline__ unsigned char* c() const { return shared + offsets[kTilesC]; }
+    __device__ __forceinline__ unsigned char* d_o() const { return shared + offsets[kTilesDO]; }
+    __device__ __forceinline__ unsigned char* states() const { return shared + offsets[kTilesStates]; }
+    __device__ __forceinline__ unsigned char* dstates() const { return states() + kStates; }
   };
 
   __device__ __forceinline__ void load_states(unsigned char* to, int head, Barrier& full) const {
@@ -258,21 +289,13 @@ class GradientsBlock {
     wgmma::commit();
   }
 
-  // Columns from `column` on of tiles of tokens.
-  static __device__ __forceinline__ const unsigned char* columns(const unsigned char* tiles, int column) {
-    return tiles + column / kTile * kTileSize + column % kTile * 2;
-  }
-
-  // Calls f(register of an accumulator of 64 tokens x kSize * 2 columns, the numbers of a tile at its place and behind).
-  template <int kSize, class F>
-  static __device__ __forceinline__ void each_of_tile(const float (&)[kSize], const unsigned char* tiles, int column,
-                                                      const F& f) {
-    const unsigned char* tile = tiles + column / kTile * kTileSize;
+  // Calls f(register of an accumulator of 64 tokens x 64 columns, the numbers of a tile at its place and behind).
+  template <class F>
+  static __device__ __forceinline__ void each_of_tile(const unsigned char* tile, const F& f) {
 #pragma unroll
-    for (int i = 0; i < kSize / 8; ++i) {
+    for (int i = 0; i < 4; ++i) {
       Word words[4];
-      load_matrices(words, tile + wgmma::swizzled(16 * warp_of_four() + lane() % 16,
-                                                  column % kTile / 8 + 2 * i + lane() / 16));
+      load_matrices(words, tile + straight_row(i));
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
         float low, high;
@@ -282,204 +305,190 @@ class GradientsBlock {
     }
   }
 
-  // The rows' products of an accumulator with a tile, times a factor of the row, to `sums`; the accumulator times another.
-  template <int kSize>
-  static __device__ __forceinline__ void dot_and_scale(float (&d)[kSize], const unsigned char* tiles, int column,
-                                                       const float (&of_sum)[2], const float (&of_d)[2], float* sums) {
-    float dot[2] = {};
-    each_of_tile(d, tiles, column, [&](int at, float low, float high) {
-      dot[at / 2 % 2] += low * d[at] + high * d[at + 1];
-    });
+  // The rows' products of an accumulator with a tile, times a factor of the row, to `sums`.
+  static __device__ __forceinline__ void dot(const float (&d)[32], const unsigned char* tile, const float (&factors)[2],
+                                             float* sums) {
+    float dots[2] = {};
+    each_of_tile(tile, [&](int at, float low, float high) { dots[at / 2 % 2] += low * d[at] + high * d[at + 1]; });
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      const float sum = of_sum[row] * sum_over_quad(dot[row]);
+      const float sum = factors[row] * sum_over_quad(dots[row]);
       if (lane() % 4 == 0) sums[row_token(row)] = sum;
     }
+  }
+  static __device__ __forceinline__ void scale_rows(float (&d)[32], const float (&factors)[2]) {
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) d[i] *= of_d[i / 2 % 2];
+    for (int i = 0; i < 32; ++i) d[i] *= factors[i / 2 % 2];
+    wgmma::pin(d);
+  }
+  static __device__ __forceinline__ void add(float (&to)[32], const float (&d)[32]) {
+#pragma unroll
+    for (int i = 0; i < 32; ++i) to[i] += d[i];
+  }
+  static __device__ __forceinline__ void settle(float (&d)[32]) {
+    wgmma::wait<0>();
     wgmma::pin(d);
   }
 
   // Tokens that write along rows.
-  __device__ __forceinline__ void by_writers(const Tiles& at, int warpgroup, const Factors& factors, float* sums,
-                                             float skip, const TileCursor& states, float (&dx)[kOfV / 2],
-                                             float (&db)[kOfK / 2]) const {
-    const int of_v = warpgroup * kOfV, of_k = warpgroup * kOfK;
-    const unsigned char *x = at.x, *b = at.b, *c = at.c, *d_o = at.d_o, *dstates = at.dstates();
-    Word weights[4][4], pairs[4][4];
-    TokenSums tokens;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {  // of the tokens that read: there are not registers for all at once
-      float scores[16], products[16];
+  __device__ __forceinline__ void add_dx(const Tiles& at, const Factors& factors, float* sums, float skip,
+                                         const TileCursor& states, float (&dx)[kWideV][32]) const {
+    Word weights[4][4];
+    {
+      float scores[32], products[32];
       wgmma::fence();
-      multiply_rows<kK / 16>(scores, b, c + half * kTileSize / 2);
-      multiply_rows<kV / 16>(products, x, d_o + half * kTileSize / 2);
-      wgmma::wait<0>();
-      wgmma::pin(scores);
+      multiply_rows<kK / 16>(scores, at.b(), at.c());
+      multiply_rows<kV / 16>(products, at.x(), at.d_o());
+      settle(scores);
       wgmma::pin(products);
-      weigh_writers(half, weights, pairs, scores, products, factors, tokens, warpgroup == 0 ? sums : nullptr);
+      weigh_writers(weights, scores, products, factors, sums);
     }
-    if (warpgroup == 0) tokens.leave(sums);
     await(kTilesStates, states);
     const float to_end[2] = {factors.to_end(row_token(0)), factors.to_end(row_token(1))};
     const float written[2] = {factors.row(kWritten, row_token(0)), factors.row(kWritten, row_token(1))};
-    {
-      float added[kOfV / 2];
+#pragma unroll
+    for (int tile = 0; tile < kWideV; ++tile) {
+      const unsigned char* const d_o = at.d_o() + tile * kTileSize;
+      float added[32];
       wgmma::fence();
-      multiply_rows<kK / 16>(added, b, dstates + of_v / kTile * kWideK * kTileSize + of_v % kTile * 128);
-      wgmma::wait<0>();
-      wgmma::pin(added);
-      dot_and_scale(added, x, of_v, to_end, written, sums + (kAtEnd + warpgroup) * kChunk);
+      multiply_rows<kK / 16>(added, at.b(), at.dstates() + tile * kWideK * kTileSize);
+      settle(added);
+      dot(added, at.x() + tile * kTileSize, to_end, sums + (kAtEnd + tile) * kChunk);
+      scale_rows(added, written);
       wgmma::fence();
-      add_tokens(added, weights, columns(d_o, of_v));
-      each_of_tile(dx, d_o, of_v, [&](int at, float low, float high) {
-        dx[at] += skip * low;
-        dx[at + 1] += skip * high;
+      add_tokens(added, weights, d_o);
+      each_of_tile(d_o, [&](int e, float low, float high) {
+        dx[tile][e] += skip * low;
+        dx[tile][e + 1] += skip * high;
       });
-      wgmma::wait<0>();
-      wgmma::pin(added);
-#pragma unroll
-      for (int e = 0; e < kOfV / 2; ++e) dx[e] += added[e];
+      settle(added);
+      add(dx[tile], added);
     }
-    float added[kOfK / 2];
-    wgmma::fence();
-    multiply_columns<kV / 16, kWideK>(added, x, columns(dstates, of_k));
-    wgmma::wait<0>();
-    wgmma::pin(added);
-#pragma unroll
-    for (int e = 0; e < kOfK / 2; ++e) added[e] *= written[e / 2 % 2];
-    wgmma::pin(added);
-    wgmma::fence();
-    add_tokens(added, pairs, columns(c, of_k));
-    wgmma::wait<0>();
-    wgmma::pin(added);
-#pragma unroll
-    for (int e = 0; e < kOfK / 2; ++e) db[e] += added[e];
   }
 
-  // Tokens that read along rows.
-  __device__ __forceinline__ void by_readers(const Tiles& at, int warpgroup, const Factors& factors, float* sums,
-                                             float (&dc)[kOfK / 2]) const {
-    const int of_k = warpgroup * kOfK;
-    float added[kOfK / 2];
+  // The same.
+  __device__ __forceinline__ void add_db(const Tiles& at, const Factors& factors, const TileCursor& states,
+                                         float (&db)[kWideK][32]) const {
     Word pairs[4][4];
     {
       float products[32];
       wgmma::fence();
-      multiply_rows<kV / 16>(products, at.d_o, at.x);
-      wgmma::wait<0>();
-      wgmma::pin(products);
-      weigh_readers<T, false>(pairs, products, factors);
+      multiply_rows<kV / 16>(products, at.x(), at.d_o());
+      settle(products);
+      pair_writers(pairs, products, factors);
     }
-    wgmma::fence();
-    multiply_columns<kV / 16, kWideK>(added, at.d_o, columns(at.states, of_k));
-    wgmma::wait<0>();
-    wgmma::pin(added);
+    await(kTilesStates, states);
+    const float written[2] = {factors.row(kWritten, row_token(0)), factors.row(kWritten, row_token(1))};
+#pragma unroll
+    for (int tile = 0; tile < kWideK; ++tile) {
+      float added[32];
+      wgmma::fence();
+      multiply_columns<kV / 16, kWideK>(added, at.x(), at.dstates() + tile * kTileSize);
+      settle(added);
+      scale_rows(added, written);
+      wgmma::fence();
+      add_tokens(added, pairs, at.c() + tile * kTileSize);
+      settle(added);
+      add(db[tile], added);
+    }
+  }
+
+  // Tokens that read along rows.
+  __device__ __forceinline__ void add_dc(const Tiles& at, const Factors& factors, float* sums,
+                                         float (&dc)[kWideK][32]) const {
+    Word pairs[4][4];
+    {
+      float products[32];
+      wgmma::fence();
+      multiply_rows<kV / 16>(products, at.d_o(), at.x());
+      settle(products);
+      weigh_readers<T, false, kAnyWarp>(pairs, products, factors);
+    }
     const float from_start[2] = {factors.row(kFromStart, row_token(0)), factors.row(kFromStart, row_token(1))};
-    dot_and_scale(added, at.c, of_k, from_start, from_start, sums + (kOfState + warpgroup) * kChunk);
-    wgmma::fence();
-    add_tokens(added, pairs, columns(at.b, of_k));
-    wgmma::wait<0>();
-    wgmma::pin(added);
 #pragma unroll
-    for (int e = 0; e < kOfK / 2; ++e) dc[e] += added[e];
+    for (int tile = 0; tile < kWideK; ++tile) {
+      float added[32];
+      wgmma::fence();
+      multiply_columns<kV / 16, kWideK>(added, at.d_o(), at.states() + tile * kTileSize);
+      settle(added);
+      dot(added, at.c() + tile * kTileSize, from_start, sums + (kOfState + tile) * kChunk);
+      scale_rows(added, from_start);
+      wgmma::fence();
+      add_tokens(added, pairs, at.b() + tile * kTileSize);
+      settle(added);
+      add(dc[tile], added);
+    }
   }
 
-  // Of this thread's two rows, tokens that write: what later ones read of them, they themselves, and x . dO.
-  struct TokenSums {
-    float above[2] = {}, own[2] = {}, skipped[2] = {};
-
-    __device__ __forceinline__ void leave(float* sums) const {
+  // Packs what tokens that write are read with, and leaves what comes of its product with `products`: sums over the
+  // tokens that read, those that write themselves among them, and over those that write; and x . dO.
+  static __device__ __forceinline__ void weigh_writers(Word (&weights)[4][4], const float (&scores)[32],
+                                                       const float (&products)[32], const Factors& factors,
+                                                       float* sums) {
+    const Decays<kAnyWarp> decays(factors);
+    const float step[2] = {factors.row(kStep, row_token(0)), factors.row(kStep, row_token(1))};
+    float above[2] = {}, skipped[2] = {};
 #pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        const float found[3] = {sum_over_quad(above[row]), sum_over_quad(own[row]), sum_over_quad(skipped[row])};
-        if (lane() % 4 == 0) {
+    for (int half = 0; half < 2; ++half) {  // of the tokens that read: their sums are added up across rows apart
+      float below[8] = {};
 #pragma unroll
-          for (int which = 0; which < 3; ++which) sums[(kAbove + which) * kChunk + row_token(row)] = found[which];
-        }
+      for (int i = 0; i < 4; ++i) {
+        const int block = 4 * half + i;
+        each_writer(decays, block, [&](int row, const float2& decay) {
+          const int at = 4 * block + 2 * row;
+          const float low = scores[at] * decay.x, high = scores[at + 1] * decay.y;
+          const float both_low = low * products[at], both_high = high * products[at + 1];
+          above[row] += both_low + both_high;
+          below[2 * i] += step[row] * both_low;
+          below[2 * i + 1] += step[row] * both_high;
+          weights[block / 2][2 * (block % 2) + row] = wgmma::pack<T>(step[row] * low, step[row] * high);
+          if (decays.same(block)) {
+            const int itself = row_token(row) - 8 * block - 2 * (lane() % 4);
+            skipped[row] += itself == 0 ? products[at] : itself == 1 ? products[at + 1] : 0.0f;
+          }
+        });
+      }
+      sums[(kBelow + decays.warp()) * kChunk + 32 * half + column_of_sum()] = sum_over_rows(below);
+    }
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      const float found[2] = {sum_over_quad(above[row]), sum_over_quad(skipped[row])};
+      if (lane() % 4 == 0) {
+        sums[kAbove * kChunk + row_token(row)] = found[0];
+        sums[kSkipped * kChunk + row_token(row)] = found[1];
       }
     }
-  };
-
-  // Packs both kinds of weights for half of the tokens that read, and sums up what comes of their product: over those
-  // tokens, and (to `sums`, if given) over those that write.
-  static __device__ __forceinline__ void weigh_writers(int half, Word (&weights)[4][4], Word (&pairs)[4][4],
-                                                       const float (&scores)[16], const float (&products)[16],
-                                                       const Factors& factors, TokenSums& tokens, float* sums) {
-    switch (uniform(warp_of_four())) {
-      case 0: return weigh_writers<0>(half, weights, pairs, scores, products, factors, tokens, sums);
-      case 1: return weigh_writers<1>(half, weights, pairs, scores, products, factors, tokens, sums);
-      case 2: return weigh_writers<2>(half, weights, pairs, scores, products, factors, tokens, sums);
-      default: return weigh_writers<3>(half, weights, pairs, scores, products, factors, tokens, sums);
-    }
-  }
-  template <int kWarp>
-  static __device__ __forceinline__ void weigh_writers(int half, Word (&weights)[4][4], Word (&pairs)[4][4],
-                                                       const float (&scores)[16], const float (&products)[16],
-                                                       const Factors& factors, TokenSums& tokens, float* sums) {
-    const Writers<kWarp> writers(factors);
-    float below[8] = {};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      writers.each(weights, 4 * half + i, [&](float (&weight)[2], int row, const float (&decay)[2], int itself) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int at = 4 * i + 2 * row + e;
-          const float of_one = scores[at] * decay[e], both = of_one * products[at];
-          weight[e] = writers.step[row] * of_one;
-          tokens.own[row] += e == itself ? both : 0.0f;
-          tokens.skipped[row] += e == itself ? products[at] : 0.0f;
-          tokens.above[row] += e == itself ? 0.0f : both;
-          below[2 * i + e] += e == itself ? 0.0f : writers.step[row] * both;
-        }
-      });
-      writers.each(pairs, 4 * half + i, [&](float (&pair)[2], int row, const float (&decay)[2], int) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) pair[e] = writers.step[row] * (products[4 * i + 2 * row + e] * decay[e]);
-      });
-    }
-    if (sums != nullptr) sums[(kBelow + kWarp) * kChunk + 32 * half + column_of_sum()] = sum_over_rows(below);
   }
 
-  // The rows of a warp whose tokens write, and the decays to those that read along columns.
-  template <int kWarp>
-  struct Writers {
-    const Factors factors;
-    const float step[2], sum[2];
-
-    __device__ __forceinline__ explicit Writers(const Factors& factors)
-        : factors(factors),
-          step{factors.row(kStep, row_token(0)), factors.row(kStep, row_token(1))},
-          sum{factors.row(kSum, row_token(0)), factors.row(kSum, row_token(1))} {}
-
-    // Calls f(two neighbours, row, their decays, which of them is the row's own token or -1) to fill them; packs them.
-    template <class F>
-    __device__ __forceinline__ void each(Word (&packed)[4][4], int block, const F& f) const {
-      const bool diagonal = block / 2 == kWarp;
-      const int reader = 8 * block + 2 * (lane() % 4);
-      const float2 other = factors.columns(diagonal ? kSum : kInBlock, block);
+  // Packs `products` with the same decays.
+  static __device__ __forceinline__ void pair_writers(Word (&pairs)[4][4], const float (&products)[32],
+                                                      const Factors& factors) {
+    const Decays<kAnyWarp> decays(factors);
+    const float step[2] = {factors.row(kStep, row_token(0)), factors.row(kStep, row_token(1))};
 #pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        Word& word = packed[block / 2][2 * (block % 2) + row];
-        if (block / 2 < kWarp) {
-          word = 0;
-          continue;
-        }
-        const int writer = row_token(row);
-        float two[2], decay[2];
-        if (diagonal) {
-          decay[0] = reader >= writer ? exp2_fast(other.x - sum[row]) : 0.0f;
-          decay[1] = reader + 1 >= writer ? exp2_fast(other.y - sum[row]) : 0.0f;
-        } else {
-          const float to_block = factors.row(static_cast<Factor>(kToBlock1 - 1 + block / 2), writer);
-          decay[0] = to_block * other.x;
-          decay[1] = to_block * other.y;
-        }
-        f(two, row, decay, diagonal ? writer - reader : -1);
-        word = wgmma::pack<T>(two[0], two[1]);
-      }
+    for (int block = 0; block < 8; ++block) {
+      each_writer(decays, block, [&](int row, const float2& decay) {
+        const int at = 4 * block + 2 * row;
+        pairs[block / 2][2 * (block % 2) + row] =
+            wgmma::pack<T>(step[row] * (products[at] * decay.x), step[row] * (products[at + 1] * decay.y));
+      });
     }
-  };
+  }
+
+  // Calls f(row, decays from its token, which writes, through two that read) for both rows.
+  template <class F>
+  static __device__ __forceinline__ void each_writer(const Decays<kAnyWarp>& decays, int block, const F& f) {
+    const Factors& factors = decays.factors();
+    const float2 in_block = factors.columns(kInBlock, block);
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      const float to_block =
+          block < 2 ? 0.0f : factors.row(static_cast<Factor>(kToBlock1 - 1 + block / 2), row_token(row));
+      float2 decay = make_float2(to_block * in_block.x, to_block * in_block.y);
+      if (decays.same(block)) decay = decays.template between<false>(block, row);
+      f(row, decay);
+    }
+  }
 
   // Of eight columns, two of each block of eight tokens, sums over the lanes that have other rows: each gets one, and
   // which of 32 it is.
@@ -536,8 +545,8 @@ class GradientsBlock {
       return sum;
     };
     const float2 step = two(factors.at + kStep * kChunk), slope = two(factors.at + kSlope * kChunk);
-    const float2 below = total(kBelow, 4), of_state = total(kOfState, kWarpgroups);
-    const float2 above = total(kAbove, 1), own = total(kOwn, 1), at_end = total(kAtEnd, kWarpgroups);
+    const float2 below = total(kBelow, 4), of_state = total(kOfState, kWideK);
+    const float2 above = total(kAbove, 1), at_end = total(kAtEnd, kWideV);
     float whole = 0.0f;
     for (int i = 0; i < 4 * kWarpgroups; ++i) whole += sums[kSums * kChunk + i];
     whole *= factors.whole();
@@ -556,8 +565,8 @@ class GradientsBlock {
     const float before = through - added.x - added.y;
     const float2 gate = make_float2(from_here + before + whole, from_here - read.x + before + added.x + whole);
 
-    const float2 ddt = make_float2(slope.x * (above.x + own.x + at_end.x + rate * gate.x),
-                                   slope.y * (above.y + own.y + at_end.y + rate * gate.y));
+    const float2 ddt = make_float2(slope.x * (above.x + at_end.x + rate * gate.x),
+                                   slope.y * (above.y + at_end.y + rate * gate.y));
     const float2 skipped = two(sums + kSkipped * kChunk);
     store_ddt(head, chunk, ddt);
     float of_head[3] = {step.x * gate.x + step.y * gate.y, skipped.x + skipped.y, ddt.x + ddt.y};
@@ -587,30 +596,33 @@ class GradientsBlock {
     }
   }
 
-  // Sends gradients of 64 tokens x kSize * 2 columns to their place, and starts anew.
-  template <int kSize>
-  __device__ __forceinline__ void flush(float (&d)[kSize], void* tensor, int heads, int head, int width, int column,
+  // Sends gradients of a chunk's tokens to their place, and starts anew.
+  template <int kTiles>
+  __device__ __forceinline__ void flush(float (&d)[kTiles][32], void* tensor, int heads, int head, int width,
                                         int warpgroup) const {
     const Chunk& chunk = shared_.chunk;
     unsigned char* const tile = tiles_ + p_.staging + warpgroup * kTileSize;
-    sync_threads(1 + warpgroup, 128);
-#pragma unroll
-    for (int i = 0; i < kSize / 8; ++i) {
-      Word packed[4];
-      wgmma::pack_operand<T>(packed, d, i);
-      store_matrices(tile + straight_row(i), packed);
-    }
-    sync_threads(1 + warpgroup, 128);
-    constexpr int kPieces = kSize / 4;  // of a row
+    constexpr int kPieces = 8;  // of a row
     const int thread = threadIdx.x % 128, piece = thread % kPieces;
-    T* const out = static_cast<T*>(tensor) + column + 8 * piece;
-    for (int row = thread / kPieces; row < chunk.tokens && column + 8 * piece < width; row += 128 / kPieces) {
-      const long long token = static_cast<long long>(chunk.batch) * p_.common.tokens + chunk.begin + row;
-      *reinterpret_cast<uint4*>(out + (token * heads + head) * width) =
-          *reinterpret_cast<const uint4*>(tile + wgmma::swizzled(row, piece));
-    }
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) d[i] = 0.0f;
+    for (int i = 0; i < kTiles; ++i) {
+      sync_threads(1 + warpgroup, 128);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        Word packed[4];
+        wgmma::pack_operand<T>(packed, d[i], j);
+        store_matrices(tile + straight_row(j), packed);
+      }
+      sync_threads(1 + warpgroup, 128);
+      const int column = i * kTile + 8 * piece;
+      for (int row = thread / kPieces; row < chunk.tokens && column < width; row += 128 / kPieces) {
+        const long long token = static_cast<long long>(chunk.batch) * p_.common.tokens + chunk.begin + row;
+        *reinterpret_cast<uint4*>(static_cast<T*>(tensor) + (token * heads + head) * width + column) =
+            *reinterpret_cast<const uint4*>(tile + wgmma::swizzled(row, piece));
+      }
+#pragma unroll
+      for (int j = 0; j < 32; ++j) d[i][j] = 0.0f;
+    }
   }
 
   const GradientsParams& p_;
@@ -635,8 +647,7 @@ __device__ __forceinline__ void gradients(const GradientsParams& p, unsigned cha
   const int warpgroup = uniform(threadIdx.x / 128);
   if (warpgroup < Block::kWarpgroups) {
     claim_registers<kGradientRegisters>();
-    block.run(warpgroup);
-    return;
+    return warpgroup == 0 ? block.make_dx() : block.make_db_and_dc();
   }
   release_registers<kGradientLoaderRegisters>();
   const int warp = uniform(warp_of_four());

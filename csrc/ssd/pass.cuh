@@ -195,7 +195,7 @@ class Chain {
     meanwhile();
     wgmma::wait<kMore>();
     wgmma::pin(scores);
-    weigh_readers<T, true>(weights, scores, factors);
+    weigh_readers_by_warp<T, true>(weights, scores, factors);
   }
 
   __device__ __forceinline__ void read_state(float (&o)[32], const Inputs& stage) const {

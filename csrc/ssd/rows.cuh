@@ -42,46 +42,83 @@ struct Factors {
   }
 };
 
-// Packs an accumulator whose rows are tokens that read and whose columns are those that wrote, times step and decay; a
-// warp has the rows of one block of 16. Masked by choice: what is no number stays out. kStepped: whether the factors to
-// a block have the step in them.
+// Decays of one head between the tokens of a warp's rows, one block of 16, and those of an accumulator's columns. The
+// factors to a block are 0 for tokens not before it, so products of them serve all columns but those of the block itself.
+//
+// kWarp: which of the four warps it is, where each has code of its own, or kAnyWarp. Its own is faster, but large code
+// four times over does not stay in the instruction cache.
+constexpr int kAnyWarp = -1;
+
+template <int kWarp>
+class Decays {
+ public:
+  __device__ __forceinline__ explicit Decays(const Factors& factors)
+      : factors_(factors),
+        warp_(kWarp == kAnyWarp ? uniform(warp_of_four()) : kWarp),
+        sum_{factors.row(kSum, row_token(0)), factors.row(kSum, row_token(1))} {}
+
+  // Whether columns 8 block to 8 block + 7 are of the same 16 tokens as the rows. The same for all lanes.
+  __device__ __forceinline__ bool same(int block) const { return block / 2 == warp(); }
+  // Whether they are known to be later ones.
+  static __device__ __forceinline__ constexpr bool later(int block) { return kWarp != kAnyWarp && block / 2 > kWarp; }
+  __device__ __forceinline__ int warp() const { return kWarp == kAnyWarp ? warp_ : kWarp; }
+  __device__ __forceinline__ const Factors& factors() const { return factors_; }
+
+  // From a column's token through a row's, or the other way round, where they are of the same 16. Masked by choice: where
+  // time runs backwards the exponential overflows.
+  template <bool kRowsRead>
+  __device__ __forceinline__ float2 between(int block, int row) const {
+    const int column = 8 * block + 2 * (lane() % 4), token = row_token(row);
+    const float2 sum = factors_.columns(kSum, block);
+    const float low = exp2_fast(kRowsRead ? sum_[row] - sum.x : sum.x - sum_[row]);
+    const float high = exp2_fast(kRowsRead ? sum_[row] - sum.y : sum.y - sum_[row]);
+    const bool first = kRowsRead ? column <= token : column >= token;
+    const bool second = kRowsRead ? column < token : column + 1 >= token;
+    return make_float2(first ? low : 0.0f, second ? high : 0.0f);
+  }
+
+ private:
+  const Factors factors_;
+  const int warp_;
+  const float sum_[2];
+};
+
+// Packs an accumulator whose rows are tokens that read and whose columns are those that wrote, times step and decay.
+// kStepped: whether the factors to a block have the step in them.
 template <class T, bool kStepped, int kWarp>
 __device__ __forceinline__ void weigh_readers(Word (&weights)[4][4], const float (&scores)[32], const Factors& factors) {
-  const int first = row_token(0);
-  const float in_block[2] = {factors.row(kInBlock, first), factors.row(kInBlock, first + 8)};
-  const float sum[2] = {factors.row(kSum, first), factors.row(kSum, first + 8)};
+  const Decays<kWarp> decays(factors);
+  const bool any = decays.warp() > 0;
+  const auto to_block = static_cast<Factor>(kToBlock1 + (any ? decays.warp() - 1 : 0));
+  const float in_block[2] = {any ? factors.row(kInBlock, row_token(0)) : 0.0f,
+                             any ? factors.row(kInBlock, row_token(1)) : 0.0f};
 #pragma unroll
   for (int block = 0; block < 8; ++block) {
     Word* const to = weights[block / 2] + 2 * (block % 2);
-    if (block / 2 > kWarp) {
+    if (decays.later(block)) {
       to[0] = to[1] = 0;
-    } else if (block / 2 < kWarp) {
-      float2 to_block = factors.columns(static_cast<Factor>(kToBlock1 - 1 + kWarp), block);
-      if constexpr (!kStepped) {
-        const float2 step = factors.columns(kStep, block);
-        to_block.x *= step.x, to_block.y *= step.y;
-      }
+      continue;
+    }
+    const float2 step = factors.columns(kStep, block);
+    float2 written = factors.columns(to_block, block);
+    if constexpr (!kStepped) written.x *= step.x, written.y *= step.y;
 #pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        to[row] = wgmma::pack<T>(scores[4 * block + 2 * row] * (in_block[row] * to_block.x),
-                                 scores[4 * block + 2 * row + 1] * (in_block[row] * to_block.y));
+    for (int row = 0; row < 2; ++row) {
+      float2 weight = make_float2(in_block[row] * written.x, in_block[row] * written.y);
+      if (decays.same(block)) {
+        weight = decays.template between<true>(block, row);
+        weight.x *= step.x, weight.y *= step.y;
       }
-    } else {
-      const float2 written = factors.columns(kSum, block), step = factors.columns(kStep, block);
-      const int column = 8 * block + 2 * (lane() % 4);
-#pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        const int token = first + 8 * row;
-        const float low = scores[4 * block + 2 * row] * step.x * exp2_fast(sum[row] - written.x);
-        const float high = scores[4 * block + 2 * row + 1] * step.y * exp2_fast(sum[row] - written.y);
-        to[row] = wgmma::pack<T>(column <= token ? low : 0.0f, column < token ? high : 0.0f);
-      }
+      const int at = 4 * block + 2 * row;
+      to[row] = wgmma::pack<T>(scores[at] * weight.x, scores[at + 1] * weight.y);
     }
   }
 }
 
+// The same with code of its own for each warp.
 template <class T, bool kStepped>
-__device__ __forceinline__ void weigh_readers(Word (&weights)[4][4], const float (&scores)[32], const Factors& factors) {
+__device__ __forceinline__ void weigh_readers_by_warp(Word (&weights)[4][4], const float (&scores)[32],
+                                                      const Factors& factors) {
   switch (uniform(warp_of_four())) {
     case 0: return weigh_readers<T, kStepped, 0>(weights, scores, factors);
     case 1: return weigh_readers<T, kStepped, 1>(weights, scores, factors);

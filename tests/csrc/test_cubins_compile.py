@@ -128,8 +128,9 @@ SSD_CHUNKED += [
     for width in (64, 128)
     for values in (64, 128)
 ]
-# The gradients at V = K = 128 keep sums over heads of three kinds, and a few numbers have no register.
-SSD_STACK = {"gradients-TBF16-V128-K128": 64, "gradients-TFP16-V128-K128": 64}
+
+# Bytes of a thread. With K = 128 a warpgroup of the gradients has four accumulators; a few addresses go to the stack.
+SSD_GRADIENTS_STACK = {64: 0, 128: 24}
 
 SSD_STEPS = [
     cuda_recurrent.spec(dtype, state, width, threads, rows)
@@ -223,11 +224,11 @@ def test_nvrtc_compiles_the_decode_step(listed, tmp_path):
 
 
 def check_ssd_chunked(spec: Spec, code: bytes, folder: Path) -> None:
-    dims = "-".join(f"{name}{value}".upper() for name, value in spec.defines)
     for kernel in SSD_KERNELS[spec.unit]:
         used = resources(code, folder, f"ssd_{kernel}")
-        assert used["STACK"] <= SSD_STACK.get(f"{spec.unit}-{dims}", 0), f"{kernel}: {used}"
-        assert used["LOCAL"] == 0, f"{kernel}: {used}"
+        allowed = SSD_GRADIENTS_STACK[dict(spec.defines)["K"]] if spec.unit == "gradients" else 0
+        assert used["STACK"] <= allowed, kernel
+        assert used["LOCAL"] == 0, kernel
 
 
 @needs_nvrtc
