@@ -27,17 +27,23 @@ def within_budget(result: Tensor, eager: Tensor, exact: Tensor, name: str = "res
     assert ours <= 2 * max(theirs, floor), f"{name}: error {ours:.2e} of float64, eager has {theirs:.2e}"
 
 
-def gradients(function: Callable[..., Any], inputs: dict[str, Any], wanted: Sequence[str]) -> dict[str, Tensor]:
-    """Gradients of a fixed random projection of all outputs, in the inputs' dtypes."""
+def gradients(
+    function: Callable[..., Any], inputs: dict[str, Any], wanted: Sequence[str], weights: torch.dtype = torch.float64
+) -> dict[str, Tensor]:
+    """Gradients of a fixed random projection of all outputs, in the inputs' dtypes.
+
+    Args:
+        weights: whose numbers the projection has. With float64's, an output of 16 bits rounds its own gradient, which
+            then counts as the op's error; with bfloat16's no dtype does.
+    """
     leaves = {name: inputs[name].detach().clone().requires_grad_() for name in wanted}
     outputs = function(**{**inputs, **leaves})
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     generator = torch.Generator(device="cpu").manual_seed(7)
     total: Any = 0.0
     for output in outputs:
-        # As bf16 has them, so that no dtype rounds the gradients of the outputs: it would count as the op's error.
-        weights = torch.randn(output.shape, generator=generator, dtype=torch.float64).bfloat16().double()
-        total = total + (output.double() * weights.to(output.device)).sum()
+        drawn = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(weights).double()
+        total = total + (output.double() * drawn.to(output.device)).sum()
     total.backward()
     return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
 

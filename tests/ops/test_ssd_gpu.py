@@ -184,10 +184,10 @@ def test_slices_of_one_projection(backend, dtype, padding):
 def check_gradients(inputs, backend, units=5, **options):
     options = {"dt_softplus": True} | options
     wanted = [name for name in NAMES if inputs[name] is not None]
-    exact = gradients(chunk_ssd, cast(inputs, torch.float64) | {"backend": "reference"} | options, wanted)
+    exact = gradients(chunk_ssd, cast(inputs, torch.float64) | {"backend": "reference"} | options, wanted, BF16)
     with where_it_runs(backend):
-        found = gradients(chunk_ssd, inputs | {"backend": backend} | options, wanted)
-        again = gradients(chunk_ssd, inputs | {"backend": backend} | options, wanted)
+        found = gradients(chunk_ssd, inputs | {"backend": backend} | options, wanted, BF16)
+        again = gradients(chunk_ssd, inputs | {"backend": backend} | options, wanted, BF16)
     dtype = inputs["x"].dtype
     for name, gradient in found.items():
         assert gradient.dtype == inputs[name].dtype
