@@ -40,9 +40,13 @@ def check(inputs, **options):
 def check_gradients(inputs, **options):
     options = {"activation": "silu"} | options
     wanted = [name for name in NAMES if inputs[name] is not None]
-    ours, again = (gradients(causal_conv1d, inputs | options | {"backend": "triton"}, wanted) for _ in range(2))
-    eager = gradients(causal_conv1d, inputs | options | {"backend": "reference"}, wanted)
-    exact = gradients(causal_conv1d, cast(inputs, torch.float64) | options | {"backend": "reference"}, wanted)
+    ours, again = (
+        gradients(causal_conv1d, inputs | options | {"backend": "triton"}, wanted, torch.bfloat16) for _ in range(2)
+    )
+    eager = gradients(causal_conv1d, inputs | options | {"backend": "reference"}, wanted, torch.bfloat16)
+    exact = gradients(
+        causal_conv1d, cast(inputs, torch.float64) | options | {"backend": "reference"}, wanted, torch.bfloat16
+    )
     for name in wanted:
         assert torch.equal(ours[name], again[name]), name
         within_budget(ours[name], eager[name], exact[name], name)

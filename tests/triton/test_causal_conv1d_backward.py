@@ -20,9 +20,11 @@ def small_tiles():
 def check(inputs, **options):
     wanted = [name for name in NAMES if inputs[name] is not None]
     options = {"activation": "silu"} | options
-    ours = gradients(causal_conv1d, inputs | options | {"backend": "triton"}, wanted)
-    eager = gradients(causal_conv1d, inputs | options | {"backend": "reference"}, wanted)
-    exact = gradients(causal_conv1d, cast(inputs, torch.float64) | options | {"backend": "reference"}, wanted)
+    ours = gradients(causal_conv1d, inputs | options | {"backend": "triton"}, wanted, torch.bfloat16)
+    eager = gradients(causal_conv1d, inputs | options | {"backend": "reference"}, wanted, torch.bfloat16)
+    exact = gradients(
+        causal_conv1d, cast(inputs, torch.float64) | options | {"backend": "reference"}, wanted, torch.bfloat16
+    )
     for name in wanted:
         assert ours[name].dtype == inputs[name].dtype
         within_budget(ours[name], eager[name], exact[name], name)

@@ -44,9 +44,9 @@ def test_the_gradients_agree_with_float64(case):
 @pytest.mark.parametrize("per_head", [True, False])
 def test_through_autograd(order, per_head):
     x = make(per_head=per_head)
-    ours = gradients(lambda **kw: run(kw, order), x, list(x))
-    eager = gradients(lambda **kw: run(kw, order, "reference"), x, list(x))
-    exact = gradients(lambda **kw: run(kw, order, "reference"), cast(x, torch.float64), list(x))
+    ours = gradients(lambda **kw: run(kw, order), x, list(x), torch.bfloat16)
+    eager = gradients(lambda **kw: run(kw, order, "reference"), x, list(x), torch.bfloat16)
+    exact = gradients(lambda **kw: run(kw, order, "reference"), cast(x, torch.float64), list(x), torch.bfloat16)
     for name in x:
         within_budget(ours[name], eager[name], exact[name], name)
 
