@@ -24,6 +24,7 @@ __device__ __forceinline__ void store_tokens(const TensorMap& map, void* tensor,
   const int piece = thread % 8;
   if (column + 8 * piece >= width) return;
   T* out = static_cast<T*>(tensor) + column + 8 * piece;
+#pragma unroll 1
   for (int row = thread / 8; row < chunk.tokens; row += kThreads / 8) {
     *reinterpret_cast<uint4*>(out + (static_cast<long long>(chunk.begin + row) * heads + head) * width) =
         *reinterpret_cast<const uint4*>(tile + wgmma::swizzled(row, piece));
@@ -34,6 +35,7 @@ __device__ __forceinline__ void store_tokens(const TensorMap& map, void* tensor,
 // clear(where 16 bytes of such a row are in a tile) for a thread's share of them.
 template <class F>
 __device__ __forceinline__ void each_row_from(int first, int thread, int threads, const F& clear) {
+#pragma unroll 1
   for (int i = thread; i < (kChunk - first) * 8; i += threads) clear(wgmma::swizzled(first + i / 8, i % 8));
 }
 __device__ __forceinline__ void clear_words(unsigned char* at) { *reinterpret_cast<uint4*>(at) = make_uint4(0, 0, 0, 0); }

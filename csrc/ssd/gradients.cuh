@@ -17,254 +17,289 @@ namespace hylo::ssd {
 
 // What a block's warps share beside the tiles.
 struct GradientsShared {
-  Chunk chunk;
+  TileSlots slots[kTileKinds];
+  Chunk chunks[kGradientWarpgroups];  // each warpgroup's own
   Handover tiles[kTileKinds][kMostDepth];
-  Handover factors[kFactorRing], sums[2];
+  Handover factors[kFactorRing], sums[kSumsRing];
   float skips[kFactorRing], rates[kFactorRing];
 };
 
-// Where a warp is with one kind of tiles, which it fills or empties for each head or for each group of heads.
-class TileCursor {
- public:
-  __device__ __forceinline__ int slot() const { return bits_ >> kSlotBit & 3; }
-  __device__ __forceinline__ int turn() const { return bits_ >> kTurnBit; }
-  __device__ __forceinline__ bool first() const { return within() == 0; }
-  __device__ __forceinline__ bool last(const TileSlots& slots) const { return within() == slots.group - 1; }
+// Where one kind of tiles is for a head, and whether the head is the first or the last one that it serves.
+struct Turn {
+  int bits;
 
-  // On to the next head.
-  __device__ __forceinline__ void advance(const TileSlots& slots) {
-    if (!last(slots)) {
-      ++bits_;
-    } else if (slot() + 1 < slots.depth) {
-      bits_ = (bits_ & ~kWithin) + (1 << kSlotBit);
-    } else {
-      bits_ = (turn() + 1) << kTurnBit;
+  static __device__ __forceinline__ int pack(int place, int slot, bool first, bool last, int parity) {
+    return place >> 10 | slot << 9 | int{first} << 11 | int{last} << 12 | parity << 13;
+  }
+  // That of a kind, out of what the lanes have.
+  __device__ __forceinline__ Turn of(int kind) const { return {__shfl_sync(kAllLanes, bits, kind)}; }
+  __device__ __forceinline__ int place() const { return (bits & 511) << 10; }
+  __device__ __forceinline__ int slot() const { return bits >> 9 & 3; }
+  __device__ __forceinline__ bool first() const { return bits >> 11 & 1; }
+  __device__ __forceinline__ bool last() const { return bits >> 12 & 1; }
+  __device__ __forceinline__ int parity() const { return bits >> 13; }
+};
+
+// A warp's way through the slots of all kinds of tiles: each of its first lanes follows one kind.
+class Turns {
+ public:
+  __device__ __forceinline__ explicit Turns(const TileSlots (&slots)[kTileKinds])
+      : slots_(slots[lane() < kTileKinds ? lane() : 0]) {}
+
+  // Of the lane's kind, for the next head.
+  __device__ __forceinline__ Turn next() {
+    const TileSlots slots = slots_;
+    const bool first = within_ == 0, last = within_ == slots.group - 1;
+    const int bits = Turn::pack(slots.offset + slot_ * slots.size, slot_, first, last, parity_);
+    within_ = last ? 0 : within_ + 1;
+    if (last) {
+      const bool around = slot_ == slots.depth - 1;
+      slot_ = around ? 0 : slot_ + 1;
+      parity_ ^= around;
     }
+    return {bits};
   }
 
  private:
-  static constexpr int kSlotBit = 16, kTurnBit = 18, kWithin = (1 << kSlotBit) - 1;
-  __device__ __forceinline__ int within() const { return bits_ & kWithin; }
-
-  int bits_ = 0;  // in one register: there are five cursors
+  const TileSlots& slots_;  // in shared memory: it is read once a head
+  int within_ = 0, slot_ = 0, parity_ = 0;
 };
 
 template <class T, int kV, int kK>
 class GradientsBlock {
  public:
-  static constexpr int kWarpgroups = kGradientWarpgroups;
-  static constexpr int kThreads = 128 * kWarpgroups;
+  static constexpr int kThreads = 128 * kGradientWarpgroups;
   static constexpr int kWideV = kV / kTile, kWideK = kK / kTile;
 
   __device__ __forceinline__ GradientsBlock(const GradientsParams& p, unsigned char* shared, GradientsShared& barriers)
       : p_(p), tiles_(shared), shared_(barriers) {}
 
-  static __device__ __forceinline__ void init(GradientsShared& shared) {
-    for (auto& kind : shared.tiles) {
-      for (Handover& tile : kind) tile.init(1, kThreads);
+  static __device__ __forceinline__ void init(const GradientsParams& p, GradientsShared& shared) {
+    for (int kind = 0; kind < kTileKinds; ++kind) shared.slots[kind] = p.slots[kind];
+    for (int kind = 0; kind < kTileKinds; ++kind) {
+      for (Handover& tile : shared.tiles[kind]) tile.init(1, 128 * readers(kind));
     }
     for (Handover& factors : shared.factors) factors.init(32, kThreads + 32);
     for (Handover& sums : shared.sums) sums.init(kThreads, 32);
     fence_barrier_init();
   }
 
-  // By one thread.
+  // A warp, of which one lane issues the copies.
   __device__ __forceinline__ void load() const {
-    const Params& p = p_.common;
-    const Chunk& chunk = shared_.chunk;
-    const TensorMap* const maps[] = {&p.x, &p.b, &p.c, &p.d_o};
-    TileCursor cursors[kTileKinds];
-    for (int i = 0; i < p_.set; ++i) {
-      const int head = first_head() + i;
-#pragma unroll
+    Turns all(shared_.slots);
+    each_head([&](const Place& at) {
+      const Turn turns = all.next();
+#pragma unroll 1
       for (int kind = 0; kind < kTileKinds; ++kind) {
-        const TileSlots& slots = p_.slots[kind];
-        const TileCursor& cursor = cursors[kind];
-        if (cursor.first()) {
-          Handover& barrier = shared_.tiles[kind][cursor.slot()];
-          unsigned char* const to = tiles(kind, cursor);
-          if (cursor.turn() > 0) barrier.empty.wait((cursor.turn() - 1) & 1);
-          barrier.full.arrive_expecting(slots.size);
-          if (kind == kTilesStates) {
-            load_states(to, head, barrier.full);
-          } else {
-            for (int at = 0; at < slots.size; at += kTileSize) {
-              copy_box(to + at, *maps[kind], barrier.full, at / kTileSize * kTile, head / slots.group, chunk.begin,
-                       chunk.batch);
-            }
-          }
-        }
-        cursors[kind].advance(slots);
+        const Turn turn = turns.of(kind);
+        if (!turn.first()) continue;
+        Handover& tile = shared_.tiles[kind][turn.slot()];
+        tile.empty.wait(turn.parity() ^ 1);
+        if (lane() == 0) load_tiles(kind, tiles_ + turn.place(), at, tile.full);
       }
-    }
+    });
   }
 
   // Two warps take turns. All loads of a head are under way at once: in a row they took longer than all else.
   __device__ __forceinline__ void make_factors(int index) const {
-    const Chunk& chunk = shared_.chunk;
-    const Sequence only{0, chunk.batch, chunk.begin, chunk.tokens};
-    for (int i = index; i < p_.set; i += kGradientGates) {
-      const int head = first_head() + i, slot = i % kFactorRing, turn = i / kFactorRing;
-      const Gates gates(p_.common, head, only);
+    each_head([&](const Place& at) {
+      if (at.turn % kGradientGates != index) return;
+      const int slot = at.turn % kFactorRing;
+      const Sequence only{0, at.chunk.batch, at.chunk.begin, at.chunk.tokens};
+      const Gates gates(p_.common, at.head, only);
       const Gates::Raw dt = gates.load(0);
-      const Word skip = load_of_head(p_.common.d, head);
-      if (turn > 0) shared_.factors[slot].empty.wait((turn - 1) & 1);
-      const float2 raw = gates.raw(dt), step = gates.steps(raw, chunk.tokens), sum = gates.sums(step);
+      const Word skip = load_of_head(p_.common.d, at.head);
+      shared_.factors[slot].empty.wait((at.turn / kFactorRing & 1) ^ 1);
+      const float2 raw = gates.raw(dt), step = gates.steps(raw, only.tokens), sum = gates.sums(step);
       float* const factors = factors_at(slot);
       Gates::write_ends(step, sum, factors);
       Gates::write_between<false>(step, sum, factors);
-      Gates::write_slopes(gates.slopes(raw, chunk.tokens), factors);
+      Gates::write_slopes(gates.slopes(raw, only.tokens), factors);
       if (lane() == 0) {
         shared_.skips[slot] = number(p_.common.d.type, skip);
         shared_.rates[slot] = gates.rate();
       }
       shared_.factors[slot].full.arrive();
-    }
+    });
   }
 
   // The gates' gradients, two tokens a lane.
   __device__ __forceinline__ void finish() const {
-    for (int i = 0; i < p_.set; ++i) {
-      const int slot = i % kFactorRing, buffer = i % 2;
-      shared_.factors[slot].full.wait(i / kFactorRing & 1);
-      shared_.sums[buffer].full.wait(i / 2 & 1);
-      finish_head(first_head() + i, shared_.rates[slot], Factors{factors_at(slot)}, sums_at(buffer));
+    each_head([&](const Place& at) {
+      const int slot = at.turn % kFactorRing, buffer = at.turn % kSumsRing;
+      shared_.factors[slot].full.wait(at.turn / kFactorRing & 1);
+      shared_.sums[buffer].full.wait(at.turn / kSumsRing & 1);
+      finish_head(at, shared_.rates[slot], Factors{factors_at(slot)}, sums_at(buffer));
       shared_.factors[slot].empty.arrive();
       shared_.sums[buffer].empty.arrive();
-    }
+    });
   }
 
   // The first warpgroup.
   __device__ __forceinline__ void make_dx() const {
     float dx[kWideV][32] = {};
-    each_head(0, [&](const Tiles& at, const Factors& factors, float* sums, float skip, const TileCursor& states) {
-      add_dx(at, factors, sums, skip, states, dx);
-    }, [&](bool x, bool, bool, int head) {
-      const Params& p = p_.common;
-      if (x) flush(dx, p_.dx, p.heads / p.x_group, head / p.x_group, p.values, 0);
+    make<kMakesDX>(dx, [&](const Tiles& tiles, const Factors& factors, float* sums, float skip) {
+      add_dx(tiles, factors, sums, skip, dx);
     });
   }
-
-  // The second one.
-  __device__ __forceinline__ void make_db_and_dc() const {
-    float db[kWideK][32] = {}, dc[kWideK][32] = {};
-    each_head(1, [&](const Tiles& at, const Factors& factors, float* sums, float, const TileCursor& states) {
-      add_db(at, factors, states, db);
-      add_dc(at, factors, sums, dc);
-    }, [&](bool, bool b, bool c, int head) {
-      const Params& p = p_.common;
-      if (b) flush(db, p_.db, p.heads / p.b_group, head / p.b_group, p.width, 1);
-      if (c) flush(dc, p_.dc, p.heads / p.c_group, head / p.c_group, p.width, 1);
+  // The second.
+  __device__ __forceinline__ void make_db() const {
+    float db[kWideK][32] = {};
+    make<kMakesDB>(db, [&](const Tiles& tiles, const Factors& factors, float* sums, float) {
+      add_db(tiles, factors, sums, db);
     });
   }
-
-  // Where the slot has no chunk: nothing of the heads' parts.
-  __device__ __forceinline__ void leave_nothing() const {
-    for (int i = threadIdx.x; i < 3 * p_.set; i += blockDim.x) *part(i / p_.set, first_head() + i % p_.set) = 0.0f;
+  // The third.
+  __device__ __forceinline__ void make_dc() const {
+    float dc[kWideK][32] = {};
+    make<kMakesDC>(dc, [&](const Tiles& tiles, const Factors& factors, float* sums, float) {
+      add_dc(tiles, factors, sums, dc);
+    });
   }
 
  private:
-  static constexpr int kStates = kWideV * kWideK * kTileSize;  // bytes of S, or of dS behind it
-  static constexpr int kAllBarrier = 1 + kWarpgroups;
+  static constexpr int kAllBarrier = 1 + kGradientWarpgroups;  // those before it are the warpgroups' own
 
-  __device__ __forceinline__ int first_head() const { return blockIdx.x * p_.set; }
-  __device__ __forceinline__ int offset(int kind, const TileCursor& cursor) const {
-    return p_.slots[kind].offset + cursor.slot() * p_.slots[kind].size;
+  // Warpgroups that read a kind of tiles.
+  static __device__ __forceinline__ constexpr bool reads(int role, int kind) {
+    switch (kind) {
+      case kTilesB: case kTilesStates: return role == kMakesDC || role == (kind == kTilesB ? kMakesDX : kMakesDB);
+      case kTilesDStates: return role != kMakesDC;
+      default: return true;
+    }
   }
-  __device__ __forceinline__ unsigned char* tiles(int kind, const TileCursor& cursor) const {
-    return tiles_ + offset(kind, cursor);
+  static __device__ __forceinline__ constexpr int readers(int kind) {
+    int count = 0;
+    for (int role = 0; role < kGradientWarpgroups; ++role) count += reads(role, kind);
+    return count;
   }
-  __device__ __forceinline__ void await(int kind, const TileCursor& cursor) const {
-    if (cursor.first()) shared_.tiles[kind][cursor.slot()].full.wait(cursor.turn() & 1);
+
+  // A head of a chunk, and how many this block took before it.
+  struct Place {
+    Chunk chunk;
+    int index;  // of the chunk among all
+    int head, turn;
+  };
+
+  template <class F>
+  __device__ __forceinline__ void each_head(const F& f) const {
+    Place at;
+    at.turn = 0;
+#pragma unroll 1
+    for (int item = blockIdx.x; item < p_.common.chunks * p_.sets; item += gridDim.x) {
+      at.index = item / p_.sets;
+      at.chunk = chunk_at(p_.common, at.index);
+      if (at.chunk.tokens <= 0) continue;
+      const int first = item % p_.sets * p_.set;
+#pragma unroll 1
+      for (at.head = first; at.head < first + p_.set; ++at.head, ++at.turn) f(at);
+    }
   }
+
   __device__ __forceinline__ float* factors_at(int slot) const {
     return reinterpret_cast<float*>(tiles_ + p_.factors + slot * kFactorsSize);
   }
   __device__ __forceinline__ float* sums_at(int buffer) const {
     return reinterpret_cast<float*>(tiles_ + p_.sums + buffer * kSumsSize);
   }
-
-  __device__ __forceinline__ float* part(int which, int head) const {
-    return p_.parts + (static_cast<long long>(which) * gridDim.y + blockIdx.y) * p_.common.heads + head;
+  __device__ __forceinline__ float* part(int which, const Place& at) const {
+    return p_.parts + (static_cast<long long>(which) * p_.common.chunks + at.index) * p_.common.heads + at.head;
   }
 
-  // Calls add(tiles, factors, sums, skip, cursor of the states) for each head, then flush(whether it is the last one of
-  // its x, of its b, of its c, head).
-  template <class Add, class Flush>
-  __device__ __forceinline__ void each_head(int warpgroup, const Add& add, const Flush& flush) const {
-    TileCursor cursors[kTileKinds];
-    for (int i = 0; i < p_.set; ++i) {
-      const int slot = i % kFactorRing, buffer = i % 2;
-      Tiles at;
-      at.shared = tiles_;
+  // Where a head's tiles are.
+  class Tiles {
+   public:
+    __device__ __forceinline__ Tiles(const GradientsBlock& block, Turns& turns) : block_(block) {
+      const Turn all = turns.next();
 #pragma unroll
-      for (int kind = 0; kind < kTileKinds; ++kind) at.offsets[kind] = offset(kind, cursors[kind]);
-#pragma unroll
-      for (int kind = 0; kind < kTilesStates; ++kind) await(kind, cursors[kind]);
-      if (p_.common.cu_seqlens != nullptr && shared_.chunk.tokens < kChunk) clear_tails(cursors);
-      shared_.factors[slot].full.wait(i / kFactorRing & 1);
-      if (i > 1) shared_.sums[buffer].empty.wait((i / 2 - 1) & 1);
-      float* const sums = sums_at(buffer);
-      add(at, Factors{factors_at(slot)}, sums, shared_.skips[slot], cursors[kTilesStates]);
-      multiply_states(at.states(), warpgroup, sums);
-      shared_.sums[buffer].full.arrive();
-      shared_.factors[slot].empty.arrive();
-      bool last[kTileKinds];
-#pragma unroll
-      for (int kind = 0; kind < kTileKinds; ++kind) {
-        last[kind] = cursors[kind].last(p_.slots[kind]);
-        if (last[kind]) shared_.tiles[kind][cursors[kind].slot()].empty.arrive();
-        cursors[kind].advance(p_.slots[kind]);
-      }
-      flush(last[kTilesX], last[kTilesB], last[kTilesC], first_head() + i);
+      for (int kind = 0; kind < kTileKinds; ++kind) turns_[kind] = all.of(kind);
     }
-  }
+    __device__ __forceinline__ const Turn& operator[](int kind) const { return turns_[kind]; }
+    __device__ __forceinline__ void await(int kind) const {
+      if (turns_[kind].first()) handover(kind).full.wait(turns_[kind].parity());
+    }
+    __device__ __forceinline__ void release(int kind) const {
+      if (turns_[kind].last()) handover(kind).empty.arrive();
+    }
+    __device__ __forceinline__ unsigned char* at(int kind) const { return block_.tiles_ + turns_[kind].place(); }
 
-  // Where a head's tiles are. Offsets: five pointers would take twice the registers.
-  struct Tiles {
-    unsigned char* shared;
-    int offsets[kTileKinds];
-
-    __device__ __forceinline__ unsigned char* x() const { return shared + offsets[kTilesX]; }
-    __device__ __forceinline__ unsigned char* b() const { return shared + offsets[kTilesB]; }
-    __device__ __forceinline__ unsigned char* c() const { return shared + offsets[kTilesC]; }
-    __device__ __forceinline__ unsigned char* d_o() const { return shared + offsets[kTilesDO]; }
-    __device__ __forceinline__ unsigned char* states() const { return shared + offsets[kTilesStates]; }
-    __device__ __forceinline__ unsigned char* dstates() const { return states() + kStates; }
+   private:
+    __device__ __forceinline__ Handover& handover(int kind) const {
+      return block_.shared_.tiles[kind][turns_[kind].slot()];
+    }
+    const GradientsBlock& block_;
+    Turn turns_[kTileKinds];
   };
 
-  __device__ __forceinline__ void load_states(unsigned char* to, int head, Barrier& full) const {
-    for (int tile = 0; tile < kWideV * kWideK; ++tile) {
-      const int column = tile % kWideK * kTile, row = tile / kWideK * kTile;
-      copy_box(to + tile * kTileSize, p_.states, full, column, row, head, blockIdx.y);
-      copy_box(to + kStates + tile * kTileSize, p_.dstates, full, column, row, head, blockIdx.y);
+  // Calls add(tiles, factors, sums, skip) for each head, and sends what it summed up in d to its place after the last
+  // one of those that share it.
+  template <GradientRole kRole, int kWide, class Add>
+  __device__ __forceinline__ void make(float (&d)[kWide][32], const Add& add) const {
+    Turns turns(shared_.slots);
+    each_head([&](const Place& at) {
+      if (threadIdx.x % 128 == 0) shared_.chunks[kRole] = at.chunk;
+      const int slot = at.turn % kFactorRing, buffer = at.turn % kSumsRing;
+      const Tiles tiles(*this, turns);
+#pragma unroll
+      for (int kind = 0; kind < kTilesStates; ++kind) {
+        if (reads(kRole, kind)) tiles.await(kind);
+      }
+      if (p_.common.cu_seqlens != nullptr && at.chunk.tokens < kChunk) clear_tails(tiles, at.chunk.tokens);
+      shared_.factors[slot].full.wait(at.turn / kFactorRing & 1);
+      shared_.sums[buffer].empty.wait((at.turn / kSumsRing & 1) ^ 1);
+      add(tiles, Factors{factors_at(slot)}, sums_at(buffer), shared_.skips[slot]);
+      shared_.sums[buffer].full.arrive();
+      shared_.factors[slot].empty.arrive();
+#pragma unroll
+      for (int kind = 0; kind < kTileKinds; ++kind) {
+        if (reads(kRole, kind)) tiles.release(kind);
+      }
+      if (tiles[kRole].last()) flush<kRole>(d, at.head);
+    });
+    if (threadIdx.x % 128 == 0) await_copies_out<0>();
+  }
+
+  __device__ __forceinline__ void load_tiles(int kind, unsigned char* to, const Place& at, Barrier& full) const {
+    const TileSlots& slots = p_.slots[kind];
+    const bool states = kind >= kTilesStates;
+    full.arrive_expecting(slots.size);
+#pragma unroll 1
+    for (int tile = 0; tile < slots.size / kTileSize; ++tile) {
+      const int column = states ? tile % kWideK * kTile : tile * kTile;
+      const int y = states ? tile / kWideK * kTile : at.head / slots.group;
+      copy_box(to + tile * kTileSize, p_.tiles[kind], full, column, y, states ? at.head : at.chunk.begin,
+               states ? at.index : at.chunk.batch);
     }
   }
 
-  __device__ __forceinline__ void clear_tails(const TileCursor (&cursors)[kTileKinds]) const {
+  __device__ __forceinline__ void clear_tails(const Tiles& tiles, int tokens) const {
+#pragma unroll
+    for (int kind = 0; kind < kTilesStates; ++kind) tiles.await(kind);
 #pragma unroll
     for (int kind = 0; kind < kTilesStates; ++kind) {
-      if (!cursors[kind].first()) continue;
-      unsigned char* const first = tiles(kind, cursors[kind]);
-      each_row_from(shared_.chunk.tokens, threadIdx.x, kThreads, [&](int at) {
-        for (int tile = 0; tile < p_.slots[kind].size; tile += kTileSize) clear_words(first + tile + at);
-      });
+      if (!tiles[kind].first()) continue;
+      unsigned char* const first = tiles.at(kind);
+      const int size = p_.slots[kind].size;
+#pragma unroll 1
+      for (int tile = 0; tile < size; tile += kTileSize) {
+        each_row_from(tokens, threadIdx.x, kThreads, [&](int at) { clear_words(first + tile + at); });
+      }
     }
     fence_async();
     sync_threads(kAllBarrier, kThreads);
   }
 
-  // d += a b^T, or a b, of two tiles' rows x K or V; over `steps` times 16. Where the rows of b run along the sum, its
-  // tiles follow each other `wide` tiles apart.
+  // d = a b^T, or a b, of two tiles' rows x K or V, or it is added to d; over kSteps times 16. Where the rows of b run
+  // along the sum, its tiles follow each other kWide tiles apart.
   template <int kSteps, int kSize>
   static __device__ __forceinline__ void multiply_rows(float (&d)[kSize], const unsigned char* a,
-                                                       const unsigned char* b) {
+                                                       const unsigned char* b, bool onto = false) {
     const DoubleWord left = wgmma::descriptor_k_major(shared_address(a));
     const DoubleWord right = wgmma::descriptor_k_major(shared_address(b));
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
       const int next = i / 4 * (kTileSize >> 4) + i % 4 * wgmma::kNextKMajor;
-      wgmma::product_shared<T, wgmma::kAlongK, wgmma::kAlongK>(d, left + next, right + next, i > 0);
+      wgmma::product_shared<T, wgmma::kAlongK, wgmma::kAlongK>(d, left + next, right + next, onto || i > 0);
     }
     wgmma::commit();
   }
@@ -331,29 +366,29 @@ class GradientsBlock {
   }
 
   // Tokens that write along rows.
-  __device__ __forceinline__ void add_dx(const Tiles& at, const Factors& factors, float* sums, float skip,
-                                         const TileCursor& states, float (&dx)[kWideV][32]) const {
+  __device__ __forceinline__ void add_dx(const Tiles& tiles, const Factors& factors, float* sums, float skip,
+                                         float (&dx)[kWideV][32]) const {
     Word weights[4][4];
     {
       float scores[32], products[32];
       wgmma::fence();
-      multiply_rows<kK / 16>(scores, at.b(), at.c());
-      multiply_rows<kV / 16>(products, at.x(), at.d_o());
+      multiply_rows<kK / 16>(scores, tiles.at(kTilesB), tiles.at(kTilesC));
+      multiply_rows<kV / 16>(products, tiles.at(kTilesX), tiles.at(kTilesDO));
       settle(scores);
       wgmma::pin(products);
       weigh_writers(weights, scores, products, factors, sums);
     }
-    await(kTilesStates, states);
+    tiles.await(kTilesDStates);
     const float to_end[2] = {factors.to_end(row_token(0)), factors.to_end(row_token(1))};
     const float written[2] = {factors.row(kWritten, row_token(0)), factors.row(kWritten, row_token(1))};
 #pragma unroll
     for (int tile = 0; tile < kWideV; ++tile) {
-      const unsigned char* const d_o = at.d_o() + tile * kTileSize;
+      const unsigned char* const d_o = tiles.at(kTilesDO) + tile * kTileSize;
       float added[32];
       wgmma::fence();
-      multiply_rows<kK / 16>(added, at.b(), at.dstates() + tile * kWideK * kTileSize);
+      multiply_rows<kK / 16>(added, tiles.at(kTilesB), tiles.at(kTilesDStates) + tile * kWideK * kTileSize);
       settle(added);
-      dot(added, at.x() + tile * kTileSize, to_end, sums + (kAtEnd + tile) * kChunk);
+      dot(added, tiles.at(kTilesX) + tile * kTileSize, to_end, sums + (kAtEnd + tile) * kChunk);
       scale_rows(added, written);
       wgmma::fence();
       add_tokens(added, weights, d_o);
@@ -367,127 +402,179 @@ class GradientsBlock {
   }
 
   // The same.
-  __device__ __forceinline__ void add_db(const Tiles& at, const Factors& factors, const TileCursor& states,
+  __device__ __forceinline__ void add_db(const Tiles& tiles, const Factors& factors, float* sums,
                                          float (&db)[kWideK][32]) const {
     Word pairs[4][4];
     {
       float products[32];
       wgmma::fence();
-      multiply_rows<kV / 16>(products, at.x(), at.d_o());
+      multiply_rows<kV / 16>(products, tiles.at(kTilesX), tiles.at(kTilesDO));
       settle(products);
+      const float2 skipped = on_diagonal(products);
+      if (has_diagonal()) sums[kSkipped * kChunk + row_token(0)] = skipped.x;
+      if (has_diagonal()) sums[kSkipped * kChunk + row_token(1)] = skipped.y;
       pair_writers(pairs, products, factors);
     }
-    await(kTilesStates, states);
+    tiles.await(kTilesStates);
+    tiles.await(kTilesDStates);
+    multiply_states(tiles.at(kTilesStates), tiles.at(kTilesDStates), sums);
     const float written[2] = {factors.row(kWritten, row_token(0)), factors.row(kWritten, row_token(1))};
 #pragma unroll
     for (int tile = 0; tile < kWideK; ++tile) {
       float added[32];
       wgmma::fence();
-      multiply_columns<kV / 16, kWideK>(added, at.x(), at.dstates() + tile * kTileSize);
+      multiply_columns<kV / 16, kWideK>(added, tiles.at(kTilesX), tiles.at(kTilesDStates) + tile * kTileSize);
       settle(added);
       scale_rows(added, written);
       wgmma::fence();
-      add_tokens(added, pairs, at.c() + tile * kTileSize);
+      add_tokens(added, pairs, tiles.at(kTilesC) + tile * kTileSize);
       settle(added);
       add(db[tile], added);
     }
   }
 
   // Tokens that read along rows.
-  __device__ __forceinline__ void add_dc(const Tiles& at, const Factors& factors, float* sums,
+  __device__ __forceinline__ void add_dc(const Tiles& tiles, const Factors& factors, float* sums,
                                          float (&dc)[kWideK][32]) const {
     Word pairs[4][4];
     {
       float products[32];
       wgmma::fence();
-      multiply_rows<kV / 16>(products, at.d_o(), at.x());
+      multiply_rows<kV / 16>(products, tiles.at(kTilesDO), tiles.at(kTilesX));
       settle(products);
       weigh_readers<T, false, kAnyWarp>(pairs, products, factors);
     }
+    tiles.await(kTilesStates);
     const float from_start[2] = {factors.row(kFromStart, row_token(0)), factors.row(kFromStart, row_token(1))};
 #pragma unroll
     for (int tile = 0; tile < kWideK; ++tile) {
       float added[32];
       wgmma::fence();
-      multiply_columns<kV / 16, kWideK>(added, at.d_o(), at.states() + tile * kTileSize);
+      multiply_columns<kV / 16, kWideK>(added, tiles.at(kTilesDO), tiles.at(kTilesStates) + tile * kTileSize);
       settle(added);
-      dot(added, at.c() + tile * kTileSize, from_start, sums + (kOfState + tile) * kChunk);
+      dot(added, tiles.at(kTilesC) + tile * kTileSize, from_start, sums + (kOfState + tile) * kChunk);
       scale_rows(added, from_start);
       wgmma::fence();
-      add_tokens(added, pairs, at.b() + tile * kTileSize);
+      add_tokens(added, pairs, tiles.at(kTilesB) + tile * kTileSize);
       settle(added);
       add(dc[tile], added);
     }
   }
 
   // Packs what tokens that write are read with, and leaves what comes of its product with `products`: sums over the
-  // tokens that read, those that write themselves among them, and over those that write; and x . dO.
+  // tokens that read, those that write themselves among them, and over those that write.
   static __device__ __forceinline__ void weigh_writers(Word (&weights)[4][4], const float (&scores)[32],
                                                        const float (&products)[32], const Factors& factors,
                                                        float* sums) {
-    const Decays<kAnyWarp> decays(factors);
-    const float step[2] = {factors.row(kStep, row_token(0)), factors.row(kStep, row_token(1))};
-    float above[2] = {}, skipped[2] = {};
+    const Writers writers(factors);
+    float above[2] = {};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {  // of the tokens that read: their sums are added up across rows apart
       float below[8] = {};
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int block = 4 * half + i;
-        each_writer(decays, block, [&](int row, const float2& decay) {
+        writers.each(block, [&](int row, float step, const float2& decay) {
           const int at = 4 * block + 2 * row;
           const float low = scores[at] * decay.x, high = scores[at + 1] * decay.y;
           const float both_low = low * products[at], both_high = high * products[at + 1];
           above[row] += both_low + both_high;
-          below[2 * i] += step[row] * both_low;
-          below[2 * i + 1] += step[row] * both_high;
-          weights[block / 2][2 * (block % 2) + row] = wgmma::pack<T>(step[row] * low, step[row] * high);
-          if (decays.same(block)) {
-            const int itself = row_token(row) - 8 * block - 2 * (lane() % 4);
-            skipped[row] += itself == 0 ? products[at] : itself == 1 ? products[at + 1] : 0.0f;
-          }
+          below[2 * i] += step * both_low;
+          below[2 * i + 1] += step * both_high;
+          weights[block / 2][2 * (block % 2) + row] = wgmma::pack<T>(step * low, step * high);
         });
       }
-      sums[(kBelow + decays.warp()) * kChunk + 32 * half + column_of_sum()] = sum_over_rows(below);
+      sums[(kBelow + warp_of_four()) * kChunk + 32 * half + column_of_sum()] = sum_over_rows(below);
     }
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      const float found[2] = {sum_over_quad(above[row]), sum_over_quad(skipped[row])};
-      if (lane() % 4 == 0) {
-        sums[kAbove * kChunk + row_token(row)] = found[0];
-        sums[kSkipped * kChunk + row_token(row)] = found[1];
-      }
+      const float found = sum_over_quad(above[row]);
+      if (lane() % 4 == 0) sums[kAbove * kChunk + row_token(row)] = found;
     }
   }
 
   // Packs `products` with the same decays.
   static __device__ __forceinline__ void pair_writers(Word (&pairs)[4][4], const float (&products)[32],
                                                       const Factors& factors) {
-    const Decays<kAnyWarp> decays(factors);
-    const float step[2] = {factors.row(kStep, row_token(0)), factors.row(kStep, row_token(1))};
+    const Writers writers(factors);
 #pragma unroll
     for (int block = 0; block < 8; ++block) {
-      each_writer(decays, block, [&](int row, const float2& decay) {
+      writers.each(block, [&](int row, float step, const float2& decay) {
         const int at = 4 * block + 2 * row;
         pairs[block / 2][2 * (block % 2) + row] =
-            wgmma::pack<T>(step[row] * (products[at] * decay.x), step[row] * (products[at + 1] * decay.y));
+            wgmma::pack<T>(step * (products[at] * decay.x), step * (products[at + 1] * decay.y));
       });
     }
   }
 
-  // Calls f(row, decays from its token, which writes, through two that read) for both rows.
-  template <class F>
-  static __device__ __forceinline__ void each_writer(const Decays<kAnyWarp>& decays, int block, const F& f) {
-    const Factors& factors = decays.factors();
-    const float2 in_block = factors.columns(kInBlock, block);
+  // Decays and steps where rows are tokens that write.
+  class Writers {
+   public:
+    __device__ __forceinline__ explicit Writers(const Factors& factors) : factors_(factors), decays_(factors) {
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        step_[row] = factors.row(kStep, row_token(row));
+        to_block_[0][row] = 0.0f;
+#pragma unroll
+        for (int block = 1; block < kChunk / kBlock; ++block) {
+          to_block_[block][row] = factors.row(static_cast<Factor>(kToBlock1 + block - 1), row_token(row));
+        }
+      }
+    }
+
+    // Calls f(row, step of its token, decays from it through the two tokens that read) for both rows.
+    template <class F>
+    __device__ __forceinline__ void each(int block, const F& f) const {
+      const float2 in_block = factors_.columns(kInBlock, block);
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        const float to_block = to_block_[block / 2][row];
+        const float2 other = make_float2(to_block * in_block.x, to_block * in_block.y);
+        f(row, step_[row], decays_.choose(block, decays_.own(block % 2, row), other));
+      }
+    }
+
+   private:
+    const Factors factors_;
+    const Decays<kAnyWarp, false> decays_;
+    float step_[2], to_block_[kChunk / kBlock][2];
+  };
+
+  // Of an accumulator of 64 x 64, the numbers on its diagonal of both of a thread's rows, if it has them.
+  static __device__ __forceinline__ bool has_diagonal() { return lane() % 4 == lane() / 8; }
+  static __device__ __forceinline__ float2 on_diagonal(const float (&d)[32]) {
+    const int warp = uniform(warp_of_four());
+    float found[2][2] = {};
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      const float to_block =
-          block < 2 ? 0.0f : factors.row(static_cast<Factor>(kToBlock1 - 1 + block / 2), row_token(row));
-      float2 decay = make_float2(to_block * in_block.x, to_block * in_block.y);
-      if (decays.same(block)) decay = decays.template between<false>(block, row);
-      f(row, decay);
+#pragma unroll
+      for (int which = 0; which < 4; ++which) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          if (which == warp) found[row][e] = d[4 * (2 * which + row) + 2 * row + e];
+        }
+      }
     }
+    const bool odd = lane() / 4 % 2;
+    return make_float2(odd ? found[0][1] : found[0][0], odd ? found[1][1] : found[1][0]);
+  }
+
+  // The sum over all of S dS, in parts: the diagonal of S dS^T. The tensor cores have time for the rest of it.
+  static __device__ __forceinline__ void multiply_states(const unsigned char* states, const unsigned char* dstates,
+                                                         float* sums) {
+    float products[32];
+    wgmma::fence();
+#pragma unroll
+    for (int tile = 0; tile < kWideV; ++tile) {
+      const int row = tile * kWideK * kTileSize;
+      multiply_rows<kK / 16>(products, states + row, dstates + row, tile > 0);
+    }
+    settle(products);
+    const float2 found = on_diagonal(products);
+    float sum = has_diagonal() ? found.x + found.y : 0.0f;
+#pragma unroll
+    for (int away = 16; away > 0; away /= 2) sum += __shfl_xor_sync(kAllLanes, sum, away);
+    if (lane() == 0) sums[kSums * kChunk + warp_of_four()] = sum;
   }
 
   // Of eight columns, two of each block of eight tokens, sums over the lanes that have other rows: each gets one, and
@@ -512,29 +599,7 @@ class GradientsBlock {
     return 8 * (which / 2) + 2 * (lane() % 4) + which % 2;
   }
 
-  // Parts of the sum over all of S dS.
-  __device__ __forceinline__ void multiply_states(const unsigned char* states, int warpgroup, float* sums) const {
-    const unsigned char* dstates = states + kStates;
-    float sum = 0.0f;
-#pragma unroll 2
-    for (int at = 16 * threadIdx.x; at < kStates; at += 16 * kThreads) {
-      const uint4 a = *reinterpret_cast<const uint4*>(states + at), b = *reinterpret_cast<const uint4*>(dstates + at);
-      const Word left[4] = {a.x, a.y, a.z, a.w}, right[4] = {b.x, b.y, b.z, b.w};
-#pragma unroll
-      for (int word = 0; word < 4; ++word) {
-        float low, high, other_low, other_high;
-        wgmma::unpack<T>(left[word], low, high);
-        wgmma::unpack<T>(right[word], other_low, other_high);
-        sum += low * other_low + high * other_high;
-      }
-    }
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
-    if (lane() == 0) sums[kSums * kChunk + 4 * warpgroup + warp_of_four()] = sum;
-  }
-
-  __device__ __forceinline__ void finish_head(int head, float rate, const Factors& factors, const float* sums) const {
-    const Chunk& chunk = shared_.chunk;
+  __device__ __forceinline__ void finish_head(const Place& place, float rate, const Factors& factors, const float* sums) const {
     const auto two = [&](const float* row) { return *reinterpret_cast<const float2*>(row + 2 * lane()); };
     const auto total = [&](int first, int count) {
       float2 sum = make_float2(0.0f, 0.0f);
@@ -548,7 +613,7 @@ class GradientsBlock {
     const float2 below = total(kBelow, 4), of_state = total(kOfState, kWideK);
     const float2 above = total(kAbove, 1), at_end = total(kAtEnd, kWideV);
     float whole = 0.0f;
-    for (int i = 0; i < 4 * kWarpgroups; ++i) whole += sums[kSums * kChunk + i];
+    for (int i = 0; i < kStateParts; ++i) whole += sums[kSums * kChunk + i];
     whole *= factors.whole();
 
     // A gate decays what later tokens read of earlier ones and of the state, and what earlier ones add to the next state.
@@ -568,25 +633,26 @@ class GradientsBlock {
     const float2 ddt = make_float2(slope.x * (above.x + at_end.x + rate * gate.x),
                                    slope.y * (above.y + at_end.y + rate * gate.y));
     const float2 skipped = two(sums + kSkipped * kChunk);
-    store_ddt(head, chunk, ddt);
+    store_ddt(place, ddt);
     float of_head[3] = {step.x * gate.x + step.y * gate.y, skipped.x + skipped.y, ddt.x + ddt.y};
 #pragma unroll
     for (int which = 0; which < 3; ++which) {
 #pragma unroll
       for (int away = 16; away > 0; away /= 2) of_head[which] += __shfl_xor_sync(kAllLanes, of_head[which], away);
-      if (lane() == 0) *part(which, head) = of_head[which];
+      if (lane() == 0) *part(which, place) = of_head[which];
     }
   }
 
-  __device__ __forceinline__ void store_ddt(int head, const Chunk& chunk, float2 ddt) const {
+  __device__ __forceinline__ void store_ddt(const Place& place, float2 ddt) const {
     const Params& p = p_.common;
+    const Chunk& chunk = place.chunk;
 #pragma unroll
     for (int which = 0; which < 2; ++which) {
       const int token = 2 * lane() + which;
       if (token >= chunk.tokens) continue;
       const float value = which == 0 ? ddt.x : ddt.y;
       const long long row = static_cast<long long>(chunk.batch) * p.tokens + chunk.begin + token;
-      const long long at = row * p.heads + head;
+      const long long at = row * p.heads + place.head;
       switch (p.dt.type) {
         case kBf16Number: from_float(static_cast<bf16*>(p_.ddt)[at], value); break;
         case kFp16Number: from_float(static_cast<fp16*>(p_.ddt)[at], value); break;
@@ -597,31 +663,28 @@ class GradientsBlock {
   }
 
   // Sends gradients of a chunk's tokens to their place, and starts anew.
-  template <int kTiles>
-  __device__ __forceinline__ void flush(float (&d)[kTiles][32], void* tensor, int heads, int head, int width,
-                                        int warpgroup) const {
-    const Chunk& chunk = shared_.chunk;
-    unsigned char* const tile = tiles_ + p_.staging + warpgroup * kTileSize;
-    constexpr int kPieces = 8;  // of a row
-    const int thread = threadIdx.x % 128, piece = thread % kPieces;
+  template <GradientRole kRole, int kWide>
+  __device__ __forceinline__ void flush(float (&d)[kWide][32], int head) const {
+    const Params& p = p_.common;
+    const Chunk& chunk = shared_.chunks[kRole];
+    const int group = p_.slots[kRole].group, width = kRole == kMakesDX ? p.values : p.width;
+    unsigned char* const staged = tiles_ + p_.staging + kRole * kTileSize;
 #pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
-      sync_threads(1 + warpgroup, 128);
+    for (int tile = 0; tile < kWide; ++tile) {
+      if (threadIdx.x % 128 == 0) await_copies_out<0>();
+      sync_threads(1 + kRole, 128);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
+      for (int i = 0; i < 4; ++i) {
         Word packed[4];
-        wgmma::pack_operand<T>(packed, d[i], j);
-        store_matrices(tile + straight_row(j), packed);
+        wgmma::pack_operand<T>(packed, d[tile], i);
+        store_matrices(staged + straight_row(i), packed);
       }
-      sync_threads(1 + warpgroup, 128);
-      const int column = i * kTile + 8 * piece;
-      for (int row = thread / kPieces; row < chunk.tokens && column < width; row += 128 / kPieces) {
-        const long long token = static_cast<long long>(chunk.batch) * p_.common.tokens + chunk.begin + row;
-        *reinterpret_cast<uint4*>(static_cast<T*>(tensor) + (token * heads + head) * width + column) =
-            *reinterpret_cast<const uint4*>(tile + wgmma::swizzled(row, piece));
-      }
+      fence_async();
+      sync_threads(1 + kRole, 128);
+      store_tokens<T, 128>(p_.maps[kRole], p_.gradients[kRole], p.cu_seqlens != nullptr, chunk, p.heads / group,
+                           head / group, width, tile * kTile, staged, threadIdx.x % 128);
 #pragma unroll
-      for (int j = 0; j < 32; ++j) d[i][j] = 0.0f;
+      for (int i = 0; i < 32; ++i) d[tile][i] = 0.0f;
     }
   }
 
@@ -629,25 +692,28 @@ class GradientsBlock {
   unsigned char* const tiles_;
   GradientsShared& shared_;
 };
+static_assert(int{kMakesDX} == int{kTilesX} && int{kMakesDB} == int{kTilesB} && int{kMakesDC} == int{kTilesC},
+              "a gradient is made of the heads that share what it is the gradient of");
 
 template <class T, int kV, int kK>
 __device__ __forceinline__ void gradients(const GradientsParams& p, unsigned char* shared) {
   using Block = GradientsBlock<T, kV, kK>;
   __shared__ GradientsShared barriers;
-  if (threadIdx.x < 32) {
-    const Chunk chunk = chunk_at(p.common, blockIdx.y);
-    if (lane() == 0) {
-      barriers.chunk = chunk;
-      Block::init(barriers);
-    }
-  }
+  if (threadIdx.x == 0) Block::init(p, barriers);
   __syncthreads();
   const Block block(p, shared, barriers);
-  if (barriers.chunk.tokens <= 0) return block.leave_nothing();
-  const int warpgroup = uniform(threadIdx.x / 128);
-  if (warpgroup < Block::kWarpgroups) {
-    claim_registers<kGradientRegisters>();
-    return warpgroup == 0 ? block.make_dx() : block.make_db_and_dc();
+  const int role = uniform(threadIdx.x / 128);
+  if (role == kMakesDX) {
+    claim_registers<kDXRegisters>();
+    return block.make_dx();
+  }
+  if (role == kMakesDB) {
+    claim_registers<kDBRegisters>();
+    return block.make_db();
+  }
+  if (role == kMakesDC) {
+    claim_registers<kDCRegisters>();
+    return block.make_dc();
   }
   release_registers<kGradientLoaderRegisters>();
   const int warp = uniform(warp_of_four());
@@ -655,7 +721,7 @@ __device__ __forceinline__ void gradients(const GradientsParams& p, unsigned cha
     block.make_factors(warp);
   } else if (warp == kGradientGates) {
     block.finish();
-  } else if (lane() == 0) {
+  } else {
     block.load();
   }
 }

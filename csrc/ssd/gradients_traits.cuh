@@ -5,19 +5,18 @@
 
 namespace hylo::ssd {
 
-// A block takes a chunk and a set of heads, one after the other. One of its warpgroups makes dX and what the gates'
-// gradients need of pairs of tokens, the other dB and dC: no weights are made twice. Beside them are a warp that loads,
-// two that make the gates' factors, and one that sums the gates' gradients up.
-constexpr int kGradientWarpgroups = 2;
+// A block takes a set of heads of a chunk, one after the other, then those of another chunk. A warpgroup each makes dX, dB
+// and dC; the fourth's warps load, make the gates' factors (two of them) and sum the gates' gradients up.
+enum GradientRole { kMakesDX, kMakesDB, kMakesDC, kGradientWarpgroups };
 constexpr int kGradientThreads = 128 * (kGradientWarpgroups + 1);
 constexpr int kGradientGates = 2;
 constexpr int kMostGradientTiles = 2;  // of V and of K: wider ones leave no registers for sums over heads
 
-// Of a thread; 504 for a thread of each warpgroup.
-constexpr int kGradientRegisters = 232, kGradientLoaderRegisters = 40;
+// Of a thread; 512 for a thread of each warpgroup.
+constexpr int kDXRegisters = 176, kDBRegisters = 144, kDCRegisters = 152, kGradientLoaderRegisters = 40;
 
-constexpr int kMostDepth = 3;
-constexpr int kFactorRing = 4;
+constexpr int kMostDepth = 4;
+constexpr int kFactorRing = 4, kSumsRing = 2;
 
 // Numbers of a head's tokens that the warpgroups leave for the last warp.
 enum Sum {
@@ -28,6 +27,7 @@ enum Sum {
   kOfState = kAtEnd + kMostGradientTiles,  // what it reads of the state before the chunk, by tile of K
   kSums = kOfState + kMostGradientTiles
 };
-constexpr int kSumsSize = (kSums * kChunk + 16) * 4;  // behind them parts of the product of the states, by warp
+constexpr int kStateParts = 4;  // behind them: of the product of S and dS, by warp
+constexpr int kSumsSize = (kSums * kChunk + kStateParts) * 4;
 
 }  // namespace hylo::ssd

@@ -1,6 +1,7 @@
 #include "ssd/launch.h"
 
 #include <algorithm>
+#include <iterator>
 #include <numeric>
 #include <stdexcept>
 
@@ -41,19 +42,19 @@ Pass pass_named(const std::string& kernel) {
 // Places of everything in shared memory, in bytes, where tiles of the tokens and of the states have so many slots, but
 // those that serve several heads only one. Returns the end.
 int place_gradients(int values, int width, int of_tokens, int of_states, GradientsParams& p) {
-  const int v = values / kTile * kTileSize, k = width / kTile * kTileSize;
-  const int groups[kTileKinds] = {p.common.x_group, p.common.b_group, p.common.c_group, 1, 1};
-  const int sizes[kTileKinds] = {v, k, k, v, 2 * v * (width / kTile)};
+  const int v = values / kTile * kTileSize, k = width / kTile * kTileSize, states = v * (width / kTile);
+  const int groups[kTileKinds] = {p.common.x_group, p.common.b_group, p.common.c_group, 1, 1, 1};
+  const int sizes[kTileKinds] = {v, k, k, v, states, states};
   int end = 0;
   for (int i = 0; i < kTileKinds; ++i) {
-    const int depth = i == kTilesStates ? of_states : groups[i] > 1 ? 1 : of_tokens;
+    const int depth = i >= kTilesStates ? of_states : groups[i] > 1 ? 1 : of_tokens;
     p.slots[i] = {end, depth, sizes[i], groups[i]};
     end += depth * sizes[i];
   }
   p.staging = end;
   p.factors = p.staging + kGradientWarpgroups * kTileSize;
   p.sums = p.factors + kFactorRing * kFactorsSize;
-  return p.sums + 2 * kSumsSize;
+  return p.sums + kSumsRing * kSumsSize;
 }
 
 // As many slots as there is room for. Returns the dynamic shared memory it takes.
@@ -153,21 +154,24 @@ void ChunkCall::states(const Kernel& kernel, std::uintptr_t states, std::uintptr
 }
 
 void ChunkCall::gradients(const Kernel& kernel, int values, std::uintptr_t states, std::uintptr_t dstates,
-                          const std::array<std::uintptr_t, 4>& dx_db_dc_ddt, std::uintptr_t parts) const {
+                          const std::array<std::uintptr_t, 4>& dx_db_dc_ddt, std::uintptr_t parts, int most_blocks) const {
   if (chunks_ == 0) return;
   GradientsParams params{};
   params.common = params_;
-  params.states = states_map(states);
-  params.dstates = states_map(dstates);
-  params.dx = reinterpret_cast<void*>(dx_db_dc_ddt[0]);
-  params.db = reinterpret_cast<void*>(dx_db_dc_ddt[1]);
-  params.dc = reinterpret_cast<void*>(dx_db_dc_ddt[2]);
+  const TensorMap tiles[kTileKinds] = {params_.x, params_.b, params_.c, params_.d_o, states_map(states), states_map(dstates)};
+  std::copy(std::begin(tiles), std::end(tiles), params.tiles);
+  constexpr Dim dims[3][2] = {{kHX, kV}, {kGB, kK}, {kG, kK}};
+  for (int i = 0; i < 3; ++i) {
+    params.maps[i] = contiguous_map(dx_db_dc_ddt[i], shape_[dims[i][0]], shape_[dims[i][1]]);
+    params.gradients[i] = reinterpret_cast<void*>(dx_db_dc_ddt[i]);
+  }
   params.ddt = reinterpret_cast<void*>(dx_db_dc_ddt[3]);
   params.parts = reinterpret_cast<float*>(parts);
   params.set = std::lcm(std::lcm(params_.x_group, params_.b_group), params_.c_group);
+  params.sets = params_.heads / params.set;
   place_gradients(values, width_, params);
-  const Grid grid{count(shape_[kH] / params.set), count(chunks_)};
-  kernel.launch(grid, kGradientThreads, &params, stream_);
+  const std::int64_t items = std::int64_t{chunks_} * params.sets;
+  kernel.launch({count(std::min<std::int64_t>(items, most_blocks))}, kGradientThreads, &params, stream_);
 }
 
 void ChunkCall::launch(const Kernel& kernel, int directions, const Params& params) const {
@@ -184,11 +188,11 @@ TensorMap ChunkCall::tokens_map(std::uintptr_t tensor, std::int64_t heads, std::
                  {strides[3], strides[2], strides[1], strides[0]}, kTile, kChunk, 2);
 }
 
-// The same of a contiguous [B, T, H, V].
-TensorMap ChunkCall::values_map(std::uintptr_t tensor) const {
-  const std::int64_t H = shape_[kH], V = shape_[kV];
-  return tokens_map(tensor, H, V, {shape_[kT] * H * V, H * V, V, 1});
+// The same of a contiguous [B, T, heads, width], and of one as o is.
+TensorMap ChunkCall::contiguous_map(std::uintptr_t tensor, std::int64_t heads, std::int64_t width) const {
+  return tokens_map(tensor, heads, width, {shape_[kT] * heads * width, heads * width, width, 1});
 }
+TensorMap ChunkCall::values_map(std::uintptr_t tensor) const { return contiguous_map(tensor, shape_[kH], shape_[kV]); }
 
 // Boxes of 64 rows of V x 64 columns of K of a contiguous [chunks, H, V, K].
 TensorMap ChunkCall::states_map(std::uintptr_t tensor) const {

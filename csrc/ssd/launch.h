@@ -44,13 +44,15 @@ class ChunkCall {
   void states(const Kernel& kernel, std::uintptr_t states, std::uintptr_t dstates, std::uintptr_t d_initial_state) const;
 
   // Everything of the backward that needs no walk from chunk to chunk: the gradients of x, b, c and dt, and parts of
-  // those of a, d and dt_bias, [3, chunks, H], whose sums over the chunks are meant. values: HYLO_V of the kernel.
+  // those of a, d and dt_bias, [3, chunks, H], whose sums over the chunks are meant and which are left as they are where
+  // a slot has no chunk. values: HYLO_V of the kernel.
   void gradients(const Kernel& kernel, int values, std::uintptr_t states, std::uintptr_t dstates,
-                 const std::array<std::uintptr_t, 4>& dx_db_dc_ddt, std::uintptr_t parts) const;
+                 const std::array<std::uintptr_t, 4>& dx_db_dc_ddt, std::uintptr_t parts, int most_blocks) const;
 
  private:
   void launch(const Kernel& kernel, int directions, const Params& params) const;
   TensorMap tokens_map(std::uintptr_t tensor, std::int64_t heads, std::int64_t width, const Strides& strides) const;
+  TensorMap contiguous_map(std::uintptr_t tensor, std::int64_t heads, std::int64_t width) const;
   TensorMap values_map(std::uintptr_t tensor) const;
   TensorMap states_map(std::uintptr_t tensor) const;
 

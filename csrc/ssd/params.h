@@ -62,16 +62,17 @@ struct PassParams {
 struct TileSlots {
   int offset, depth, size, group;
 };
-enum TileKind { kTilesX, kTilesB, kTilesC, kTilesDO, kTilesStates, kTileKinds };
+enum TileKind { kTilesX, kTilesB, kTilesC, kTilesDO, kTilesStates, kTilesDStates, kTileKinds };
 
 // Of the kernel that makes the gradients of what tokens have, and its parts of the heads' own.
 struct GradientsParams {
   Params common;
-  TensorMap states, dstates;  // [chunks, H, V, K], boxes of 64 rows of V x 64 columns
-  void *dx, *db, *dc;         // contiguous, of the shapes and the type of x, b and c
+  TensorMap tiles[kTileKinds];  // of x, b, c, d_o; then [chunks, H, V, K], boxes of 64 rows of V x 64 columns
+  TensorMap maps[3];          // of dx, db, dc: boxes as of x, b, c
+  void* gradients[3];         // the same tensors: contiguous, of the shapes and the type of x, b and c
   void* ddt;                  // [B, T, H], contiguous, of dt's type
   float* parts;               // [3, chunks, H]: of a, d and dt_bias
-  int set;                    // heads of a block: all that share one of x, b, c with one of them
+  int set, sets;              // heads of a block: all that share one of x, b, c with one of them; and how many sets
   TileSlots slots[kTileKinds];
   int staging, factors, sums;  // where in shared memory
 };

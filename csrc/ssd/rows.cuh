@@ -43,51 +43,70 @@ struct Factors {
 };
 
 // Decays of one head between the tokens of a warp's rows, one block of 16, and those of an accumulator's columns. The
-// factors to a block are 0 for tokens not before it, so products of them serve all columns but those of the block itself.
+// factors to a block are 0 for tokens not before it, so products of them serve all columns but those of the block itself:
+// these eight numbers of a thread are made beforehand and chosen, since a branch for each would keep loads and arithmetic
+// of different columns apart.
 //
 // kWarp: which of the four warps it is, where each has code of its own, or kAnyWarp. Its own is faster, but large code
 // four times over does not stay in the instruction cache.
+// kRowsRead: whether rows are tokens that read and columns those that write, or the other way round.
 constexpr int kAnyWarp = -1;
 
-template <int kWarp>
+template <int kWarp, bool kRowsRead>
 class Decays {
  public:
   __device__ __forceinline__ explicit Decays(const Factors& factors)
       : factors_(factors),
         warp_(kWarp == kAnyWarp ? uniform(warp_of_four()) : kWarp),
-        sum_{factors.row(kSum, row_token(0)), factors.row(kSum, row_token(1))} {}
+        sum_{factors.row(kSum, row_token(0)), factors.row(kSum, row_token(1))} {
+    if constexpr (kWarp == kAnyWarp) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) own_[i / 2][i % 2] = between(i / 2, i % 2);
+    }
+  }
 
-  // Whether columns 8 block to 8 block + 7 are of the same 16 tokens as the rows. The same for all lanes.
-  __device__ __forceinline__ bool same(int block) const { return block / 2 == warp(); }
-  // Whether they are known to be later ones.
-  static __device__ __forceinline__ constexpr bool later(int block) { return kWarp != kAnyWarp && block / 2 > kWarp; }
   __device__ __forceinline__ int warp() const { return kWarp == kAnyWarp ? warp_ : kWarp; }
-  __device__ __forceinline__ const Factors& factors() const { return factors_; }
+  // Whether columns 8 block to 8 block + 7 are known to be later ones than the rows.
+  static __device__ __forceinline__ constexpr bool later(int block) { return kWarp != kAnyWarp && block / 2 > kWarp; }
 
-  // From a column's token through a row's, or the other way round, where they are of the same 16. Masked by choice: where
-  // time runs backwards the exponential overflows.
-  template <bool kRowsRead>
+  // Of the warp's own 16 tokens, for its columns 8 block to 8 block + 7.
+  __device__ __forceinline__ float2 own(int block, int row) const {
+    return kWarp == kAnyWarp ? own_[block][row] : between(block, row);
+  }
+
+  // What is among the same 16 tokens, or else.
+  __device__ __forceinline__ float2 choose(int block, const float2& own, const float2& other) const {
+    const bool same = block / 2 == warp();
+    return make_float2(same ? own.x : other.x, same ? own.y : other.y);
+  }
+
+ private:
+  // Masked by choice: where time runs backwards the exponential overflows.
   __device__ __forceinline__ float2 between(int block, int row) const {
-    const int column = 8 * block + 2 * (lane() % 4), token = row_token(row);
-    const float2 sum = factors_.columns(kSum, block);
-    const float low = exp2_fast(kRowsRead ? sum_[row] - sum.x : sum.x - sum_[row]);
-    const float high = exp2_fast(kRowsRead ? sum_[row] - sum.y : sum.y - sum_[row]);
+    const float of_row = sum_[row];
+    // Counted from the warp's first token; from the chunk's where the comparisons, the same for each of a loop's chunks,
+    // would otherwise be kept in registers that are not there.
+    const int columns_from = kWarp == kAnyWarp ? 0 : kBlock * warp(), from = kWarp == kAnyWarp ? 0 : kBlock * warp_of_four();
+    const int column = columns_from + 8 * block + 2 * (lane() % 4), token = from + lane() / 4 + 8 * row;
+    const float2 of_columns = factors_.columns(kSum, 2 * warp() + block);
+    const float low = exp2_fast(kRowsRead ? of_row - of_columns.x : of_columns.x - of_row);
+    const float high = exp2_fast(kRowsRead ? of_row - of_columns.y : of_columns.y - of_row);
     const bool first = kRowsRead ? column <= token : column >= token;
     const bool second = kRowsRead ? column < token : column + 1 >= token;
     return make_float2(first ? low : 0.0f, second ? high : 0.0f);
   }
 
- private:
   const Factors factors_;
   const int warp_;
   const float sum_[2];
+  float2 own_[2][2];
 };
 
 // Packs an accumulator whose rows are tokens that read and whose columns are those that wrote, times step and decay.
 // kStepped: whether the factors to a block have the step in them.
 template <class T, bool kStepped, int kWarp>
 __device__ __forceinline__ void weigh_readers(Word (&weights)[4][4], const float (&scores)[32], const Factors& factors) {
-  const Decays<kWarp> decays(factors);
+  const Decays<kWarp, true> decays(factors);
   const bool any = decays.warp() > 0;
   const auto to_block = static_cast<Factor>(kToBlock1 + (any ? decays.warp() - 1 : 0));
   const float in_block[2] = {any ? factors.row(kInBlock, row_token(0)) : 0.0f,
@@ -104,11 +123,9 @@ __device__ __forceinline__ void weigh_readers(Word (&weights)[4][4], const float
     if constexpr (!kStepped) written.x *= step.x, written.y *= step.y;
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      float2 weight = make_float2(in_block[row] * written.x, in_block[row] * written.y);
-      if (decays.same(block)) {
-        weight = decays.template between<true>(block, row);
-        weight.x *= step.x, weight.y *= step.y;
-      }
+      const float2 own = decays.own(block % 2, row);
+      const float2 weight = decays.choose(block, make_float2(own.x * step.x, own.y * step.y),
+                                          make_float2(in_block[row] * written.x, in_block[row] * written.y));
       const int at = 4 * block + 2 * row;
       to[row] = wgmma::pack<T>(scores[at] * weight.x, scores[at + 1] * weight.y);
     }

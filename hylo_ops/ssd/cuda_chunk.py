@@ -152,13 +152,14 @@ def backward(grads: list[Tensor], *inputs: Any, cubin_source: str | None = None)
         grads: gradients of o and of final_state.
         inputs: the op's, in its order, without the backend.
     """
-    x, dt, a, b, c, d, dt_bias, initial_state = inputs[:8]
+    x, dt, a, b, c, d, dt_bias, initial_state, cu_seqlens = inputs[:9]
     call = _Call(cubin_source, 2, *inputs)
     sizes = call.sizes
     d_o, d_final_state = grads[0].to(x.dtype).contiguous(), grads[1].float().contiguous()
     call.native.set_gradients(d_o.data_ptr(), d_final_state.data_ptr())
     found = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, b, c, dt)]
-    parts = x.new_empty((3, call.chunks, sizes.H), dtype=torch.float32)
+    # Packed sequences may have fewer chunks than there are places for.
+    parts = (x.new_empty if cu_seqlens is None else x.new_zeros)((3, call.chunks, sizes.H), dtype=torch.float32)
     states = x.new_empty((2, call.chunks, sizes.H, sizes.V, sizes.K))
     d_initial_state = None if initial_state is None else torch.empty_like(d_final_state)
     if d_final_state.numel():
@@ -167,7 +168,8 @@ def backward(grads: list[Tensor], *inputs: Any, cubin_source: str | None = None)
         call.native.states(call.kernel("states"), *pointers, _pointer(d_initial_state))
         gradients = call.kernel("gradients")
         addresses = [t.data_ptr() for t in found]
-        call.native.gradients(gradients, sizes.most_values, *pointers, addresses, parts.data_ptr())
+        blocks = _multiprocessors(call.device)
+        call.native.gradients(gradients, sizes.most_values, *pointers, addresses, parts.data_ptr(), blocks)
     dx, db, dc, ddt = found
     of_heads = parts.sum(1)
     results = [dx, ddt, of_heads[0].to(a.dtype), db, dc]
