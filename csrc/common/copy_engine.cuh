@@ -61,6 +61,11 @@ __device__ __forceinline__ unsigned char* aligned(unsigned char* shared) {
   return shared + (-shared_address(shared) & 1023);
 }
 
+// Fetches a tensor map, so that the first copy need not wait for it.
+__device__ __forceinline__ void prefetch_map(const TensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
 // One box of a tensor map of four dims, coordinates innermost first. One thread issues it.
 __device__ __forceinline__ void copy_box(void* shared, const TensorMap& map, Barrier& done, int x, int y, int z, int w) {
   asm volatile(

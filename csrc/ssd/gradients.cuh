@@ -84,8 +84,9 @@ class GradientsBlock {
     fence_barrier_init();
   }
 
-  // A warp, of which one lane issues the copies.
+  // A warp.
   __device__ __forceinline__ void load() const {
+    if (lane() < kTileKinds) prefetch_map(p_.tiles[lane()]);
     Turns all(shared_.slots);
     each_head([&](const Place& at) {
       const Turn turns = all.next();
@@ -95,7 +96,7 @@ class GradientsBlock {
         if (!turn.first()) continue;
         Handover& tile = shared_.tiles[kind][turn.slot()];
         tile.empty.wait(turn.parity() ^ 1);
-        if (lane() == 0) load_tiles(kind, tiles_ + turn.place(), at, tile.full);
+        load_tiles(kind, tiles_ + turn.place(), at, tile.full);
       }
     });
   }
@@ -259,17 +260,18 @@ class GradientsBlock {
     if (threadIdx.x % 128 == 0) await_copies_out<0>();
   }
 
+  // A tile a lane.
   __device__ __forceinline__ void load_tiles(int kind, unsigned char* to, const Place& at, Barrier& full) const {
-    const TileSlots& slots = p_.slots[kind];
+    const TileSlots& slots = shared_.slots[kind];
+    if (lane() == 0) full.arrive_expecting(slots.size);
+    __syncwarp();
+    const int tile = lane();
+    if (tile >= slots.size / kTileSize) return;
     const bool states = kind >= kTilesStates;
-    full.arrive_expecting(slots.size);
-#pragma unroll 1
-    for (int tile = 0; tile < slots.size / kTileSize; ++tile) {
-      const int column = states ? tile % kWideK * kTile : tile * kTile;
-      const int y = states ? tile / kWideK * kTile : at.head / slots.group;
-      copy_box(to + tile * kTileSize, p_.tiles[kind], full, column, y, states ? at.head : at.chunk.begin,
-               states ? at.index : at.chunk.batch);
-    }
+    const int column = states ? tile % kWideK * kTile : tile * kTile;
+    const int y = states ? tile / kWideK * kTile : at.head / slots.group;
+    copy_box(to + tile * kTileSize, p_.tiles[kind], full, column, y, states ? at.head : at.chunk.begin,
+             states ? at.index : at.chunk.batch);
   }
 
   __device__ __forceinline__ void clear_tails(const Tiles& tiles, int tokens) const {

@@ -15,7 +15,7 @@ constexpr int kMostGradientTiles = 2;  // of V and of K: wider ones leave no reg
 // Of a thread; 512 for a thread of each warpgroup.
 constexpr int kDXRegisters = 176, kDBRegisters = 144, kDCRegisters = 152, kGradientLoaderRegisters = 40;
 
-constexpr int kMostDepth = 4;
+constexpr int kMostDepth = 3;
 constexpr int kFactorRing = 4, kSumsRing = 2;
 
 // Numbers of a head's tokens that the warpgroups leave for the last warp.

@@ -57,15 +57,16 @@ int place_gradients(int values, int width, int of_tokens, int of_states, Gradien
   return p.sums + kSumsRing * kSumsSize;
 }
 
-// As many slots as there is room for. Returns the dynamic shared memory it takes.
+// As many slots as there is room for: what is asked for early hides how far away it is, tokens' tiles first since they are
+// the smaller ones. Returns the dynamic shared memory it takes.
 int place_gradients(int values, int width, GradientsParams& p) {
   for (int of_states = kMostDepth; of_states > 0; --of_states) {
-    for (int of_tokens = of_states < kMostDepth ? of_states + 1 : kMostDepth; of_tokens > 0; --of_tokens) {
+    for (int of_tokens = kMostDepth; of_tokens >= std::min(of_states, 2); --of_tokens) {
       const int end = place_gradients(values, width, of_tokens, of_states, p) + 1024;
       if (end <= kSharedLimit - 2048) return end;
     }
   }
-  return 0;
+  return place_gradients(values, width, 1, 1, p) + 1024;
 }
 
 }  // namespace

@@ -1,10 +1,13 @@
 // A pass over the chunks of a sequence, forth or back. A block has one or two chains, a warpgroup each: 64 columns of V
-// of a head, whose state S [V, K] lives in registers as an accumulator. Beside them
-// are a warp that loads and three that make the gates' factors.
+// of a head, whose state S [V, K] lives in registers as an accumulator. Beside them are a warp that loads and three that
+// make the gates' factors.
 //
 //   forth:   S <- whole S + (to_end step X)^T B
 //   back:    S <- whole S + (from_start dO)^T C                    S: the gradient of the state
 //   outputs: O = from_start C S^T + (L * step * (C B^T)) X + d X
+//
+// What a segment adds to the state (_ends) is a sum over its chunks, each decayed by those after it: that pass goes the
+// other way round, so that it is the values that decays are multiplied to, not the state.
 #pragma once
 
 #include "common/chunk_store.cuh"
@@ -158,10 +161,15 @@ class Chain {
   // The state alone.
   template <bool kWrites>
   __device__ __forceinline__ void run(const Inputs& stage) {
-    update_state<kWrites>(stage, Factors{stage.factors(index_)});
+    const Factors factors{stage.factors(index_)};
+    update_state<kWrites>(stage, factors);
+    passed_ *= factors.whole();
     wgmma::wait<0>();
     wgmma::pin(s_);
   }
+
+  // Decay over all chunks so far.
+  __device__ __forceinline__ float passed() const { return passed_; }
 
   // Sends the state, in 16 bits, to its place among a direction's.
   __device__ __forceinline__ void leave_state(const TensorMap& states, int chunk) {
@@ -236,14 +244,14 @@ class Chain {
   }
 
   // S <- whole S + (factors values)^T keys, under way on return: each token adds its part of the state at the chunk's end
-  // or, going back, of the gradient of the state at its start.
+  // or, going back, of the gradient of the state at its start. Of a segment's end, S <- S + passed (factors values)^T keys.
   template <bool kWrites>
   __device__ __forceinline__ void update_state(const Inputs& stage, const Factors& factors) {
     Word values[4][4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) load_transposed(values[i], stage.values(index_) + transposed_row(i));
     scale_values(values, factors, kWrites ? kWritten : kFromStart);
-    scale_state(factors.whole());
+    if constexpr (kPass != kEnds) scale_state(factors.whole());
     wgmma::fence();
     const DoubleWord b = wgmma::descriptor_n_major(shared_address(stage.keys(index_)), kTileSize);
 #pragma unroll
@@ -257,10 +265,11 @@ class Chain {
     wgmma::pin(s_);
   }
 
-  static __device__ __forceinline__ void scale_values(Word (&values)[4][4], const Factors& factors, Factor which) {
+  __device__ __forceinline__ void scale_values(Word (&values)[4][4], const Factors& factors, Factor which) const {
 #pragma unroll
     for (int block = 0; block < 8; ++block) {
-      const float2 factor = factors.columns(which, block);
+      float2 factor = factors.columns(which, block);
+      if constexpr (kPass == kEnds) factor.x *= passed_, factor.y *= passed_;
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
         Word& both = values[block / 2][2 * (block % 2) + row];
@@ -307,6 +316,7 @@ class Chain {
   const Unit unit_;
   unsigned char* const state_;    // S in 16 bits: tiles of 64 rows of V x 64 columns of K
   unsigned char* const results_;  // 64 tokens x 64 columns of V
+  float passed_ = 1.0f;
   float s_[kK / 2];
 };
 
@@ -319,69 +329,53 @@ class PassBlock {
   __device__ __forceinline__ PassBlock(const Params& p, const Slots& slots, unsigned char* shared, Ring& ring)
       : p_(p), slots_(slots), shared_(shared), ring_(ring), back_(kPass != kOutputs && blockIdx.z == kBack) {}
 
+  // A warp, of which each lane has a box of a stage's tiles: there are at most 10.
   __device__ __forceinline__ void load() const {
-    const TensorMap& values = back_ ? p_.d_o : p_.x;
-    const TensorMap& keys = back_ ? p_.c : p_.b;
-    const int value_group = back_ ? 1 : p_.x_group, key_group = back_ ? p_.c_group : p_.b_group;
     const int size = stage_size(kPass, kK, slots_) - kChains * kPassFactorsSize;
+    const Box box = box_at(lane());
+    const bool exists = lane() < size / kTileSize;
+    if (exists) prefetch_map(*box.map);
     each_chunk([&](int at, int turn, const Chunk& chunk, int) {
       Handover& stage = ring_.stages[at];
-      const Inputs inputs = this->stage(at);
       if (turn > 0) stage.empty.wait((turn - 1) & 1);
-      stage.full.arrive_expecting(size);
-      const auto copy = [&](unsigned char* to, const TensorMap& map, int columns, int first, int head) {
-        for (int i = 0; i < columns; ++i) {
-          copy_box(to + i * kTileSize, map, stage.full, first + i * kTile, head, chunk.begin, chunk.batch);
-        }
-      };
-#pragma unroll
-      for (int chain = 0; chain < kChains; ++chain) {
-        const Unit unit = this->unit(chain);
-        if (chain < slots_.values) copy(inputs.values(chain), values, 1, unit.column(), unit.head / value_group);
-        if (chain < slots_.keys) copy(inputs.keys(chain), keys, Inputs::kWide, 0, unit.head / key_group);
-        if constexpr (kPass == kOutputs) {
-          if (chain < slots_.queries) copy(inputs.queries(chain), p_.c, Inputs::kWide, 0, unit.head / p_.c_group);
-        }
+      if (lane() == 0) stage.full.arrive_expecting(size);
+      __syncwarp();
+      if (exists) {
+        unsigned char* const to = this->stage(at).base + lane() * kTileSize;
+        copy_box(to, *box.map, stage.full, box.column, box.head, chunk.begin, chunk.batch);
       }
     });
   }
 
-  // Warps take turns, each with all chains at once: one alone takes longer for a chunk than a chain. Never more of them
-  // than there are stages: one that is a turn ahead of another would take an older phase of a barrier for its own.
+  // Warps take turns, each with the factors of one chain. Never more of them than a turn of the ring has to give: one that
+  // is a turn ahead of another would take an older phase of a barrier for its own. The code is short, for when a block
+  // begins its instructions come from far away.
   __device__ __forceinline__ void make_factors(int index) const {
-    const int ring = stages(kPass, kK, slots_), count = ring_.segment.count();
-    const int warps = ring < kGateWarps ? ring : kGateWarps;
-    if (index >= warps) return;
-    const Gates gates[] = {gates_of(0), gates_of(kChains - 1)};
-    Gates::Raw next[kChains] = {};
-    for (int i = index; i < count && i < kPrefetch; i += warps) {
-#pragma unroll
-      for (int chain = 0; chain < kChains; ++chain) gates[chain].prefetch(which(i));
-    }
-#pragma unroll
-    for (int chain = 0; index < count && chain < kChains; ++chain) next[chain] = gates[chain].load(which(index));
-    int at = index, turn = 0;
-    for (int i = index; i < count; i += warps, at += warps) {
-      for (; at >= ring; at -= ring) ++turn;
-      const int tokens = chunk(i).tokens;
-      float2 step[kChains], sum[kChains];
-#pragma unroll
-      for (int chain = 0; chain < kChains; ++chain) step[chain] = gates[chain].steps(gates[chain].raw(next[chain]), tokens);
-#pragma unroll
-      for (int chain = 0; chain < kChains; ++chain) {
-        if (i + kPrefetch < count) gates[chain].prefetch(which(i + kPrefetch));
-        if (i + warps < count) next[chain] = gates[chain].load(which(i + warps));
-      }
-#pragma unroll
-      for (int chain = 0; chain < kChains; ++chain) sum[chain] = gates[chain].sums(step[chain]);
+    const int ring = stages(kPass, kK, slots_), units = ring_.segment.count() * kChains;
+    const int warps = ring * kChains < kGateWarps ? ring * kChains : kGateWarps;
+    if (index >= warps || index >= units) return;
+    const Gates first = gates_of(0), second = gates_of(kChains - 1);
+    const auto of = [&](int unit) { return unit % kChains == 0 ? first : second; };
+    Gates::Raw next = of(index).load(which(index / kChains));
+#pragma unroll 1
+    for (int unit = index + warps; unit < units && unit < kPrefetch; unit += warps) of(unit).prefetch(which(unit / kChains));
+    int turn = 0;
+#pragma unroll 1
+    for (int unit = index; unit < units; unit += warps) {
+      const int i = unit / kChains;
+      const Gates gates = of(unit);
+      const float2 step = gates.steps(gates.raw(next), chunk(i).tokens);
+      const int ahead = unit + kPrefetch, soon = unit + warps;
+      if (ahead < units) of(ahead).prefetch(which(ahead / kChains));
+      if (soon < units) next = of(soon).load(which(soon / kChains));
+      const float2 sum = gates.sums(step);
+      if (i >= (turn + 1) * ring) ++turn;
+      const int at = i - turn * ring;
       Handover& stage = ring_.stages[at];
       if (turn > 0) stage.empty.wait((turn - 1) & 1);
-#pragma unroll
-      for (int chain = 0; chain < kChains; ++chain) {
-        float* const factors = this->stage(at).factors(chain);
-        gates[chain].write_ends(step[chain], sum[chain], factors);
-        if constexpr (kPass == kOutputs) gates[chain].template write_between<true>(step[chain], sum[chain], factors);
-      }
+      float* const factors = this->stage(at).factors(unit % kChains);
+      gates.write_ends(step, sum, factors);
+      if constexpr (kPass == kOutputs) gates.template write_between<true>(step, sum, factors);
       stage.full.arrive();
     }
   }
@@ -390,7 +384,6 @@ class PassBlock {
     const Unit unit = this->unit(index);
     Chain<T, kPass, kK> chain(p_, index, unit, shared_ + tiles() + index * chain_size(kPass, kK));
     const float skip = kPass == kOutputs ? number_of_head(p_.d, unit.head) : 0.0f;
-    float decay = 1.0f;
     chain.start(kPass == kEnds ? nullptr : begins_with(unit));
     each_chunk([&](int at, int turn, const Chunk& chunk, int c) {
       const Inputs inputs = stage(at);
@@ -404,16 +397,34 @@ class PassBlock {
       } else {
         chain.template run<true>(inputs);
       }
-      if constexpr (kPass == kEnds) decay *= inputs.factors(index)[kFromStart * kChunk + kChunk - 1];
       ring_.stages[at].empty.arrive();
     });
-    if (kPass == kEnds && threadIdx.x % 128 == 0) p_.totals[piece() * p_.heads + unit.head] = decay;
+    if (kPass == kEnds && threadIdx.x % 128 == 0) p_.totals[piece() * p_.heads + unit.head] = chain.passed();
     if (float* to = ends_in(unit)) chain.finish(to);
     await_copies_out<0>();
   }
 
  private:
-  static constexpr int kPrefetch = 12;  // chunks; a multiple of the warps that take turns
+  static constexpr int kPrefetch = 12 * kChains;  // units that are on their way into the second cache
+
+  // What one copy of a stage brings.
+  struct Box {
+    const TensorMap* map;
+    int column, head;
+  };
+  __device__ __forceinline__ Box box_at(int index) const {
+    constexpr int kWide = Inputs::kWide;
+    const int keys = index - slots_.values, queries = keys - slots_.keys * kWide;
+    const TensorMap* const of_keys = back_ ? &p_.c : &p_.b;
+    if (keys < 0) {
+      const Unit unit = this->unit(index);
+      return {back_ ? &p_.d_o : &p_.x, unit.column(), unit.head / (back_ ? 1 : p_.x_group)};
+    }
+    if (kPass != kOutputs || queries < 0) {
+      return {of_keys, keys % kWide * kTile, unit(keys / kWide).head / (back_ ? p_.c_group : p_.b_group)};
+    }
+    return {&p_.c, queries % kWide * kTile, unit(queries / kWide).head / p_.c_group};
+  }
 
   __device__ __forceinline__ Gates gates_of(int chain) const {
     return Gates(p_, unit(chain).head, ring_.segment.sequence);
@@ -446,7 +457,7 @@ class PassBlock {
 
   // The i-th that the block comes to.
   __device__ __forceinline__ int which(int i) const {
-    return back_ ? ring_.segment.end - 1 - i : ring_.segment.begin + i;
+    return back_ != (kPass == kEnds) ? ring_.segment.end - 1 - i : ring_.segment.begin + i;
   }
   __device__ __forceinline__ Chunk chunk(int i) const { return chunk_of(ring_.segment.sequence, which(i)); }
 
@@ -486,7 +497,7 @@ __device__ __forceinline__ void pass(const Params& p, const Slots& slots, unsign
     const Segment segment = segment_of(p, blockIdx.y);
     if (lane() == 0) {
       ring.segment = segment;
-      for (Handover& stage : ring.stages) stage.init(1 + 32, 128 * kChains);
+      for (Handover& stage : ring.stages) stage.init(1 + 32 * kChains, 128 * kChains);
       fence_barrier_init();
     }
   }
@@ -500,7 +511,7 @@ __device__ __forceinline__ void pass(const Params& p, const Slots& slots, unsign
     if constexpr (kChains > 1) release_registers<kLoaderRegisters>();
     const int warp = uniform(warp_of_four());
     if (warp == kGateWarps) {
-      if (lane() == 0) block.load();
+      block.load();
     } else {
       block.make_factors(warp);
     }
