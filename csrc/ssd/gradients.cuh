@@ -20,7 +20,7 @@ struct GradientsShared {
   TileSlots slots[kTileKinds];
   Chunk chunks[kGradientWarpgroups];  // each warpgroup's own
   Handover tiles[kTileKinds][kMostDepth];
-  Handover factors[kFactorRing], sums[kSumsRing];
+  Handover factors[kFactorRing], sums[kSumsRing], pairs;
   float skips[kFactorRing], rates[kFactorRing];
 };
 
@@ -81,6 +81,7 @@ class GradientsBlock {
     }
     for (Handover& factors : shared.factors) factors.init(32, kThreads + 32);
     for (Handover& sums : shared.sums) sums.init(kThreads, 32);
+    shared.pairs.init(128, 256);
     fence_barrier_init();
   }
 
@@ -139,23 +140,29 @@ class GradientsBlock {
   // The first warpgroup.
   __device__ __forceinline__ void make_dx() const {
     float dx[kWideV][32] = {};
-    make<kMakesDX>(dx, [&](const Tiles& tiles, const Factors& factors, float* sums, float skip) {
-      add_dx(tiles, factors, sums, skip, dx);
+    Turns turns(shared_.slots);
+    each_head([&](const Place& at) {
+      const Tiles tiles = begin(kMakesDX, at, turns);
+      add_dx(tiles, factors_of(at), sums_of(at), shared_.skips[at.turn % kFactorRing], dx);
+      end(kMakesDX, at, tiles);
+      if (tiles[kTilesX].last()) flush(kMakesDX, dx, at.head);
     });
+    finish_copies();
   }
-  // The second.
-  __device__ __forceinline__ void make_db() const {
-    float db[kWideK][32] = {};
-    make<kMakesDB>(db, [&](const Tiles& tiles, const Factors& factors, float* sums, float) {
-      add_db(tiles, factors, sums, db);
+
+  // The second or the third: one code for both, since two of them, beside the first's, did not stay in the instruction
+  // cache.
+  __device__ __forceinline__ void make_db_or_dc(int role) const {
+    float d[kWideK][32] = {};
+    Turns turns(shared_.slots);
+    each_head([&](const Place& at) {
+      const Tiles tiles = begin(role, at, turns);
+      add_db_or_dc(role, tiles, factors_of(at), sums_of(at), at.turn, d);
+      end(role, at, tiles);
+      const bool last_b = tiles[kTilesB].last(), last_c = tiles[kTilesC].last();
+      if (role == kMakesDC ? last_c : last_b) flush(role, d, at.head);
     });
-  }
-  // The third.
-  __device__ __forceinline__ void make_dc() const {
-    float dc[kWideK][32] = {};
-    make<kMakesDC>(dc, [&](const Tiles& tiles, const Factors& factors, float* sums, float) {
-      add_dc(tiles, factors, sums, dc);
-    });
+    finish_copies();
   }
 
  private:
@@ -163,11 +170,9 @@ class GradientsBlock {
 
   // Warpgroups that read a kind of tiles.
   static __device__ __forceinline__ constexpr bool reads(int role, int kind) {
-    switch (kind) {
-      case kTilesB: case kTilesStates: return role == kMakesDC || role == (kind == kTilesB ? kMakesDX : kMakesDB);
-      case kTilesDStates: return role != kMakesDC;
-      default: return true;
-    }
+    if (kind == kTilesX) return role != kMakesDC;
+    if (kind == kTilesStates) return role == kMakesDC;
+    return true;
   }
   static __device__ __forceinline__ constexpr int readers(int kind) {
     int count = 0;
@@ -203,6 +208,8 @@ class GradientsBlock {
   __device__ __forceinline__ float* sums_at(int buffer) const {
     return reinterpret_cast<float*>(tiles_ + p_.sums + buffer * kSumsSize);
   }
+  __device__ __forceinline__ Factors factors_of(const Place& at) const { return {factors_at(at.turn % kFactorRing)}; }
+  __device__ __forceinline__ float* sums_of(const Place& at) const { return sums_at(at.turn % kSumsRing); }
   __device__ __forceinline__ float* part(int which, const Place& at) const {
     return p_.parts + (static_cast<long long>(which) * p_.common.chunks + at.index) * p_.common.heads + at.head;
   }
@@ -232,31 +239,31 @@ class GradientsBlock {
     Turn turns_[kTileKinds];
   };
 
-  // Calls add(tiles, factors, sums, skip) for each head, and sends what it summed up in d to its place after the last
-  // one of those that share it.
-  template <GradientRole kRole, int kWide, class Add>
-  __device__ __forceinline__ void make(float (&d)[kWide][32], const Add& add) const {
-    Turns turns(shared_.slots);
-    each_head([&](const Place& at) {
-      if (threadIdx.x % 128 == 0) shared_.chunks[kRole] = at.chunk;
-      const int slot = at.turn % kFactorRing, buffer = at.turn % kSumsRing;
-      const Tiles tiles(*this, turns);
+  // Of a warpgroup: waits for what it needs of a head, but for the states.
+  __device__ __forceinline__ Tiles begin(int role, const Place& at, Turns& turns) const {
+    if (threadIdx.x % 128 == 0) shared_.chunks[role] = at.chunk;
+    const Tiles tiles(*this, turns);
 #pragma unroll
-      for (int kind = 0; kind < kTilesStates; ++kind) {
-        if (reads(kRole, kind)) tiles.await(kind);
-      }
-      if (p_.common.cu_seqlens != nullptr && at.chunk.tokens < kChunk) clear_tails(tiles, at.chunk.tokens);
-      shared_.factors[slot].full.wait(at.turn / kFactorRing & 1);
-      shared_.sums[buffer].empty.wait((at.turn / kSumsRing & 1) ^ 1);
-      add(tiles, Factors{factors_at(slot)}, sums_at(buffer), shared_.skips[slot]);
-      shared_.sums[buffer].full.arrive();
-      shared_.factors[slot].empty.arrive();
+    for (int kind = 0; kind < kTilesStates; ++kind) {
+      if (reads(role, kind)) tiles.await(kind);
+    }
+    if (p_.common.cu_seqlens != nullptr && at.chunk.tokens < kChunk) clear_tails(tiles, at.chunk.tokens);
+    shared_.factors[at.turn % kFactorRing].full.wait(at.turn / kFactorRing & 1);
+    shared_.sums[at.turn % kSumsRing].empty.wait((at.turn / kSumsRing & 1) ^ 1);
+    return tiles;
+  }
+
+  // Hands on what it made of it, and all that it has read.
+  __device__ __forceinline__ void end(int role, const Place& at, const Tiles& tiles) const {
+    shared_.sums[at.turn % kSumsRing].full.arrive();
+    shared_.factors[at.turn % kFactorRing].empty.arrive();
 #pragma unroll
-      for (int kind = 0; kind < kTileKinds; ++kind) {
-        if (reads(kRole, kind)) tiles.release(kind);
-      }
-      if (tiles[kRole].last()) flush<kRole>(d, at.head);
-    });
+    for (int kind = 0; kind < kTileKinds; ++kind) {
+      if (reads(role, kind)) tiles.release(kind);
+    }
+  }
+
+  static __device__ __forceinline__ void finish_copies() {
     if (threadIdx.x % 128 == 0) await_copies_out<0>();
   }
 
@@ -307,14 +314,14 @@ class GradientsBlock {
   }
   template <int kSteps, int kWide, int kSize>
   static __device__ __forceinline__ void multiply_columns(float (&d)[kSize], const unsigned char* a,
-                                                          const unsigned char* b) {
+                                                          const unsigned char* b, bool onto = false) {
     const DoubleWord left = wgmma::descriptor_k_major(shared_address(a));
     const DoubleWord right = wgmma::descriptor_n_major(shared_address(b), kTileSize);
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
       wgmma::product_shared<T, wgmma::kAlongK, wgmma::kAlongMN>(
           d, left + i / 4 * (kTileSize >> 4) + i % 4 * wgmma::kNextKMajor,
-          right + i / 4 * kWide * (kTileSize >> 4) + i % 4 * wgmma::kNextNMajor, i > 0);
+          right + i / 4 * kWide * (kTileSize >> 4) + i % 4 * wgmma::kNextNMajor, onto || i > 0);
     }
     wgmma::commit();
   }
@@ -381,7 +388,6 @@ class GradientsBlock {
       weigh_writers(weights, scores, products, factors, sums);
     }
     tiles.await(kTilesDStates);
-    const float to_end[2] = {factors.to_end(row_token(0)), factors.to_end(row_token(1))};
     const float written[2] = {factors.row(kWritten, row_token(0)), factors.row(kWritten, row_token(1))};
 #pragma unroll
     for (int tile = 0; tile < kWideV; ++tile) {
@@ -390,7 +396,6 @@ class GradientsBlock {
       wgmma::fence();
       multiply_rows<kK / 16>(added, tiles.at(kTilesB), tiles.at(kTilesDStates) + tile * kWideK * kTileSize);
       settle(added);
-      dot(added, tiles.at(kTilesX) + tile * kTileSize, to_end, sums + (kAtEnd + tile) * kChunk);
       scale_rows(added, written);
       wgmma::fence();
       add_tokens(added, weights, d_o);
@@ -403,9 +408,48 @@ class GradientsBlock {
     }
   }
 
-  // The same.
-  __device__ __forceinline__ void add_db(const Tiles& tiles, const Factors& factors, float* sums,
-                                         float (&db)[kWideK][32]) const {
+  // Tokens that write along rows, or those that read.
+  __device__ __forceinline__ void add_db_or_dc(int role, const Tiles& tiles, const Factors& factors, float* sums, int turn,
+                                               float (&d)[kWideK][32]) const {
+    const bool read = role == kMakesDC;
+    if (!read) make_pairs(tiles, factors, sums, turn);
+    tiles.await(kTilesDStates);
+    if (read) {
+      tiles.await(kTilesStates);
+      multiply_states(tiles.at(kTilesStates), tiles.at(kTilesDStates), sums);
+    }
+    // All are asked for first: a choice of what to ask for would put the turns into memory.
+    const unsigned char *const x = tiles.at(kTilesX), *const b = tiles.at(kTilesB), *const c = tiles.at(kTilesC);
+    const unsigned char *const d_o = tiles.at(kTilesDO), *const s = tiles.at(kTilesStates), *const ds = tiles.at(kTilesDStates);
+    const unsigned char *const rows = read ? d_o : x, *const states = read ? s : ds;
+    const unsigned char *const own = read ? c : b, *const others = read ? b : c;
+    const unsigned char* const pairs = tiles_ + p_.pairs + (read ? kTileSize : 0);
+    float through[2], scale[2];  // the decay between the state and a row's token; with the step of one that writes
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      const int token = row_token(row);
+      scale[row] = factors.row(read ? kFromStart : kWritten, token);
+      through[row] = read ? scale[row] : factors.to_end(token);
+    }
+#pragma unroll
+    for (int tile = 0; tile < kWideK; ++tile) {
+      float added[32];
+      wgmma::fence();
+      multiply_columns<kV / 16, kWideK>(added, rows, states + tile * kTileSize);
+      settle(added);
+      dot(added, own + tile * kTileSize, through, sums + ((read ? kOfState : kAtEnd) + tile) * kChunk);
+      scale_rows(added, scale);
+      if (tile == 0) shared_.pairs.full.wait(turn & 1);
+      wgmma::fence();
+      multiply_columns<kChunk / 16, 1>(added, pairs, others + tile * kTileSize, true);
+      settle(added);
+      add(d[tile], added);
+    }
+    shared_.pairs.empty.arrive();
+  }
+
+  // Leaves X dO^T, with decays and steps, for both ways in which its rows and columns are summed over, and x . dO.
+  __device__ __forceinline__ void make_pairs(const Tiles& tiles, const Factors& factors, float* sums, int turn) const {
     Word pairs[4][4];
     {
       float products[32];
@@ -417,50 +461,16 @@ class GradientsBlock {
       if (has_diagonal()) sums[kSkipped * kChunk + row_token(1)] = skipped.y;
       pair_writers(pairs, products, factors);
     }
-    tiles.await(kTilesStates);
-    tiles.await(kTilesDStates);
-    multiply_states(tiles.at(kTilesStates), tiles.at(kTilesDStates), sums);
-    const float written[2] = {factors.row(kWritten, row_token(0)), factors.row(kWritten, row_token(1))};
+    shared_.pairs.empty.wait((turn & 1) ^ 1);
+    unsigned char* const writers = tiles_ + p_.pairs;
+    unsigned char* const readers = writers + kTileSize;
 #pragma unroll
-    for (int tile = 0; tile < kWideK; ++tile) {
-      float added[32];
-      wgmma::fence();
-      multiply_columns<kV / 16, kWideK>(added, tiles.at(kTilesX), tiles.at(kTilesDStates) + tile * kTileSize);
-      settle(added);
-      scale_rows(added, written);
-      wgmma::fence();
-      add_tokens(added, pairs, tiles.at(kTilesC) + tile * kTileSize);
-      settle(added);
-      add(db[tile], added);
+    for (int i = 0; i < 4; ++i) {
+      store_matrices(writers + straight_row(i), pairs[i]);
+      store_transposed(readers + transposed_row(i), pairs[i]);
     }
-  }
-
-  // Tokens that read along rows.
-  __device__ __forceinline__ void add_dc(const Tiles& tiles, const Factors& factors, float* sums,
-                                         float (&dc)[kWideK][32]) const {
-    Word pairs[4][4];
-    {
-      float products[32];
-      wgmma::fence();
-      multiply_rows<kV / 16>(products, tiles.at(kTilesDO), tiles.at(kTilesX));
-      settle(products);
-      weigh_readers<T, false, kAnyWarp>(pairs, products, factors);
-    }
-    tiles.await(kTilesStates);
-    const float from_start[2] = {factors.row(kFromStart, row_token(0)), factors.row(kFromStart, row_token(1))};
-#pragma unroll
-    for (int tile = 0; tile < kWideK; ++tile) {
-      float added[32];
-      wgmma::fence();
-      multiply_columns<kV / 16, kWideK>(added, tiles.at(kTilesDO), tiles.at(kTilesStates) + tile * kTileSize);
-      settle(added);
-      dot(added, tiles.at(kTilesC) + tile * kTileSize, from_start, sums + (kOfState + tile) * kChunk);
-      scale_rows(added, from_start);
-      wgmma::fence();
-      add_tokens(added, pairs, tiles.at(kTilesB) + tile * kTileSize);
-      settle(added);
-      add(dc[tile], added);
-    }
+    fence_async();
+    shared_.pairs.full.arrive();
   }
 
   // Packs what tokens that write are read with, and leaves what comes of its product with `products`: sums over the
@@ -613,7 +623,7 @@ class GradientsBlock {
     };
     const float2 step = two(factors.at + kStep * kChunk), slope = two(factors.at + kSlope * kChunk);
     const float2 below = total(kBelow, 4), of_state = total(kOfState, kWideK);
-    const float2 above = total(kAbove, 1), at_end = total(kAtEnd, kWideV);
+    const float2 above = total(kAbove, 1), at_end = total(kAtEnd, kWideK);
     float whole = 0.0f;
     for (int i = 0; i < kStateParts; ++i) whole += sums[kSums * kChunk + i];
     whole *= factors.whole();
@@ -665,16 +675,16 @@ class GradientsBlock {
   }
 
   // Sends gradients of a chunk's tokens to their place, and starts anew.
-  template <GradientRole kRole, int kWide>
-  __device__ __forceinline__ void flush(float (&d)[kWide][32], int head) const {
+  template <int kWide>
+  __device__ __forceinline__ void flush(int role, float (&d)[kWide][32], int head) const {
     const Params& p = p_.common;
-    const Chunk& chunk = shared_.chunks[kRole];
-    const int group = p_.slots[kRole].group, width = kRole == kMakesDX ? p.values : p.width;
-    unsigned char* const staged = tiles_ + p_.staging + kRole * kTileSize;
+    const Chunk& chunk = shared_.chunks[role];
+    const int group = shared_.slots[role].group, width = role == kMakesDX ? p.values : p.width;
+    unsigned char* const staged = tiles_ + p_.staging + role * kTileSize;
 #pragma unroll
     for (int tile = 0; tile < kWide; ++tile) {
       if (threadIdx.x % 128 == 0) await_copies_out<0>();
-      sync_threads(1 + kRole, 128);
+      sync_threads(1 + role, 128);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         Word packed[4];
@@ -682,8 +692,8 @@ class GradientsBlock {
         store_matrices(staged + straight_row(i), packed);
       }
       fence_async();
-      sync_threads(1 + kRole, 128);
-      store_tokens<T, 128>(p_.maps[kRole], p_.gradients[kRole], p.cu_seqlens != nullptr, chunk, p.heads / group,
+      sync_threads(1 + role, 128);
+      store_tokens<T, 128>(p_.maps[role], p_.gradients[role], p.cu_seqlens != nullptr, chunk, p.heads / group,
                            head / group, width, tile * kTile, staged, threadIdx.x % 128);
 #pragma unroll
       for (int i = 0; i < 32; ++i) d[tile][i] = 0.0f;
@@ -709,13 +719,9 @@ __device__ __forceinline__ void gradients(const GradientsParams& p, unsigned cha
     claim_registers<kDXRegisters>();
     return block.make_dx();
   }
-  if (role == kMakesDB) {
-    claim_registers<kDBRegisters>();
-    return block.make_db();
-  }
-  if (role == kMakesDC) {
-    claim_registers<kDCRegisters>();
-    return block.make_dc();
+  if (role == kMakesDB || role == kMakesDC) {
+    claim_registers<kDKeyRegisters>();
+    return block.make_db_or_dc(role);
   }
   release_registers<kGradientLoaderRegisters>();
   const int warp = uniform(warp_of_four());

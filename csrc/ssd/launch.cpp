@@ -52,7 +52,8 @@ int place_gradients(int values, int width, int of_tokens, int of_states, Gradien
     end += depth * sizes[i];
   }
   p.staging = end;
-  p.factors = p.staging + kGradientWarpgroups * kTileSize;
+  p.pairs = p.staging + kGradientWarpgroups * kTileSize;
+  p.factors = p.pairs + 2 * kTileSize;
   p.sums = p.factors + kFactorRing * kFactorsSize;
   return p.sums + kSumsRing * kSumsSize;
 }

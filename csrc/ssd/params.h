@@ -74,7 +74,7 @@ struct GradientsParams {
   float* parts;               // [3, chunks, H]: of a, d and dt_bias
   int set, sets;              // heads of a block: all that share one of x, b, c with one of them; and how many sets
   TileSlots slots[kTileKinds];
-  int staging, factors, sums;  // where in shared memory
+  int staging, pairs, factors, sums;  // where in shared memory
 };
 
 }  // namespace hylo::ssd
