@@ -44,8 +44,15 @@ class SsdStep:
         self, torch: ModuleType, load: Callable[[int, str, str, int, int, int], Kernel | str], device_type: int = 2
     ) -> None: ...
     def run(
-        self, tensors: tuple[Tensor | None, ...], softplus: bool, dt_limit: Sequence[float] | None, direct: bool, /
+        self, tensors: tuple[Tensor | None, ...], softplus: bool, dt_limit: Sequence[float] | None, /
     ) -> Tensor | str: ...
+    @property
+    def direct(self) -> Callable[..., Tensor | str]:
+        """A function of what `run` takes, the tensors too one by one; it refuses what needs torch's dispatcher.
+
+        Made anew each time.
+        """
+
     def why_not(self, tensors: tuple[Tensor | None, ...], /) -> str | None: ...
 
 class Mamba2Step:
@@ -64,9 +71,12 @@ class Mamba2Step:
         dt_limit: Sequence[float] | None,
         eps: float,
         norm_before_gate: bool,
-        direct: bool,
         /,
     ) -> Tensor | str: ...
+    @property
+    def direct(self) -> Callable[..., Tensor | str]:
+        """As above, with the dims one by one too."""
+
     def why_not(self, tensors: tuple[Tensor | None, ...], dims: tuple[int, int, int], /) -> str | None: ...
 
 GATED_DELTA_RULE_RECORD_BYTES: int

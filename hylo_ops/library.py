@@ -16,6 +16,12 @@ from hylo_ops.backend import Backend, choose
 
 _LIBRARY = torch.library.Library("hylo_ops", "DEF")
 
+# Found once: each lookup through torch's modules takes as long as the call.
+_is_compiling = torch.compiler.is_compiling
+_count_dispatch_modes = torch._C._len_torch_dispatch_stack
+_tracing_state = torch._C._get_tracing_state
+_transform = torch._C._functorch.peek_interpreter_stack
+
 
 def may_skip_dispatcher() -> bool:
     """Whether a call of an op now would only go to its kernel: nothing compiles, traces, transforms or intercepts it.
@@ -23,10 +29,7 @@ def may_skip_dispatcher() -> bool:
     Tensors can ask for the dispatcher too: subclasses, and those that want a gradient.
     """
     return not (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        _is_compiling() or _count_dispatch_modes() or _tracing_state() is not None or _transform() is not None
     )
 
 

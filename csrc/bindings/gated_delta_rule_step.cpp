@@ -27,7 +27,7 @@ py::object GatedDeltaRuleStep::run(const py::tuple& tensors, py::handle scale, b
   if (factor == -1.0 && PyErr_Occurred()) throw py::error_already_set();
 
   Tensor made;
-  py::object o = torch_.empty_like(PyTuple_GET_ITEM(tensors.ptr(), 2));
+  py::object o = torch_.empty_like(PyTuple_GET_ITEM(tensors.ptr(), 2), inputs.v);
   if (!torch_.view(o, made)) return py::str("what torch allocates cannot be seen");
   step(*kind.kernel, inputs, {static_cast<float>(factor), normalise, most_strength}, made.data,
        torch_.stream(inputs.q));

@@ -3,6 +3,8 @@
 #include <limits>
 #include <utility>
 
+#include "bindings/positional.h"
+
 namespace py = pybind11;
 
 namespace hylo {
@@ -39,16 +41,18 @@ bool read_limits(py::handle dt_limit, StepOptions& out) {
   return true;
 }
 
-bool read_dims(const py::tuple& from, Mamba2Inputs& out) {
+bool read_dims(PyObject* const* from, Mamba2Inputs& out) {
   std::int64_t* const dims[] = {&out.K, &out.x_heads, &out.b_heads};
-  if (from.size() != 3) throw py::type_error("three dims are expected");
   for (int i = 0; i < 3; ++i) {
-    PyObject* dim = PyTuple_GET_ITEM(from.ptr(), i);
-    if (!PyLong_Check(dim)) return false;
-    *dims[i] = PyLong_AsLongLong(dim);
+    if (!PyLong_Check(from[i])) return false;
+    *dims[i] = PyLong_AsLongLong(from[i]);
     if (*dims[i] == -1 && PyErr_Occurred()) throw py::error_already_set();
   }
   return true;
+}
+
+void expect(Py_ssize_t count, Py_ssize_t wanted) {
+  if (count != wanted) throw py::type_error(std::to_string(wanted) + " arguments are expected");
 }
 
 }  // namespace
@@ -58,7 +62,18 @@ bool read_dims(const py::tuple& from, Mamba2Inputs& out) {
 SsdStep::SsdStep(const py::module_& torch, py::object load, int device_type)
     : torch_(torch), load_(std::move(load)), device_type_(device_type) {}
 
-py::object SsdStep::run(const py::tuple& tensors, bool softplus, py::handle dt_limit, bool direct) {
+py::object SsdStep::run(const py::tuple& tensors, bool softplus, py::handle dt_limit) {
+  return launch(TorchTensors::items<kTensors>(tensors), softplus, dt_limit, false);
+}
+
+py::object SsdStep::direct(PyObject* const* arguments, Py_ssize_t count) {
+  expect(count, kTensors + 2);
+  PyObject* const* const options = arguments + kTensors;
+  if (!PyBool_Check(options[0])) return py::str("dt_softplus is no bool");
+  return launch(arguments, options[0] == Py_True, options[1], true);
+}
+
+py::object SsdStep::launch(PyObject* const* tensors, bool softplus, py::handle dt_limit, bool direct) {
   StepInputs inputs{};
   StepOptions options{softplus, 0.0f, 0.0f};
   const std::string reason = view(tensors, direct, inputs);
@@ -68,28 +83,33 @@ py::object SsdStep::run(const py::tuple& tensors, bool softplus, py::handle dt_l
   if (kind.kernel == nullptr) return kind.found;
 
   Tensor made;
-  const auto B = inputs.x.shape[0], H = inputs.state.shape[1], V = inputs.state.shape[2];
-  const py::handle x = PyTuple_GET_ITEM(tensors.ptr(), 0);
-  const bool alike = inputs.x.shape[2] == H;  // empty_like takes less time
-  py::object o = alike ? torch_.empty_like(x) : torch_.empty(x, {B, 1, H, V});
+  py::object o = empty_output(tensors, inputs);
   if (!torch_.view(o, made)) return py::str("what torch allocates cannot be seen");
   step(*kind.kernel, inputs, options, made.data, torch_.stream(inputs.x));
   return o;
 }
 
+// Like x or c where one has its shape.
+py::object SsdStep::empty_output(PyObject* const* tensors, const StepInputs& inputs) const {
+  const auto B = inputs.x.shape[0], H = inputs.state.shape[1], V = inputs.state.shape[2];
+  if (inputs.x.shape[2] == H) return torch_.empty_like(tensors[0], inputs.x);
+  if (inputs.c.shape[2] == H && inputs.c.shape[3] == V) return torch_.empty_like(tensors[4], inputs.c);
+  return torch_.empty(tensors[0], {B, 1, H, V});
+}
+
 py::object SsdStep::why_not(const py::tuple& tensors) {
   StepInputs inputs{};
-  const std::string reason = view(tensors, false, inputs);
+  const std::string reason = view(TorchTensors::items<kTensors>(tensors), false, inputs);
   if (!reason.empty()) return py::str(reason);
   const Kernels::Loaded& kind = loaded(step_kind(inputs));
   return kind.kernel == nullptr ? kind.found : py::none();
 }
 
-std::string SsdStep::view(const py::tuple& tensors, bool direct, StepInputs& x) const {
+std::string SsdStep::view(PyObject* const* tensors, bool direct, StepInputs& x) const {
   Tensor* const views[] = {&x.x, &x.gates.dt, &x.gates.a,       &x.b,      &x.c,
                            &x.state, &x.gates.d, &x.gates.dt_bias, &x.indices};
   constexpr int kAlways = 6;
-  bool there[9];
+  bool there[kTensors];
   if (!torch_.view(tensors, direct, kAlways, views, there)) return kUnseen;
   x.gates.has_d = there[6];
   x.gates.has_bias = there[7];
@@ -109,14 +129,27 @@ Mamba2Step::Mamba2Step(const py::module_& torch, py::object load, int device_typ
     : torch_(torch), load_(std::move(load)), device_type_(device_type) {}
 
 py::object Mamba2Step::run(const py::tuple& tensors, const py::tuple& dims, bool softplus, py::handle dt_limit,
-                           py::handle eps, bool norm_before_gate, bool direct) {
+                           py::handle eps, bool norm_before_gate) {
+  const Options options{softplus, dt_limit, eps, norm_before_gate};
+  return launch(TorchTensors::items<kTensors>(tensors), TorchTensors::items<kDims>(dims), options, false);
+}
+
+py::object Mamba2Step::direct(PyObject* const* arguments, Py_ssize_t count) {
+  expect(count, kTensors + kDims + 4);
+  PyObject* const* const dims = arguments + kTensors;
+  PyObject* const* const options = dims + kDims;
+  if (!PyBool_Check(options[0]) || !PyBool_Check(options[3])) return py::str("dt_softplus or norm_before_gate is no bool");
+  return launch(arguments, dims, {options[0] == Py_True, options[1], options[2], options[3] == Py_True}, true);
+}
+
+py::object Mamba2Step::launch(PyObject* const* tensors, PyObject* const* dims, const Options& asked, bool direct) {
   Mamba2Inputs inputs{};
   double epsilon = 0.0;
-  ssd::Mamba2Options options{{softplus, 0.0f, 0.0f}, 0.0f, norm_before_gate};
+  ssd::Mamba2Options options{{asked.softplus, 0.0f, 0.0f}, 0.0f, asked.norm_before_gate};
   const std::string reason = view(tensors, dims, direct, inputs);
   if (!reason.empty()) return py::str(reason);
-  if (!read_limits(dt_limit, options.step)) return py::str("dt_limit is not (least, greatest)");
-  if (!read_number(eps, epsilon)) return py::str("eps is no number");
+  if (!read_limits(asked.dt_limit, options.step)) return py::str("dt_limit is not (least, greatest)");
+  if (!read_number(asked.eps, epsilon)) return py::str("eps is no number");
   options.eps = static_cast<float>(epsilon);
   const Mamba2Plan& plan = planned(mamba2_shape(inputs));
   if (!plan.fits) return py::str(kTooMany);
@@ -124,7 +157,7 @@ py::object Mamba2Step::run(const py::tuple& tensors, const py::tuple& dims, bool
   if (kind.kernel == nullptr) return kind.found;
 
   Tensor made;
-  py::object y = torch_.empty_like(PyTuple_GET_ITEM(tensors.ptr(), 0));
+  py::object y = torch_.empty_like(tensors[0], inputs.z);
   if (!torch_.view(y, made)) return py::str("what torch allocates cannot be seen");
   mamba2_step(*kind.kernel, inputs, plan, options, made.data, torch_.stream(inputs.z));
   return y;
@@ -132,7 +165,8 @@ py::object Mamba2Step::run(const py::tuple& tensors, const py::tuple& dims, bool
 
 py::object Mamba2Step::why_not(const py::tuple& tensors, const py::tuple& dims) {
   Mamba2Inputs inputs{};
-  const std::string reason = view(tensors, dims, false, inputs);
+  const std::string reason =
+      view(TorchTensors::items<kTensors>(tensors), TorchTensors::items<kDims>(dims), false, inputs);
   if (!reason.empty()) return py::str(reason);
   const Mamba2Plan& plan = planned(mamba2_shape(inputs));
   if (!plan.fits) return py::str(kTooMany);
@@ -140,12 +174,12 @@ py::object Mamba2Step::why_not(const py::tuple& tensors, const py::tuple& dims) 
   return kind.kernel == nullptr ? kind.found : py::none();
 }
 
-std::string Mamba2Step::view(const py::tuple& tensors, const py::tuple& dims, bool direct, Mamba2Inputs& x) const {
+std::string Mamba2Step::view(PyObject* const* tensors, PyObject* const* dims, bool direct, Mamba2Inputs& x) const {
   Tensor* const views[] = {&x.z,           &x.xbc,        &x.gates.dt, &x.conv_weight, &x.gates.a, &x.norm_weight,
                            &x.conv_state,  &x.state,      &x.conv_bias, &x.gates.d,    &x.gates.dt_bias,
                            &x.indices};
   constexpr int kAlways = 8;
-  bool there[12];
+  bool there[kTensors];
   if (!torch_.view(tensors, direct, kAlways, views, there)) return kUnseen;
   if (!read_dims(dims, x)) return "d_state, x_heads or b_heads is no integer";
   x.has_conv_bias = there[8];
@@ -175,11 +209,13 @@ void define_ssd_steps(py::module_& m) {
       .def(py::init<const py::module_&, py::object, int>(), py::arg("torch"), py::arg("load"),
            py::arg("device_type") = kCuda)
       .def("run", &SsdStep::run)
+      .def_property_readonly("direct", &positional_function<SsdStep, &SsdStep::direct>)
       .def("why_not", &SsdStep::why_not);
   py::class_<Mamba2Step>(m, "Mamba2Step")
       .def(py::init<const py::module_&, py::object, int>(), py::arg("torch"), py::arg("load"),
            py::arg("device_type") = kCuda)
       .def("run", &Mamba2Step::run)
+      .def_property_readonly("direct", &positional_function<Mamba2Step, &Mamba2Step::direct>)
       .def("why_not", &Mamba2Step::why_not);
 }
 

@@ -21,16 +21,23 @@ class SsdStep {
 
   // Gives o, or a str: the reason why these inputs are not taken. The state is updated in place.
   // tensors: x, dt, a, b, c, state, d, dt_bias, indices; the last three may be None.
-  // dt_limit: None or two numbers. direct: as TorchTensors::view has it.
-  pybind11::object run(const pybind11::tuple& tensors, bool softplus, pybind11::handle dt_limit, bool direct);
+  // dt_limit: None or two numbers.
+  pybind11::object run(const pybind11::tuple& tensors, bool softplus, pybind11::handle dt_limit);
+
+  // The same of the nine tensors, softplus and dt_limit side by side, where TorchTensors::view finds no need of torch's
+  // dispatcher.
+  pybind11::object direct(PyObject* const* arguments, Py_ssize_t count);
 
   // That reason, or None.
   pybind11::object why_not(const pybind11::tuple& tensors);
 
  private:
   using Kernels = LoadedKernels<ssd::StepKind>;
+  static constexpr int kTensors = 9;
 
-  std::string view(const pybind11::tuple& tensors, bool direct, ssd::StepInputs& inputs) const;
+  pybind11::object launch(PyObject* const* tensors, bool softplus, pybind11::handle dt_limit, bool direct);
+  std::string view(PyObject* const* tensors, bool direct, ssd::StepInputs& inputs) const;
+  pybind11::object empty_output(PyObject* const* tensors, const ssd::StepInputs& inputs) const;
   const Kernels::Loaded& loaded(const ssd::StepKind& kind);
 
   TorchTensors torch_;
@@ -47,15 +54,26 @@ class Mamba2Step {
   // Gives y, or a str. tensors: z, xbc, dt, conv_weight, a, norm_weight, conv_state, state, conv_bias, d, dt_bias,
   // indices; the last four may be None. dims: d_state, x_heads, b_heads.
   pybind11::object run(const pybind11::tuple& tensors, const pybind11::tuple& dims, bool softplus,
-                       pybind11::handle dt_limit, pybind11::handle eps, bool norm_before_gate, bool direct);
+                       pybind11::handle dt_limit, pybind11::handle eps, bool norm_before_gate);
+
+  // The same of the tensors, dims, softplus, dt_limit, eps and norm_before_gate side by side, as above.
+  pybind11::object direct(PyObject* const* arguments, Py_ssize_t count);
 
   pybind11::object why_not(const pybind11::tuple& tensors, const pybind11::tuple& dims);
 
  private:
   using Kernels = LoadedKernels<ssd::Mamba2Kind>;
+  static constexpr int kTensors = 12, kDims = 3;
 
-  std::string view(const pybind11::tuple& tensors, const pybind11::tuple& dims, bool direct,
-                   ssd::Mamba2Inputs& inputs) const;
+  // What of a call is no tensor and no dim.
+  struct Options {
+    bool softplus;
+    pybind11::handle dt_limit, eps;
+    bool norm_before_gate;
+  };
+
+  pybind11::object launch(PyObject* const* tensors, PyObject* const* dims, const Options& options, bool direct);
+  std::string view(PyObject* const* tensors, PyObject* const* dims, bool direct, ssd::Mamba2Inputs& inputs) const;
   const ssd::Mamba2Plan& planned(const ssd::Mamba2Shape& shape);
   const Kernels::Loaded& loaded(const ssd::Mamba2Kind& kind);
 

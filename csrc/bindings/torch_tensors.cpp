@@ -14,6 +14,15 @@ bool is_empty(const Tensor& tensor) {
   return false;
 }
 
+// Also in dims of one, whose strides torch would copy.
+bool is_contiguous(const Tensor& tensor) {
+  std::int64_t step = 1;
+  for (int i = tensor.dims - 1; i >= 0; step *= tensor.shape[i--]) {
+    if (tensor.strides[i] != step) return false;
+  }
+  return true;
+}
+
 }  // namespace
 
 TorchTensors::TorchTensors(const py::module_& torch)
@@ -23,13 +32,16 @@ TorchTensors::TorchTensors(const py::module_& torch)
       contiguous_(torch.attr("contiguous_format")),
       keyword_(py::make_tuple("memory_format")),
       grad_enabled_(torch.attr("is_grad_enabled")),
-      requires_grad_(py::str("requires_grad")),
+      requires_grad_(tensor_.attr("requires_grad")),
       new_empty_(py::str("new_empty")) {
   const py::object capsule = tensor_.attr("__dlpack_c_exchange_api__");
   exchange_ = static_cast<const TensorExchange*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
   if (exchange_ == nullptr) throw py::error_already_set();
   if (exchange_->major != kExchangeMajor || exchange_->view == nullptr) {
     throw std::runtime_error("torch offers DLPack " + std::to_string(exchange_->major) + ", not 1, or no views");
+  }
+  if (Py_TYPE(requires_grad_.ptr())->tp_descr_get == nullptr) {
+    throw std::runtime_error("torch.Tensor.requires_grad is no property");
   }
 }
 
@@ -47,15 +59,26 @@ bool TorchTensors::see(py::handle tensor, bool no_subclass, bool no_gradient, Te
   return true;
 }
 
+bool TorchTensors::gradients_are_on() const {
+  const auto on = py::reinterpret_steal<py::object>(PyObject_CallNoArgs(grad_enabled_.ptr()));
+  if (!on) throw py::error_already_set();
+  return on.ptr() == Py_True;
+}
+
+// Asks the property itself: no subclass comes here, so that none has another.
 bool TorchTensors::wants_gradient(py::handle tensor) const {
-  const auto wanted = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor.ptr(), requires_grad_.ptr()));
+  PyObject* const property = requires_grad_.ptr();
+  const auto get = Py_TYPE(property)->tp_descr_get;
+  const auto wanted = py::reinterpret_steal<py::object>(
+      get(property, tensor.ptr(), reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr()))));
   if (!wanted) throw py::error_already_set();
   return wanted.ptr() == Py_True;
 }
 
-py::object TorchTensors::empty_like(py::handle tensor) const {
+py::object TorchTensors::empty_like(py::handle tensor, const Tensor& seen) const {
   PyObject* arguments[] = {tensor.ptr(), contiguous_.ptr()};
-  auto made = py::reinterpret_steal<py::object>(PyObject_Vectorcall(empty_like_.ptr(), arguments, 1, keyword_.ptr()));
+  PyObject* const keyword = is_contiguous(seen) ? nullptr : keyword_.ptr();  // without it, the strides stay: 0.2 us less
+  auto made = py::reinterpret_steal<py::object>(PyObject_Vectorcall(empty_like_.ptr(), arguments, 1, keyword));
   if (!made) throw py::error_already_set();
   return made;
 }

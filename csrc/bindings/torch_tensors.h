@@ -24,20 +24,31 @@ class TorchTensors {
   template <int kCount>
   bool view(const pybind11::tuple& tensors, bool direct, int always, Tensor* const (&out)[kCount],
             bool (&there)[kCount]) const {
-    if (tensors.size() != kCount) throw pybind11::type_error(std::to_string(kCount) + " tensors are expected");
+    return view(items<kCount>(tensors), direct, always, out, there);
+  }
+
+  template <int kCount>
+  bool view(PyObject* const* tensors, bool direct, int always, Tensor* const (&out)[kCount],
+            bool (&there)[kCount]) const {
     const bool gradients = direct && gradients_are_on();
     for (int i = 0; i < kCount; ++i) {
-      const pybind11::handle tensor = PyTuple_GET_ITEM(tensors.ptr(), i);
-      there[i] = i < always || !tensor.is_none();
-      if (there[i] && !see(tensor, direct, gradients, *out[i])) return false;
+      there[i] = i < always || tensors[i] != Py_None;
+      if (there[i] && !see(tensors[i], direct, gradients, *out[i])) return false;
     }
     return true;
   }
 
-  // Uninitialised, contiguous, else like `tensor`; on its device.
-  pybind11::object empty_like(pybind11::handle tensor) const;
+  // What a tuple of so many holds.
+  template <int kCount>
+  static PyObject* const* items(const pybind11::tuple& tensors) {
+    if (tensors.size() != kCount) throw pybind11::type_error(std::to_string(kCount) + " are expected");
+    return PySequence_Fast_ITEMS(tensors.ptr());
+  }
 
-  // The same of another shape.
+  // Uninitialised, contiguous, else like `tensor`, that `seen` is the view of; on its device.
+  pybind11::object empty_like(pybind11::handle tensor, const Tensor& seen) const;
+
+  // The same of another shape, which takes half as long again.
   pybind11::object empty(pybind11::handle like, std::initializer_list<std::int64_t> sizes) const;
 
   // The stream that torch would launch on.
@@ -46,7 +57,7 @@ class TorchTensors {
  private:
   // no_subclass, no_gradient: what is not to be seen.
   bool see(pybind11::handle tensor, bool no_subclass, bool no_gradient, Tensor& out) const;
-  bool gradients_are_on() const { return grad_enabled_().ptr() == Py_True; }
+  bool gradients_are_on() const;
   bool wants_gradient(pybind11::handle tensor) const;
 
   const TensorExchange* exchange_;

@@ -15,54 +15,51 @@
 
 namespace hylo::ssd {
 
-// What a block's warps share beside the tiles.
+// Where a head's tiles are, and a bit for each kind whose tiles serve no head before it, or none after it.
+struct alignas(16) HeadTiles {
+  int places[kTileKinds];
+  unsigned first, last;
+};
+
+// What a block's warps share beside the tiles. The barriers of the heads, in a ring: `ready` when tiles of tokens and
+// factors are there, `states` when the others are; `done` when the three warpgroups have read all that and left their
+// sums; `finished` when those are read, too.
 struct GradientsShared {
   TileSlots slots[kTileKinds];
+  HeadTiles heads[kHeadRing];
   Chunk chunks[kGradientWarpgroups];  // each warpgroup's own
-  Handover tiles[kTileKinds][kMostDepth];
-  Handover factors[kFactorRing], sums[kSumsRing], pairs;
-  float skips[kFactorRing], rates[kFactorRing];
+  Barrier ready[kHeadRing], states[kHeadRing], done[kHeadRing], finished[kHeadRing];
+  Handover pairs;
+  float skips[kHeadRing], rates[kHeadRing];
 };
 
-// Where one kind of tiles is for a head, and whether the head is the first or the last one that it serves.
-struct Turn {
-  int bits;
-
-  static __device__ __forceinline__ int pack(int place, int slot, bool first, bool last, int parity) {
-    return place >> 10 | slot << 9 | int{first} << 11 | int{last} << 12 | parity << 13;
-  }
-  // That of a kind, out of what the lanes have.
-  __device__ __forceinline__ Turn of(int kind) const { return {__shfl_sync(kAllLanes, bits, kind)}; }
-  __device__ __forceinline__ int place() const { return (bits & 511) << 10; }
-  __device__ __forceinline__ int slot() const { return bits >> 9 & 3; }
-  __device__ __forceinline__ bool first() const { return bits >> 11 & 1; }
-  __device__ __forceinline__ bool last() const { return bits >> 12 & 1; }
-  __device__ __forceinline__ int parity() const { return bits >> 13; }
-};
-
-// A warp's way through the slots of all kinds of tiles: each of its first lanes follows one kind.
-class Turns {
+// The loader's way through the slots of all kinds of tiles: each of its first lanes follows one kind.
+class TileTurns {
  public:
-  __device__ __forceinline__ explicit Turns(const TileSlots (&slots)[kTileKinds])
+  __device__ __forceinline__ explicit TileTurns(const TileSlots (&slots)[kTileKinds])
       : slots_(slots[lane() < kTileKinds ? lane() : 0]) {}
 
-  // Of the lane's kind, for the next head.
-  __device__ __forceinline__ Turn next() {
-    const TileSlots slots = slots_;
-    const bool first = within_ == 0, last = within_ == slots.group - 1;
-    const int bits = Turn::pack(slots.offset + slot_ * slots.size, slot_, first, last, parity_);
-    within_ = last ? 0 : within_ + 1;
-    if (last) {
-      const bool around = slot_ == slots.depth - 1;
-      slot_ = around ? 0 : slot_ + 1;
-      parity_ ^= around;
+  __device__ __forceinline__ int place() const { return slots_.offset + slot_ * slots_.size; }
+  __device__ __forceinline__ int size() const { return slots_.size; }
+  // Whether the tiles are new with this head, or serve it as the last one.
+  __device__ __forceinline__ bool first() const { return within_ == 0; }
+  __device__ __forceinline__ bool last() const { return within_ == slots_.group - 1; }
+  // Heads that must be done before the slot is free.
+  __device__ __forceinline__ int before(int turn) const { return turn - (slots_.depth - 1) * slots_.group; }
+
+  // On to the next head.
+  __device__ __forceinline__ void advance() {
+    if (!last()) {
+      ++within_;
+      return;
     }
-    return {bits};
+    within_ = 0;
+    slot_ = slot_ + 1 < slots_.depth ? slot_ + 1 : 0;
   }
 
  private:
-  const TileSlots& slots_;  // in shared memory: it is read once a head
-  int within_ = 0, slot_ = 0, parity_ = 0;
+  const TileSlots& slots_;
+  int within_ = 0, slot_ = 0;
 };
 
 template <class T, int kV, int kK>
@@ -76,11 +73,10 @@ class GradientsBlock {
 
   static __device__ __forceinline__ void init(const GradientsParams& p, GradientsShared& shared) {
     for (int kind = 0; kind < kTileKinds; ++kind) shared.slots[kind] = p.slots[kind];
-    for (int kind = 0; kind < kTileKinds; ++kind) {
-      for (Handover& tile : shared.tiles[kind]) tile.init(1, 128 * readers(kind));
-    }
-    for (Handover& factors : shared.factors) factors.init(32, kThreads + 32);
-    for (Handover& sums : shared.sums) sums.init(kThreads, 32);
+    for (Barrier& ready : shared.ready) ready.init(32 + 32);
+    for (Barrier& states : shared.states) states.init(1);
+    for (Barrier& done : shared.done) done.init(kThreads);
+    for (Barrier& finished : shared.finished) finished.init(32);
     shared.pairs.init(128, 256);
     fence_barrier_init();
   }
@@ -88,17 +84,29 @@ class GradientsBlock {
   // A warp.
   __device__ __forceinline__ void load() const {
     if (lane() < kTileKinds) prefetch_map(p_.tiles[lane()]);
-    Turns all(shared_.slots);
+    TileTurns turns(shared_.slots);
+    int done = 0;
     each_head([&](const Place& at) {
-      const Turn turns = all.next();
-#pragma unroll 1
-      for (int kind = 0; kind < kTileKinds; ++kind) {
-        const Turn turn = turns.of(kind);
-        if (!turn.first()) continue;
-        Handover& tile = shared_.tiles[kind][turn.slot()];
-        tile.empty.wait(turn.parity() ^ 1);
-        load_tiles(kind, tiles_ + turn.place(), at, tile.full);
+      const int slot = at.turn % kHeadRing, place = turns.place();
+      const bool states = lane() >= kTilesStates, wanted = lane() < kTileKinds && turns.first();
+      const unsigned first = __ballot_sync(kAllLanes, wanted), last = __ballot_sync(kAllLanes, turns.last());
+      const int before = wanted ? turns.before(at.turn) : 0, size = wanted ? turns.size() : 0;
+      done = await_done(done, __reduce_max_sync(kAllLanes, states ? 0 : before));
+      if (lane() < kTileKinds) shared_.heads[slot].places[lane()] = place;
+      if (lane() == 0) shared_.heads[slot].first = first, shared_.heads[slot].last = last;
+      const int bytes = __reduce_add_sync(kAllLanes, states ? 0 : size);
+      if (lane() == 0) {
+        shared_.ready[slot].arrive_expecting(bytes);
+      } else {
+        shared_.ready[slot].arrive();
       }
+      load_tiles(first, 0, kTilesStates, place, at, shared_.ready[slot]);
+      done = await_done(done, __reduce_max_sync(kAllLanes, before));
+      const int of_states = __reduce_add_sync(kAllLanes, states ? size : 0);
+      if (lane() == 0) shared_.states[slot].arrive_expecting(of_states);
+      __syncwarp();
+      load_tiles(first, kTilesStates, kTileKinds, place, at, shared_.states[slot]);
+      turns.advance();
     });
   }
 
@@ -106,12 +114,12 @@ class GradientsBlock {
   __device__ __forceinline__ void make_factors(int index) const {
     each_head([&](const Place& at) {
       if (at.turn % kGradientGates != index) return;
-      const int slot = at.turn % kFactorRing;
+      const int slot = at.turn % kHeadRing;
       const Sequence only{0, at.chunk.batch, at.chunk.begin, at.chunk.tokens};
       const Gates gates(p_.common, at.head, only);
       const Gates::Raw dt = gates.load(0);
       const Word skip = load_of_head(p_.common.d, at.head);
-      shared_.factors[slot].empty.wait((at.turn / kFactorRing & 1) ^ 1);
+      shared_.finished[slot].wait((at.turn / kHeadRing & 1) ^ 1);
       const float2 raw = gates.raw(dt), step = gates.steps(raw, only.tokens), sum = gates.sums(step);
       float* const factors = factors_at(slot);
       Gates::write_ends(step, sum, factors);
@@ -121,31 +129,29 @@ class GradientsBlock {
         shared_.skips[slot] = number(p_.common.d.type, skip);
         shared_.rates[slot] = gates.rate();
       }
-      shared_.factors[slot].full.arrive();
+      shared_.ready[slot].arrive();
     });
   }
 
   // The gates' gradients, two tokens a lane.
   __device__ __forceinline__ void finish() const {
     each_head([&](const Place& at) {
-      const int slot = at.turn % kFactorRing, buffer = at.turn % kSumsRing;
-      shared_.factors[slot].full.wait(at.turn / kFactorRing & 1);
-      shared_.sums[buffer].full.wait(at.turn / kSumsRing & 1);
-      finish_head(at, shared_.rates[slot], Factors{factors_at(slot)}, sums_at(buffer));
-      shared_.factors[slot].empty.arrive();
-      shared_.sums[buffer].empty.arrive();
+      const int slot = at.turn % kHeadRing;
+      shared_.done[slot].wait(at.turn / kHeadRing & 1);
+      finish_head(at, shared_.rates[slot], Factors{factors_at(slot)}, sums_at(slot));
+      shared_.finished[slot].arrive();
     });
   }
 
   // The first warpgroup.
   __device__ __forceinline__ void make_dx() const {
     float dx[kWideV][32] = {};
-    Turns turns(shared_.slots);
     each_head([&](const Place& at) {
-      const Tiles tiles = begin(kMakesDX, at, turns);
-      add_dx(tiles, factors_of(at), sums_of(at), shared_.skips[at.turn % kFactorRing], dx);
-      end(kMakesDX, at, tiles);
-      if (tiles[kTilesX].last()) flush(kMakesDX, dx, at.head);
+      const int slot = at.turn % kHeadRing;
+      const Tiles tiles = begin(kMakesDX, at);
+      add_dx(tiles, Factors{factors_at(slot)}, sums_at(slot), shared_.skips[slot], dx);
+      shared_.done[slot].arrive();
+      if (tiles.last(kTilesX)) flush(kMakesDX, dx, at.head);
     });
     finish_copies();
   }
@@ -154,31 +160,18 @@ class GradientsBlock {
   // cache.
   __device__ __forceinline__ void make_db_or_dc(int role) const {
     float d[kWideK][32] = {};
-    Turns turns(shared_.slots);
     each_head([&](const Place& at) {
-      const Tiles tiles = begin(role, at, turns);
-      add_db_or_dc(role, tiles, factors_of(at), sums_of(at), at.turn, d);
-      end(role, at, tiles);
-      const bool last_b = tiles[kTilesB].last(), last_c = tiles[kTilesC].last();
-      if (role == kMakesDC ? last_c : last_b) flush(role, d, at.head);
+      const int slot = at.turn % kHeadRing;
+      const Tiles tiles = begin(role, at);
+      add_db_or_dc(role, tiles, Factors{factors_at(slot)}, sums_at(slot), d);
+      shared_.done[slot].arrive();
+      if (tiles.last(role)) flush(role, d, at.head);
     });
     finish_copies();
   }
 
  private:
   static constexpr int kAllBarrier = 1 + kGradientWarpgroups;  // those before it are the warpgroups' own
-
-  // Warpgroups that read a kind of tiles.
-  static __device__ __forceinline__ constexpr bool reads(int role, int kind) {
-    if (kind == kTilesX) return role != kMakesDC;
-    if (kind == kTilesStates) return role == kMakesDC;
-    return true;
-  }
-  static __device__ __forceinline__ constexpr int readers(int kind) {
-    int count = 0;
-    for (int role = 0; role < kGradientWarpgroups; ++role) count += reads(role, kind);
-    return count;
-  }
 
   // A head of a chunk, and how many this block took before it.
   struct Place {
@@ -208,87 +201,75 @@ class GradientsBlock {
   __device__ __forceinline__ float* sums_at(int buffer) const {
     return reinterpret_cast<float*>(tiles_ + p_.sums + buffer * kSumsSize);
   }
-  __device__ __forceinline__ Factors factors_of(const Place& at) const { return {factors_at(at.turn % kFactorRing)}; }
-  __device__ __forceinline__ float* sums_of(const Place& at) const { return sums_at(at.turn % kSumsRing); }
   __device__ __forceinline__ float* part(int which, const Place& at) const {
     return p_.parts + (static_cast<long long>(which) * p_.common.chunks + at.index) * p_.common.heads + at.head;
   }
 
-  // Where a head's tiles are.
+  // A head's tiles.
   class Tiles {
    public:
-    __device__ __forceinline__ Tiles(const GradientsBlock& block, Turns& turns) : block_(block) {
-      const Turn all = turns.next();
-#pragma unroll
-      for (int kind = 0; kind < kTileKinds; ++kind) turns_[kind] = all.of(kind);
+    __device__ __forceinline__ Tiles(const GradientsBlock& block, int turn)
+        : shared_(block.tiles_), head_(block.shared_.heads[turn % kHeadRing]), turn_(turn), block_(block) {}
+
+    __device__ __forceinline__ int turn() const { return turn_; }
+    __device__ __forceinline__ unsigned char* at(int kind) const { return shared_ + head_.places[kind]; }
+    __device__ __forceinline__ bool first(int kind) const { return head_.first >> kind & 1; }
+    __device__ __forceinline__ bool last(int kind) const { return head_.last >> kind & 1; }
+    __device__ __forceinline__ void await_states() const {
+      block_.shared_.states[turn_ % kHeadRing].wait(turn_ / kHeadRing & 1);
     }
-    __device__ __forceinline__ const Turn& operator[](int kind) const { return turns_[kind]; }
-    __device__ __forceinline__ void await(int kind) const {
-      if (turns_[kind].first()) handover(kind).full.wait(turns_[kind].parity());
-    }
-    __device__ __forceinline__ void release(int kind) const {
-      if (turns_[kind].last()) handover(kind).empty.arrive();
-    }
-    __device__ __forceinline__ unsigned char* at(int kind) const { return block_.tiles_ + turns_[kind].place(); }
 
    private:
-    __device__ __forceinline__ Handover& handover(int kind) const {
-      return block_.shared_.tiles[kind][turns_[kind].slot()];
-    }
+    unsigned char* const shared_;
+    const HeadTiles head_;
+    const int turn_;
     const GradientsBlock& block_;
-    Turn turns_[kTileKinds];
   };
 
   // Of a warpgroup: waits for what it needs of a head, but for the states.
-  __device__ __forceinline__ Tiles begin(int role, const Place& at, Turns& turns) const {
+  __device__ __forceinline__ Tiles begin(int role, const Place& at) const {
     if (threadIdx.x % 128 == 0) shared_.chunks[role] = at.chunk;
-    const Tiles tiles(*this, turns);
-#pragma unroll
-    for (int kind = 0; kind < kTilesStates; ++kind) {
-      if (reads(role, kind)) tiles.await(kind);
-    }
+    shared_.ready[at.turn % kHeadRing].wait(at.turn / kHeadRing & 1);
+    const Tiles tiles(*this, at.turn);
     if (p_.common.cu_seqlens != nullptr && at.chunk.tokens < kChunk) clear_tails(tiles, at.chunk.tokens);
-    shared_.factors[at.turn % kFactorRing].full.wait(at.turn / kFactorRing & 1);
-    shared_.sums[at.turn % kSumsRing].empty.wait((at.turn / kSumsRing & 1) ^ 1);
     return tiles;
-  }
-
-  // Hands on what it made of it, and all that it has read.
-  __device__ __forceinline__ void end(int role, const Place& at, const Tiles& tiles) const {
-    shared_.sums[at.turn % kSumsRing].full.arrive();
-    shared_.factors[at.turn % kFactorRing].empty.arrive();
-#pragma unroll
-    for (int kind = 0; kind < kTileKinds; ++kind) {
-      if (reads(role, kind)) tiles.release(kind);
-    }
   }
 
   static __device__ __forceinline__ void finish_copies() {
     if (threadIdx.x % 128 == 0) await_copies_out<0>();
   }
 
-  // A tile a lane.
-  __device__ __forceinline__ void load_tiles(int kind, unsigned char* to, const Place& at, Barrier& full) const {
-    const TileSlots& slots = shared_.slots[kind];
-    if (lane() == 0) full.arrive_expecting(slots.size);
-    __syncwarp();
-    const int tile = lane();
-    if (tile >= slots.size / kTileSize) return;
-    const bool states = kind >= kTilesStates;
-    const int column = states ? tile % kWideK * kTile : tile * kTile;
-    const int y = states ? tile / kWideK * kTile : at.head / slots.group;
-    copy_box(to + tile * kTileSize, p_.tiles[kind], full, column, y, states ? at.head : at.chunk.begin,
-             states ? at.index : at.chunk.batch);
+  // Waits until so many heads are done, of which `done` are known to be. Returns how many then are.
+  __device__ __forceinline__ int await_done(int done, int wanted) const {
+#pragma unroll 1
+    for (; done < wanted; ++done) shared_.done[done % kHeadRing].wait(done / kHeadRing & 1);
+    return done;
   }
 
+  // Of the kinds from first to end those whose bits are set; lanes have their places. A tile a lane.
+  __device__ __forceinline__ void load_tiles(unsigned kinds, int first, int end, int places, const Place& at,
+                                             Barrier& full) const {
+#pragma unroll 1
+    for (int kind = first; kind < end; ++kind) {
+      unsigned char* const to = tiles_ + __shfl_sync(kAllLanes, places, kind);
+      const TileSlots& slots = shared_.slots[kind];
+      const int tile = lane();
+      if (!(kinds >> kind & 1) || tile >= slots.size / kTileSize) continue;
+      const bool states = kind >= kTilesStates;
+      const int column = states ? tile % kWideK * kTile : tile * kTile;
+      const int y = states ? tile / kWideK * kTile : at.head / slots.group;
+      copy_box(to + tile * kTileSize, p_.tiles[kind], full, column, y, states ? at.head : at.chunk.begin,
+               states ? at.index : at.chunk.batch);
+    }
+  }
+
+  // By all warpgroups.
   __device__ __forceinline__ void clear_tails(const Tiles& tiles, int tokens) const {
 #pragma unroll
-    for (int kind = 0; kind < kTilesStates; ++kind) tiles.await(kind);
-#pragma unroll
     for (int kind = 0; kind < kTilesStates; ++kind) {
-      if (!tiles[kind].first()) continue;
+      if (!tiles.first(kind)) continue;
       unsigned char* const first = tiles.at(kind);
-      const int size = p_.slots[kind].size;
+      const int size = shared_.slots[kind].size;
 #pragma unroll 1
       for (int tile = 0; tile < size; tile += kTileSize) {
         each_row_from(tokens, threadIdx.x, kThreads, [&](int at) { clear_words(first + tile + at); });
@@ -387,7 +368,7 @@ class GradientsBlock {
       wgmma::pin(products);
       weigh_writers(weights, scores, products, factors, sums);
     }
-    tiles.await(kTilesDStates);
+    tiles.await_states();
     const float written[2] = {factors.row(kWritten, row_token(0)), factors.row(kWritten, row_token(1))};
 #pragma unroll
     for (int tile = 0; tile < kWideV; ++tile) {
@@ -409,15 +390,12 @@ class GradientsBlock {
   }
 
   // Tokens that write along rows, or those that read.
-  __device__ __forceinline__ void add_db_or_dc(int role, const Tiles& tiles, const Factors& factors, float* sums, int turn,
+  __device__ __forceinline__ void add_db_or_dc(int role, const Tiles& tiles, const Factors& factors, float* sums,
                                                float (&d)[kWideK][32]) const {
     const bool read = role == kMakesDC;
-    if (!read) make_pairs(tiles, factors, sums, turn);
-    tiles.await(kTilesDStates);
-    if (read) {
-      tiles.await(kTilesStates);
-      multiply_states(tiles.at(kTilesStates), tiles.at(kTilesDStates), sums);
-    }
+    if (!read) make_pairs(tiles, factors, sums);
+    tiles.await_states();
+    if (read) multiply_states(tiles.at(kTilesStates), tiles.at(kTilesDStates), sums);
     // All are asked for first: a choice of what to ask for would put the turns into memory.
     const unsigned char *const x = tiles.at(kTilesX), *const b = tiles.at(kTilesB), *const c = tiles.at(kTilesC);
     const unsigned char *const d_o = tiles.at(kTilesDO), *const s = tiles.at(kTilesStates), *const ds = tiles.at(kTilesDStates);
@@ -439,7 +417,7 @@ class GradientsBlock {
       settle(added);
       dot(added, own + tile * kTileSize, through, sums + ((read ? kOfState : kAtEnd) + tile) * kChunk);
       scale_rows(added, scale);
-      if (tile == 0) shared_.pairs.full.wait(turn & 1);
+      if (tile == 0) shared_.pairs.full.wait(tiles.turn() & 1);
       wgmma::fence();
       multiply_columns<kChunk / 16, 1>(added, pairs, others + tile * kTileSize, true);
       settle(added);
@@ -449,7 +427,7 @@ class GradientsBlock {
   }
 
   // Leaves X dO^T, with decays and steps, for both ways in which its rows and columns are summed over, and x . dO.
-  __device__ __forceinline__ void make_pairs(const Tiles& tiles, const Factors& factors, float* sums, int turn) const {
+  __device__ __forceinline__ void make_pairs(const Tiles& tiles, const Factors& factors, float* sums) const {
     Word pairs[4][4];
     {
       float products[32];
@@ -461,7 +439,7 @@ class GradientsBlock {
       if (has_diagonal()) sums[kSkipped * kChunk + row_token(1)] = skipped.y;
       pair_writers(pairs, products, factors);
     }
-    shared_.pairs.empty.wait((turn & 1) ^ 1);
+    shared_.pairs.empty.wait((tiles.turn() & 1) ^ 1);
     unsigned char* const writers = tiles_ + p_.pairs;
     unsigned char* const readers = writers + kTileSize;
 #pragma unroll

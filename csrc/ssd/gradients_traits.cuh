@@ -16,8 +16,8 @@ constexpr int kMostGradientTiles = 2;  // of V and of K: wider ones leave no reg
 // Of a thread; 512 for a thread of each warpgroup.
 constexpr int kDXRegisters = 168, kDKeyRegisters = 152, kGradientLoaderRegisters = 40;
 
-constexpr int kMostDepth = 3;
-constexpr int kFactorRing = 4, kSumsRing = 2;
+constexpr int kHeadRing = 4;   // heads that warps are apart, at most
+constexpr int kMostDepth = 3;  // of tiles, below that
 
 // Numbers of a head's tokens that the warpgroups leave for the last warp.
 enum Sum {

@@ -54,8 +54,8 @@ int place_gradients(int values, int width, int of_tokens, int of_states, Gradien
   p.staging = end;
   p.pairs = p.staging + kGradientWarpgroups * kTileSize;
   p.factors = p.pairs + 2 * kTileSize;
-  p.sums = p.factors + kFactorRing * kFactorsSize;
-  return p.sums + kSumsRing * kSumsSize;
+  p.sums = p.factors + kHeadRing * kFactorsSize;
+  return p.sums + kHeadRing * kSumsSize;
 }
 
 // As many slots as there is room for: what is asked for early hides how far away it is, tokens' tiles first since they are

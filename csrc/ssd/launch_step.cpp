@@ -11,6 +11,7 @@ namespace hylo::ssd {
 namespace {
 
 constexpr std::int64_t kWidthUnit = 16, kMaxK = 256, kMaxGrid = 65535;
+constexpr const char* kWrongShapes = "the shapes are not the op's";
 
 bool is_kernel_type(const ElementType& type) { return type == kBf16 || type == kFp16 || type == kFp32; }
 
@@ -75,14 +76,13 @@ std::string step_why_not(const StepInputs& x, int device_type) {
                          device_type)) {
     return "the tensors are not on one device";
   }
-  const std::string wrong_shapes = "the shapes are not the op's";
-  if (x.x.dims != 4 || x.b.dims != 4 || x.c.dims != 4 || x.state.dims != 4) return wrong_shapes;
+  if (x.x.dims != 4 || x.b.dims != 4 || x.c.dims != 4 || x.state.dims != 4) return kWrongShapes;
   const auto B = x.x.shape[0], H = x.state.shape[1], HX = x.x.shape[2], GB = x.b.shape[2], G = x.c.shape[2];
   const auto V = x.x.shape[3], K = x.b.shape[3];
-  if (!divides(HX, H) || !divides(GB, H) || !divides(G, H) || !has_shapes(gates, B, H)) return wrong_shapes;
-  if (!has_shape(x.x, B, 1, HX, V) || !has_shape(x.b, B, 1, GB, K) || !has_shape(x.c, B, 1, G, K)) return wrong_shapes;
-  if (x.pool && !has_shape(x.indices, B)) return wrong_shapes;
-  if (!has_shape(x.state, x.pool ? x.state.shape[0] : B, H, V, K)) return wrong_shapes;
+  if (!divides(HX, H) || !divides(GB, H) || !divides(G, H) || !has_shapes(gates, B, H)) return kWrongShapes;
+  if (!has_shape(x.x, B, 1, HX, V) || !has_shape(x.b, B, 1, GB, K) || !has_shape(x.c, B, 1, G, K)) return kWrongShapes;
+  if (x.pool && !has_shape(x.indices, B)) return kWrongShapes;
+  if (!has_shape(x.state, x.pool ? x.state.shape[0] : B, H, V, K)) return kWrongShapes;
   if (x.b.type != x.x.type || x.c.type != x.x.type || !is_kernel_type(x.x.type)) {
     return "x, b and c are not of one dtype, bfloat16, float16 or float32";
   }
@@ -144,18 +144,17 @@ struct Mamba2Groups {
 // Of those that `group` neighbours share, how many the numbers from first to last need.
 int shared_by(int first, int last, int group) { return last / group - first / group + 1; }
 
-std::string wrong_shapes(const Mamba2Inputs& x) {
-  const std::string wrong = "the shapes are not the op's";
-  if (x.z.dims != 4 || x.xbc.dims != 3 || x.conv_weight.dims != 2 || x.norm_weight.dims != 2) return wrong;
-  if (x.conv_state.dims != 3 || x.state.dims != 4 || x.K <= 0) return wrong;
+bool has_shapes(const Mamba2Inputs& x) {
+  if (x.z.dims != 4 || x.xbc.dims != 3 || x.conv_weight.dims != 2 || x.norm_weight.dims != 2) return false;
+  if (x.conv_state.dims != 3 || x.state.dims != 4 || x.K <= 0) return false;
   const auto B = x.z.shape[0], H = x.z.shape[2], V = x.z.shape[3], D = x.xbc.shape[2], W = x.conv_weight.shape[1];
   const auto for_c = D - x.x_heads * V - x.b_heads * x.K, rows = x.pool ? x.state.shape[0] : B;
   const auto NG = x.norm_weight.shape[0];
-  if (for_c % x.K != 0 || !divides(for_c / x.K, H) || !divides(x.x_heads, H) || !divides(x.b_heads, H)) return wrong;
-  if (!has_shape(x.z, B, 1, H, V) || !has_shape(x.xbc, B, 1, D) || !has_shape(x.conv_weight, D, W)) return wrong;
-  if ((x.has_conv_bias && !has_shape(x.conv_bias, D)) || (x.pool && !has_shape(x.indices, B))) return wrong;
-  if (!divides(NG, H) || !has_shape(x.norm_weight, NG, H / NG * V) || !has_shapes(x.gates, B, H)) return wrong;
-  return has_shape(x.state, rows, H, V, x.K) && has_shape(x.conv_state, rows, D, W) ? "" : wrong;
+  if (for_c % x.K != 0 || !divides(for_c / x.K, H) || !divides(x.x_heads, H) || !divides(x.b_heads, H)) return false;
+  if (!has_shape(x.z, B, 1, H, V) || !has_shape(x.xbc, B, 1, D) || !has_shape(x.conv_weight, D, W)) return false;
+  if ((x.has_conv_bias && !has_shape(x.conv_bias, D)) || (x.pool && !has_shape(x.indices, B))) return false;
+  if (!divides(NG, H) || !has_shape(x.norm_weight, NG, H / NG * V) || !has_shapes(x.gates, B, H)) return false;
+  return has_shape(x.state, rows, H, V, x.K) && has_shape(x.conv_state, rows, D, W);
 }
 
 bool is_contiguous(const Tensor& tensor, int from) {
@@ -194,7 +193,7 @@ std::string mamba2_step_why_not(const Mamba2Inputs& x, int device_type) {
                          device_type)) {
     return "the tensors are not on one device";
   }
-  if (std::string wrong = wrong_shapes(x); !wrong.empty()) return wrong;
+  if (!has_shapes(x)) return kWrongShapes;
   if (x.xbc.type != x.z.type || !is_kernel_type(x.z.type)) {
     return "z and xbc are not of one dtype, bfloat16, float16 or float32";
   }

@@ -175,11 +175,14 @@ def mamba2_step(
         dtype of z after each op; not differentiable; deterministic: yes.
     Source: Mamba2 (arXiv 2405.21060), section 7; fewer heads of x and b: arXiv 2408.15237.
     """
-    if backend in (None, "cuda") and may_skip_dispatcher():
-        tensors = (z, xbc, dt, conv_weight, a, norm_weight, conv_state, state, conv_bias, d, dt_bias, state_indices)
-        dims = (d_state, x_heads, b_heads)
-        y = cuda_mamba2.direct(tensors, dims, dt_softplus, dt_limit, eps, norm_before_gate)
-        if y is not None:
+    if (backend is None or backend == "cuda") and may_skip_dispatcher():
+        # fmt: off
+        y = cuda_mamba2.direct()(
+            z, xbc, dt, conv_weight, a, norm_weight, conv_state, state, conv_bias, d, dt_bias, state_indices,
+            d_state, x_heads, b_heads, dt_softplus, dt_limit, eps, norm_before_gate,
+        )
+        # fmt: on
+        if not isinstance(y, str):
             return y
     _check(z, xbc, dt, conv_weight, conv_bias, a, norm_weight, d, dt_bias, d_state, x_heads, b_heads, dt_limit)
     _check_states(z, xbc, conv_weight, conv_state, state, state_indices, d_state)

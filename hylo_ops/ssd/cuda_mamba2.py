@@ -4,7 +4,7 @@ As in `cuda_recurrent`, what its kernel takes is decided in csrc/ssd/launch_step
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,30 +52,17 @@ def forward(
     """
     tensors = (z, xbc, dt, conv_weight, a, norm_weight, conv_state, state, conv_bias, d, dt_bias, state_indices)
     dims = (d_state, x_heads, b_heads)
-    y = _native(cubin_source).run(tensors, dims, dt_softplus, dt_limit, eps, norm_before_gate, False)
+    y = _native(cubin_source).run(tensors, dims, dt_softplus, dt_limit, eps, norm_before_gate)
     if isinstance(y, str):
         raise NotImplementedError(y)
     return y
 
 
-def direct(
-    tensors: tuple[Tensor | None, ...],
-    dims: tuple[int, int, int],
-    dt_softplus: bool,
-    dt_limit: Sequence[float] | None,
-    eps: float,
-    norm_before_gate: bool,
-) -> Tensor | None:
-    """The same without torch's dispatcher, or None: these arguments need it, are wrong or are not for this backend.
-
-    Args:
-        tensors: z, xbc, dt, conv_weight, a, norm_weight, conv_state, state, conv_bias, d, dt_bias, state_indices.
-        dims: d_state, x_heads, b_heads.
-    """
-    if (native := _native_or_none()) is None:
-        return None
-    y = native.run(tensors, dims, dt_softplus, dt_limit, eps, norm_before_gate, True)
-    return None if isinstance(y, str) else y
+@functools.cache
+def direct() -> Callable[..., Tensor | str]:
+    """As `cuda_recurrent.direct`, of the inputs in the order that `hylo_ops._C` has them."""
+    reason = cubin.why_not_native()
+    return _native(None).direct if reason is None else lambda *_: reason
 
 
 def why_not(
@@ -108,11 +95,6 @@ def why_not(
 @functools.cache
 def _native(source: str | None) -> "Mamba2Step":
     return cubin.native().Mamba2Step(torch, functools.partial(_load, source))
-
-
-@functools.cache
-def _native_or_none() -> "Mamba2Step | None":
-    return None if cubin.why_not_native() else _native(None)
 
 
 def spec(dtype: str, conv_state: str, weights: str, state: str, K: int, W: int, threads: int, rows: int) -> cubin.Spec:

@@ -5,7 +5,7 @@ What its kernels take is decided in one place, csrc/ssd/launch_step.cpp. So is a
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -44,30 +44,20 @@ def forward(
         NotImplementedError: the inputs are not for this backend; the message says why.
     """
     tensors = (x, dt, a, b, c, state, d, dt_bias, state_indices)
-    o = _native(cubin_source).run(tensors, dt_softplus, dt_limit, False)
+    o = _native(cubin_source).run(tensors, dt_softplus, dt_limit)
     if isinstance(o, str):
         raise NotImplementedError(o)
     return o
 
 
-def direct(
-    x: Tensor,
-    dt: Tensor,
-    a: Tensor,
-    b: Tensor,
-    c: Tensor,
-    state: Tensor,
-    d: Tensor | None,
-    dt_bias: Tensor | None,
-    state_indices: Tensor | None,
-    dt_softplus: bool,
-    dt_limit: Sequence[float] | None,
-) -> Tensor | None:
-    """The same without torch's dispatcher, or None: these arguments need it, are wrong or are not for this backend."""
-    if (native := _native_or_none()) is None:
-        return None
-    o = native.run((x, dt, a, b, c, state, d, dt_bias, state_indices), dt_softplus, dt_limit, True)
-    return None if isinstance(o, str) else o
+@functools.cache
+def direct() -> Callable[..., Tensor | str]:
+    """A function of the same inputs, one by one, that goes around torch's dispatcher.
+
+    It answers with a reason where they need the dispatcher, are wrong or are not for this backend.
+    """
+    reason = cubin.why_not_native()
+    return _native(None).direct if reason is None else lambda *_: reason
 
 
 def why_not(
@@ -94,11 +84,6 @@ def why_not(
 @functools.cache
 def _native(source: str | None) -> "SsdStep":
     return cubin.native().SsdStep(torch, functools.partial(_load, source))
-
-
-@functools.cache
-def _native_or_none() -> "SsdStep | None":
-    return None if cubin.why_not_native() else _native(None)
 
 
 def spec(dtype: str, state: str, K: int, threads: int, rows: int) -> cubin.Spec:

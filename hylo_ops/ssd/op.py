@@ -105,10 +105,9 @@ def recurrent_ssd(
     Numerics: fp32 accumulation (fp64 for fp64); not differentiable; deterministic: yes.
     Source: Mamba2 (arXiv 2405.21060), equation 2.
     """
-    tensors = (x, dt, a, b, c, state, d, dt_bias, state_indices)
-    if backend in (None, "cuda") and may_skip_dispatcher():
-        o = cuda_recurrent.direct(*tensors, dt_softplus, dt_limit)
-        if o is not None:
+    if (backend is None or backend == "cuda") and may_skip_dispatcher():
+        o = cuda_recurrent.direct()(x, dt, a, b, c, state, d, dt_bias, state_indices, dt_softplus, dt_limit)
+        if not isinstance(o, str):
             return o
     heads = _check(x, dt, a, b, c, d, dt_bias, dt_limit)
     if x.shape[1] != 1:
@@ -117,7 +116,7 @@ def recurrent_ssd(
     checks.dtype("state", state, (torch.float32, torch.bfloat16, torch.float64))
     checks.state_pool(state, state_indices, x.shape[0])
     checks.same_device("x", x, state=state, state_indices=state_indices)
-    return _recurrent(*tensors, dt_softplus, dt_limit, backend)
+    return _recurrent(x, dt, a, b, c, state, d, dt_bias, state_indices, dt_softplus, dt_limit, backend)
 
 
 def _check(
