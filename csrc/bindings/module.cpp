@@ -78,5 +78,6 @@ PYBIND11_MODULE(_C, m) {
       .def("begin", &SsdCall::begin, no_gil())
       .def("outputs", &SsdCall::outputs, no_gil())
       .def("states", &SsdCall::states, no_gil())
-      .def("gradients", &SsdCall::gradients, no_gil());
+      .def("gradients", &SsdCall::gradients, no_gil())
+      .def("vectors", &SsdCall::vectors, no_gil());
 }

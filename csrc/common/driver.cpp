@@ -15,6 +15,7 @@ constexpr int kRegisters = 4;      // CU_FUNC_ATTRIBUTE_NUM_REGS
 constexpr int kMaxShared = 8;      // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 constexpr int kWideClusters = 14;  // CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
 constexpr int kClusterDims = 4;    // CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+constexpr int kEarly = 6;          // CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 constexpr int kUint16 = 1;         // CU_TENSOR_MAP_DATA_TYPE_UINT16: the copy engine moves bits
 constexpr int kNoInterleave = 0;   // CU_TENSOR_MAP_INTERLEAVE_NONE
 constexpr int kSwizzle128 = 3;     // CU_TENSOR_MAP_SWIZZLE_128B
@@ -164,6 +165,14 @@ void Kernel::launch(const Grid& grid, unsigned threads, void* params, void* stre
   check(driver().cuLaunchKernel(function_, grid.x, grid.y, grid.z, threads, 1, 1, shared_bytes_, stream, arguments,
                                 nullptr),
         "cuLaunchKernel");
+}
+
+void Kernel::launch_early(const Grid& grid, unsigned threads, void* params, void* stream) const {
+  const CurrentContext scope(context_);
+  void* arguments[] = {params};
+  const LaunchAttribute early{kEarly, 0, {1}};
+  const LaunchConfig config{{grid.x, grid.y, grid.z}, {threads, 1, 1}, shared_bytes_, stream, &early, 1};
+  check(driver().cuLaunchKernelEx(&config, function_, arguments, nullptr), "cuLaunchKernelEx");
 }
 
 void Kernel::launch_clusters(const Grid& grid, unsigned cluster, unsigned threads, unsigned shared_bytes, void* params,

@@ -24,7 +24,11 @@ class Kernel {
   // Asynchronous, on the caller's stream; `params` is the kernel's only argument and is copied before the return.
   void launch(const Grid& grid, unsigned threads, void* params, void* stream) const;
 
-  // The same where `cluster` neighbours along x are resident at once and reach each other's shared memory, with
+  // The same, but it may begin before the kernel ahead of it in the stream has ended, if that allows it; common/dependent.cuh
+  // says how.
+  void launch_early(const Grid& grid, unsigned threads, void* params, void* stream) const;
+
+  // The same as `launch` where `cluster` neighbours along x are resident at once and reach each other's shared memory, with
   // shared_bytes of it for each block. grid.x is a multiple of `cluster`.
   void launch_clusters(const Grid& grid, unsigned cluster, unsigned threads, unsigned shared_bytes, void* params,
                        void* stream) const;

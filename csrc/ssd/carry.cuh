@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/chunks.cuh"
+#include "common/dependent.cuh"
 #include "ssd/params.h"
 #include "ssd/traits.cuh"
 
@@ -14,6 +15,8 @@ constexpr int kAhead = 8;  // segments
 // A thread for four neighbours of a head's state; blocks along those, heads, and sequences of a direction.
 __device__ __forceinline__ void carry(const Params& p) {
   const int size = p.values * p.width, element = 4 * (blockIdx.x * kCarryThreads + threadIdx.x);
+  start_next_kernel();
+  await_kernel_before();
   if (element >= size) return;
   const int head = blockIdx.y, sequence = blockIdx.z % p.sequences;
   const bool back = static_cast<int>(blockIdx.z) >= p.sequences;

@@ -27,6 +27,16 @@ __device__ __forceinline__ float number(NumberType type, Word bits) {
 }
 __device__ __forceinline__ int size_of(NumberType type) { return type == kFp64Number ? 8 : type == kFp32Number ? 4 : 2; }
 
+// Rounds to the type.
+__device__ __forceinline__ void store_number(NumberType type, void* data, long long index, float value) {
+  switch (type) {
+    case kBf16Number: return from_float(static_cast<bf16*>(data)[index], value);
+    case kFp16Number: return from_float(static_cast<fp16*>(data)[index], value);
+    case kFp32Number: return from_float(static_cast<float*>(data)[index], value);
+    default: static_cast<double*>(data)[index] = value;
+  }
+}
+
 // Of a head; 0 where there are none.
 __device__ __forceinline__ Word load_of_head(const Numbers& of, int head) {
   if (of.data == nullptr) return 0;

@@ -9,6 +9,7 @@
 #pragma once
 
 #include "common/chunk_store.cuh"
+#include "common/dependent.cuh"
 #include "ssd/gates.cuh"
 #include "ssd/gradients_traits.cuh"
 #include "ssd/rows.cuh"
@@ -102,6 +103,7 @@ class GradientsBlock {
       }
       load_tiles(first, 0, kTilesStates, place, at, shared_.ready[slot]);
       done = await_done(done, __reduce_max_sync(kAllLanes, before));
+      if (at.turn == 0) await_kernel_before();  // which makes the states
       const int of_states = __reduce_add_sync(kAllLanes, states ? size : 0);
       if (lane() == 0) shared_.states[slot].arrive_expecting(of_states);
       __syncwarp();
@@ -640,15 +642,8 @@ class GradientsBlock {
     for (int which = 0; which < 2; ++which) {
       const int token = 2 * lane() + which;
       if (token >= chunk.tokens) continue;
-      const float value = which == 0 ? ddt.x : ddt.y;
       const long long row = static_cast<long long>(chunk.batch) * p.tokens + chunk.begin + token;
-      const long long at = row * p.heads + place.head;
-      switch (p.dt.type) {
-        case kBf16Number: from_float(static_cast<bf16*>(p_.ddt)[at], value); break;
-        case kFp16Number: from_float(static_cast<fp16*>(p_.ddt)[at], value); break;
-        case kFp32Number: static_cast<float*>(p_.ddt)[at] = value; break;
-        default: static_cast<double*>(p_.ddt)[at] = value;
-      }
+      store_number(p.dt.type, p_.ddt, row * p.heads + place.head, which == 0 ? ddt.x : ddt.y);
     }
   }
 
@@ -691,6 +686,7 @@ __device__ __forceinline__ void gradients(const GradientsParams& p, unsigned cha
   __shared__ GradientsShared barriers;
   if (threadIdx.x == 0) Block::init(p, barriers);
   __syncthreads();
+  start_next_kernel();
   const Block block(p, shared, barriers);
   const int role = uniform(threadIdx.x / 128);
   if (role == kMakesDX) {

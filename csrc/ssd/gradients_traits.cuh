@@ -31,4 +31,6 @@ enum Sum {
 constexpr int kStateParts = 4;  // behind them: of the product of S and dS, by warp
 constexpr int kSumsSize = (kSums * kChunk + kStateParts) * 4;
 
+constexpr int kVectorWarps = 32;  // of ssd_bwd_kernel_vectors
+
 }  // namespace hylo::ssd

@@ -130,10 +130,10 @@ void ChunkCall::set_gradients(std::uintptr_t d_o, std::uintptr_t d_final_state) 
 
 void ChunkCall::begin(const Kernel& ends, const Kernel& carry, int directions) const {
   if (params_.segments == 1) return;
-  launch(ends, directions, params_);
+  launch(ends, directions, params_, false);
   PassParams params{params_, {}};
   const std::int64_t blocks = ceil_div(shape_[kV] * shape_[kK], kCarryThreads * kCarryEach);
-  carry.launch({count(blocks), count(shape_[kH]), count(directions * shape_[kN])}, kCarryThreads, &params, stream_);
+  carry.launch_early({count(blocks), count(shape_[kH]), count(directions * shape_[kN])}, kCarryThreads, &params, stream_);
 }
 
 void ChunkCall::outputs(const Kernel& kernel, std::uintptr_t o, std::uintptr_t final_state) const {
@@ -141,7 +141,7 @@ void ChunkCall::outputs(const Kernel& kernel, std::uintptr_t o, std::uintptr_t f
   if (chunks_ > 0) params.o = values_map(o);
   params.o_at = reinterpret_cast<void*>(o);
   params.last_state = reinterpret_cast<float*>(final_state);
-  launch(kernel, 1, params);
+  launch(kernel, 1, params, params.segments > 1);
 }
 
 void ChunkCall::states(const Kernel& kernel, std::uintptr_t states, std::uintptr_t dstates,
@@ -152,7 +152,7 @@ void ChunkCall::states(const Kernel& kernel, std::uintptr_t states, std::uintptr
     params.states[kBack] = states_map(dstates);
   }
   params.first_gradient = reinterpret_cast<float*>(d_initial_state);
-  launch(kernel, 2, params);
+  launch(kernel, 2, params, params.segments > 1);
 }
 
 void ChunkCall::gradients(const Kernel& kernel, int values, std::uintptr_t states, std::uintptr_t dstates,
@@ -173,14 +173,25 @@ void ChunkCall::gradients(const Kernel& kernel, int values, std::uintptr_t state
   params.sets = params_.heads / params.set;
   place_gradients(values, width_, params);
   const std::int64_t items = std::int64_t{chunks_} * params.sets;
-  kernel.launch({count(std::min<std::int64_t>(items, most_blocks))}, kGradientThreads, &params, stream_);
+  kernel.launch_early({count(std::min<std::int64_t>(items, most_blocks))}, kGradientThreads, &params, stream_);
 }
 
-void ChunkCall::launch(const Kernel& kernel, int directions, const Params& params) const {
+void ChunkCall::vectors(const Kernel& kernel, std::uintptr_t parts, const std::array<std::uintptr_t, 3>& sums,
+                        const std::array<int, 3>& types) const {
+  VectorsParams params{};
+  params.parts = reinterpret_cast<const float*>(parts);
+  for (int i = 0; i < 3; ++i) params.sums[i] = {reinterpret_cast<void*>(sums[i]), static_cast<NumberType>(types[i])};
+  params.chunks = params_.chunks;
+  params.heads = params_.heads;
+  kernel.launch_early({count(ceil_div(shape_[kH], 32)), 3}, 32 * kVectorWarps, &params, stream_);
+}
+
+void ChunkCall::launch(const Kernel& kernel, int directions, const Params& params, bool early) const {
   PassParams all{params, slots_of(directions > 1, width_, shape_)};
   const std::int64_t units = shape_[kH] * ceil_div(shape_[kV], kTile);
   const Grid grid{count(ceil_div(units, chains(width_))), count(shape_[kN] * params.segments), count(directions)};
-  kernel.launch(grid, count(pass_threads(width_)), &all, stream_);
+  early ? kernel.launch_early(grid, count(pass_threads(width_)), &all, stream_)
+        : kernel.launch(grid, count(pass_threads(width_)), &all, stream_);
 }
 
 // Boxes of 64 tokens x 64 columns of one head.

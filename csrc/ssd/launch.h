@@ -34,6 +34,8 @@ class ChunkCall {
   // Of the backward: the gradients of o, contiguous, and of the final state.
   void set_gradients(std::uintptr_t d_o, std::uintptr_t d_final_state);
 
+  // The launches of a call follow each other: each may begin before the one ahead of it has ended.
+
   // What each segment begins with, in so many directions; nothing is launched where there is one segment.
   void begin(const Kernel& ends, const Kernel& carry, int directions) const;
 
@@ -49,8 +51,12 @@ class ChunkCall {
   void gradients(const Kernel& kernel, int values, std::uintptr_t states, std::uintptr_t dstates,
                  const std::array<std::uintptr_t, 4>& dx_db_dc_ddt, std::uintptr_t parts, int most_blocks) const;
 
+  // Sums those up, into the gradients of a, d and dt_bias: addresses, 0 where not wanted, and types.
+  void vectors(const Kernel& kernel, std::uintptr_t parts, const std::array<std::uintptr_t, 3>& sums,
+               const std::array<int, 3>& types) const;
+
  private:
-  void launch(const Kernel& kernel, int directions, const Params& params) const;
+  void launch(const Kernel& kernel, int directions, const Params& params, bool early) const;
   TensorMap tokens_map(std::uintptr_t tensor, std::int64_t heads, std::int64_t width, const Strides& strides) const;
   TensorMap contiguous_map(std::uintptr_t tensor, std::int64_t heads, std::int64_t width) const;
   TensorMap values_map(std::uintptr_t tensor) const;

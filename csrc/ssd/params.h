@@ -77,4 +77,17 @@ struct GradientsParams {
   int staging, pairs, factors, sums;  // where in shared memory
 };
 
+// What a head's numbers are summed into: of any floating type, contiguous; null: not wanted.
+struct HeadSums {
+  void* data;
+  NumberType type;
+};
+
+// Of the kernel that sums up the parts.
+struct VectorsParams {
+  const float* parts;  // [3, chunks, H]
+  HeadSums sums[3];    // [H], of a, d and dt_bias
+  int chunks, heads;
+};
+
 }  // namespace hylo::ssd

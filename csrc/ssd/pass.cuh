@@ -11,6 +11,7 @@
 #pragma once
 
 #include "common/chunk_store.cuh"
+#include "common/dependent.cuh"
 #include "ssd/gates.cuh"
 #include "ssd/rows.cuh"
 
@@ -384,6 +385,7 @@ class PassBlock {
     const Unit unit = this->unit(index);
     Chain<T, kPass, kK> chain(p_, index, unit, shared_ + tiles() + index * chain_size(kPass, kK));
     const float skip = kPass == kOutputs ? number_of_head(p_.d, unit.head) : 0.0f;
+    if constexpr (kPass != kEnds) await_kernel_before();  // which makes what segments begin with
     chain.start(kPass == kEnds ? nullptr : begins_with(unit));
     each_chunk([&](int at, int turn, const Chunk& chunk, int c) {
       const Inputs inputs = stage(at);
@@ -502,6 +504,7 @@ __device__ __forceinline__ void pass(const Params& p, const Slots& slots, unsign
     }
   }
   __syncthreads();
+  start_next_kernel();
   const PassBlock<T, kPass, kK> block(p, slots, shared, ring);
   const int warpgroup = uniform(threadIdx.x / 128);
   if (warpgroup < kChains) {

@@ -30,7 +30,7 @@ _CUT_COST = 1.4  # of a walk with outputs, one without them before it included
 _MAX_GRID = 65535
 _VALUES = (64, 128)  # of V that the gradients' kernel is compiled for
 _MOST_BACK = 128  # of V and K
-_UNITS = {"ends": "kernel", "carry": "kernel", "o": "kernel", "states": "backward", "gradients": "gradients"}
+_UNITS = {"ends": "kernel", "carry": "kernel", "o": "kernel", "states": "backward", "vectors": "backward", "gradients": "gradients"}
 _NONE = (0, 0, 0, 0, 0)
 
 
@@ -170,10 +170,12 @@ def backward(grads: list[Tensor], *inputs: Any, cubin_source: str | None = None)
         addresses = [t.data_ptr() for t in found]
         blocks = _multiprocessors(call.device)
         call.native.gradients(gradients, sizes.most_values, *pointers, addresses, parts.data_ptr(), blocks)
+    of_heads = [None if t is None else torch.empty_like(t) for t in (a, d, dt_bias)]
+    types = [0 if t is None else _NUMBERS[t.dtype] for t in of_heads]
+    call.native.vectors(call.kernel("vectors"), parts.data_ptr(), [_pointer(t) for t in of_heads], types)
     dx, db, dc, ddt = found
-    of_heads = parts.sum(1)
-    results = [dx, ddt, of_heads[0].to(a.dtype), db, dc]
-    results += [sums.to(t.dtype) for sums, t in ((of_heads[1], d), (of_heads[2], dt_bias)) if t is not None]
+    da, *others = of_heads
+    results = [dx, ddt, da, db, dc, *(t for t in others if t is not None)]
     if d_initial_state is not None:
         results.append(d_initial_state.to(initial_state.dtype))
     return results
@@ -267,6 +269,8 @@ def _compile(dtype: torch.dtype, width: int, values: int | None, source: str | N
 @functools.cache
 def _shared_bytes(name: str, sizes: _Sizes) -> int:
     native = cubin.native()
+    if name == "vectors":
+        return 0
     if name == "gradients":
         return int(native.ssd_gradients_shared_bytes(sizes.most_values, sizes.width, sizes))
     return int(native.ssd_chunk_shared_bytes(name, sizes.width, sizes))
