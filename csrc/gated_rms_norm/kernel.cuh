@@ -1,5 +1,6 @@
 // Gated RMS norm, forward. A translation unit of its own: the build passes HYLO_V (width of a row), HYLO_VEC (elements
 // of one access), HYLO_T and HYLO_W (types of x, gate, y and of the weight: bf16, fp16, fp32).
+#include "common/dependent.cuh"
 #include "common/dtype.cuh"
 #include "common/reduce.cuh"
 #include "gated_rms_norm/params.h"
@@ -76,6 +77,7 @@ __device__ __forceinline__ void forward(const Params& p, float* s_partial) {
 
 extern "C" __global__ void __launch_bounds__(hylo::gated_rms_norm::block_threads(HYLO_V, HYLO_VEC))
     gated_rms_norm_fwd_kernel_y(const __grid_constant__ hylo::gated_rms_norm::Params p) {
+  hylo::await_kernel_before();
   __shared__ float s_partial[hylo::gated_rms_norm::block_threads(HYLO_V, HYLO_VEC) / hylo::kWarpThreads];
   hylo::gated_rms_norm::forward<hylo::HYLO_T, hylo::HYLO_W, HYLO_V, HYLO_VEC>(p, s_partial);
 }

@@ -61,8 +61,8 @@ void forward(const Kernel& kernel, std::uintptr_t x, std::uintptr_t gate, std::u
                 static_cast<unsigned>(tiles),
                 eps,
                 norm_before_gate ? 1 : 0};
-  kernel.launch({static_cast<unsigned>(tiles * batches)}, block_threads(width, vector), &params,
-                pointer<void>(stream));
+  kernel.launch_early({static_cast<unsigned>(tiles * batches)}, block_threads(width, vector), &params,
+                      pointer<void>(stream));
 }
 
 BackwardGrid backward_grid(const Sizes& shape, int vector, int element_bytes, int weight_bytes, int multiprocessors) {

@@ -22,12 +22,13 @@ Numbers numbers(const NumbersView& view) {
   return {reinterpret_cast<const void*>(view[0]), view[2], view[3], view[4], static_cast<NumberType>(view[1])};
 }
 
-// A tile is one for both chains of every block if no pair (2 n, 2 n + 1) of units, which count through the tiles of a
-// head and then the heads, belongs to two of what is read. Going back, a launch reads d_o and c for x and b.
-Slots slots_of(bool back, int width, const Shape& shape) {
-  const int each = chains(width);
+// A tile is one for all chains of every block if no run of units (n chains, n chains + 1, ..), which count through the
+// tiles of a head and then the heads, belongs to two of what is read. Going back, a launch reads d_o and c for x and b.
+Slots slots_of(bool back, int each, const Shape& shape) {
   const std::int64_t tiles = ceil_div(shape[kV], kTile);
-  const auto slots = [&](Dim heads) { return tiles * (shape[kH] / shape[heads]) % each == 0 ? 1 : each; };
+  const auto slots = [&](Dim heads) {
+    return shape[heads] == 1 || tiles * (shape[kH] / shape[heads]) % each == 0 ? 1 : each;
+  };
   if (back) return {each, std::max(slots(kGB), slots(kG)), 0};
   return {tiles == 1 ? slots(kHX) : each, slots(kGB), slots(kG)};
 }
@@ -72,12 +73,20 @@ int place_gradients(int values, int width, GradientsParams& p) {
 
 }  // namespace
 
+// Wide states leave a second chain neither registers nor shared memory. A third one pays where all heads read the same
+// tiles: its own outputs cost more registers than two chains have to spare, but three fill each other's gaps.
+int chains(int width, const Shape& shape) {
+  if (width > 128) return 1;
+  const bool shared = shape[kGB] == 1 && shape[kG] == 1 && shape[kV] <= kTile && shape[kH] >= 3;
+  return width == 128 && shared ? 3 : 2;
+}
+
 int chunk_shared_bytes(const std::string& kernel, int width, const Shape& shape) {
-  if (kernel == "carry") return 0;
+  if (kernel == "carry" || kernel == "vectors") return 0;
   const Pass pass = pass_named(kernel);
-  if (pass == kOutputs) return pass_shared(pass, width, slots_of(false, width, shape));
-  return std::max(pass_shared(pass, width, slots_of(false, width, shape)),
-                  pass_shared(pass, width, slots_of(true, width, shape)));
+  const int each = chains(width, shape), forth = pass_shared(pass, width, each, slots_of(false, each, shape));
+  if (pass == kOutputs) return forth;
+  return std::max(forth, pass_shared(pass, width, each, slots_of(true, each, shape)));
 }
 
 int gradients_shared_bytes(int values, int width, const Shape& shape) {
@@ -187,11 +196,12 @@ void ChunkCall::vectors(const Kernel& kernel, std::uintptr_t parts, const std::a
 }
 
 void ChunkCall::launch(const Kernel& kernel, int directions, const Params& params, bool early) const {
-  PassParams all{params, slots_of(directions > 1, width_, shape_)};
+  const int each = chains(width_, shape_);
+  PassParams all{params, slots_of(directions > 1, each, shape_)};
   const std::int64_t units = shape_[kH] * ceil_div(shape_[kV], kTile);
-  const Grid grid{count(ceil_div(units, chains(width_))), count(shape_[kN] * params.segments), count(directions)};
-  early ? kernel.launch_early(grid, count(pass_threads(width_)), &all, stream_)
-        : kernel.launch(grid, count(pass_threads(width_)), &all, stream_);
+  const Grid grid{count(ceil_div(units, each)), count(shape_[kN] * params.segments), count(directions)};
+  const unsigned threads = count(pass_threads(each));
+  early ? kernel.launch_early(grid, threads, &all, stream_) : kernel.launch(grid, threads, &all, stream_);
 }
 
 // Boxes of 64 tokens x 64 columns of one head.

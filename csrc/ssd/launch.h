@@ -15,7 +15,11 @@ using Strides = std::array<std::int64_t, 4>;
 using Shape = std::array<std::int64_t, 9>;        // B, T, HX, GB, G, H, V, K, N
 using NumbersView = std::array<std::int64_t, 5>;  // address, NumberType, strides of B, T, H
 
-// Dynamic shared memory, in bytes, of a kernel ("ends", "carry", "o", "states") at a shape, compiled for a width.
+// HYLO_CHAINS of the passes' kernels for a shape, compiled for a width.
+int chains(int width, const Shape& shape);
+
+// Dynamic shared memory, in bytes, of a kernel ("ends", "carry", "o", "states", "vectors") at a shape, compiled for a
+// width.
 int chunk_shared_bytes(const std::string& kernel, int width, const Shape& shape);
 int gradients_shared_bytes(int values, int width, const Shape& shape);
 

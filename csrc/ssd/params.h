@@ -20,7 +20,7 @@ enum Direction { kForth, kBack };
 // Tiles of a stage: those of the values and of the keys (x and b, or the gradient of o and c where a pass goes back), and
 // of c where outputs are wanted. Chains that read the same tile share it.
 struct Slots {
-  int values, keys, queries;  // 1: one for all chains, 2: one for each
+  int values, keys, queries;  // 1: one for all chains, or as many as there are chains
 };
 
 struct Params {

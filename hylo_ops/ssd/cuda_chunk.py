@@ -30,7 +30,15 @@ _CUT_COST = 1.4  # of a walk with outputs, one without them before it included
 _MAX_GRID = 65535
 _VALUES = (64, 128)  # of V that the gradients' kernel is compiled for
 _MOST_BACK = 128  # of V and K
-_UNITS = {"ends": "kernel", "carry": "kernel", "o": "kernel", "states": "backward", "vectors": "backward", "gradients": "gradients"}
+_UNITS = {
+    "ends": "kernel",
+    "carry": "kernel",
+    "o": "kernel",
+    "states": "backward",
+    "gradients": "gradients",
+    "vectors": "backward",
+}
+_NEEDED = {1: ("kernel",), 2: ("kernel", "backward", "gradients")}  # by directions
 _NONE = (0, 0, 0, 0, 0)
 
 
@@ -55,9 +63,18 @@ class _Sizes(NamedTuple):
         return next(values for values in _VALUES if values >= self.V)
 
     @property
+    def chains(self) -> int:
+        """Of the passes' kernels; HYLO_CHAINS."""
+        return int(cubin.native().ssd_chains(self.width, self))
+
+    def spec(self, dtype: str, unit: str) -> cubin.Spec:
+        """The kernels' file."""
+        return spec(dtype, self.width, unit, self.most_values if unit == "gradients" else self.chains)
+
+    @property
     def blocks(self) -> int:
         """Of a pass in one direction, if no sequence is cut."""
-        return self.N * -(-self.H * -(-self.V // _COLUMNS) // cubin.native().ssd_chains(self.width))
+        return self.N * -(-self.H * -(-self.V // _COLUMNS) // self.chains)
 
 
 class _Call:
@@ -116,9 +133,12 @@ class _Call:
         )
 
     def kernel(self, name: str) -> "Kernel":
-        sizes = self.sizes
-        values = sizes.most_values if name == "gradients" else None
-        return _kernel(self.device, self.dtype, sizes.width, values, name, _shared_bytes(name, sizes), self.source)
+        specs = tuple(self.sizes.spec(_TYPES[self.dtype], unit) for unit in _NEEDED[self.directions])
+        _compile(specs, self.source)
+        unit = _UNITS[name]
+        which = self.sizes.spec(_TYPES[self.dtype], unit)
+        symbol = f"ssd_{'fwd' if unit == 'kernel' else 'bwd'}_kernel_{name}"
+        return _load(which, symbol, self.device, _shared_bytes(name, self.sizes), self.source)
 
     def begin(self) -> None:
         """What each segment begins with."""
@@ -164,18 +184,18 @@ def backward(grads: list[Tensor], *inputs: Any, cubin_source: str | None = None)
     d_initial_state = None if initial_state is None else torch.empty_like(d_final_state)
     if d_final_state.numel():
         call.begin()
-        pointers = states[0].data_ptr(), states[1].data_ptr()
-        call.native.states(call.kernel("states"), *pointers, _pointer(d_initial_state))
+        before, after = states[0].data_ptr(), states[1].data_ptr()
+        call.native.states(call.kernel("states"), before, after, _pointer(d_initial_state))
         gradients = call.kernel("gradients")
         addresses = [t.data_ptr() for t in found]
         blocks = _multiprocessors(call.device)
-        call.native.gradients(gradients, sizes.most_values, *pointers, addresses, parts.data_ptr(), blocks)
-    of_heads = [None if t is None else torch.empty_like(t) for t in (a, d, dt_bias)]
-    types = [0 if t is None else _NUMBERS[t.dtype] for t in of_heads]
-    call.native.vectors(call.kernel("vectors"), parts.data_ptr(), [_pointer(t) for t in of_heads], types)
+        call.native.gradients(gradients, sizes.most_values, before, after, addresses, parts.data_ptr(), blocks)
+    of_heads = {i: torch.empty_like(t) for i, t in enumerate((a, d, dt_bias)) if t is not None}
+    pointers = [_pointer(of_heads.get(i)) for i in range(3)]
+    types = [_NUMBERS[of_heads[i].dtype] if i in of_heads else 0 for i in range(3)]
+    call.native.vectors(call.kernel("vectors"), parts.data_ptr(), pointers, types)
     dx, db, dc, ddt = found
-    da, *others = of_heads
-    results = [dx, ddt, da, db, dc, *(t for t in others if t is not None)]
+    results = [dx, ddt, of_heads.pop(0), db, dc, *of_heads.values()]
     if d_initial_state is not None:
         results.append(d_initial_state.to(initial_state.dtype))
     return results
@@ -247,43 +267,36 @@ def _segments(sizes: _Sizes, chunks: int, directions: int, multiprocessors: int)
     return min(range(1, most + 1), key=chunks_run)
 
 
-def spec(dtype: str, width: int, values: int | None, unit: str) -> cubin.Spec:
-    """One of the kernels' files for a type and widths by the build's names; only the gradients' has a V."""
-    of_values = () if values is None else (("V", values),)
-    return cubin.Spec("ssd", (("T", dtype), *of_values, ("K", width)), unit)
+def spec(dtype: str, width: int, unit: str, part: int) -> cubin.Spec:
+    """One of the kernels' files by the build's names. part: V of the gradients' kernel, chains of the others."""
+    dims = (("V", part), ("K", width)) if unit == "gradients" else (("K", width), ("CHAINS", part))
+    return cubin.Spec("ssd", (("T", dtype), *dims), unit)
 
 
 @functools.cache
 def _why_no_code(dtype: torch.dtype, width: int) -> str | None:
     """The reason why nothing can be launched here. One cubin stands for all of a width: they are packaged together."""
-    return cubin.why_not_native() or cubin.why_not(spec(_TYPES[dtype], width, None, "kernel"))
+    chains = 1 if width > _MOST_BACK else 2
+    return cubin.why_not_native() or cubin.why_not(spec(_TYPES[dtype], width, "kernel", chains))
 
 
 @functools.cache
-def _compile(dtype: torch.dtype, width: int, values: int | None, source: str | None) -> None:
-    """Compiles at once what is not packaged: the forward, or the backward for so many V."""
-    units = [("kernel", None)] if values is None else [("kernel", None), ("backward", None), ("gradients", values)]
-    cubin.compile_missing([spec(_TYPES[dtype], width, of_values, unit) for unit, of_values in units], source)
+def _compile(specs: tuple[cubin.Spec, ...], source: str | None) -> None:
+    """Compiles at once what of a call's files is not packaged."""
+    cubin.compile_missing(list(specs), source)
 
 
 @functools.cache
 def _shared_bytes(name: str, sizes: _Sizes) -> int:
     native = cubin.native()
-    if name == "vectors":
-        return 0
     if name == "gradients":
         return int(native.ssd_gradients_shared_bytes(sizes.most_values, sizes.width, sizes))
     return int(native.ssd_chunk_shared_bytes(name, sizes.width, sizes))
 
 
 @functools.cache
-def _kernel(
-    device: int, dtype: torch.dtype, width: int, values: int | None, name: str, shared: int, source: str | None
-) -> "Kernel":
-    _compile(dtype, width, values, source)
-    unit = _UNITS[name]
-    symbol = f"ssd_{'fwd' if unit == 'kernel' else 'bwd'}_kernel_{name}"
-    return cubin.load(spec(_TYPES[dtype], width, values, unit), symbol, device, shared_bytes=shared, source=source)
+def _load(which: cubin.Spec, symbol: str, device: int, shared: int, source: str | None) -> "Kernel":
+    return cubin.load(which, symbol, device, shared_bytes=shared, source=source)
 
 
 @functools.cache
