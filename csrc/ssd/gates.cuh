@@ -6,6 +6,7 @@
 
 #include "common/chunks.cuh"
 #include "common/dtype.cuh"
+#include "common/scalar.cuh"
 #include "ssd/params.h"
 #include "ssd/traits.cuh"
 
@@ -14,36 +15,18 @@ namespace hylo::ssd {
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kEmptiesState = -150.0f;  // of log2: exp2 of it is 0 in fp32, and what is below stands for as much
 
-// A number as it lies in memory, so that nothing waits for it yet; an fp64 one already as fp32.
-__device__ __forceinline__ Word load_number(NumberType type, const char* at) {
-  if (type == kFp32Number) return *reinterpret_cast<const Word*>(at);
-  if (type == kFp64Number) return __float_as_uint(static_cast<float>(*reinterpret_cast<const double*>(at)));
-  return *reinterpret_cast<const unsigned short*>(at);
-}
-__device__ __forceinline__ float number(NumberType type, Word bits) {
-  if (type == kBf16Number) return __uint_as_float(bits << 16);
-  if (type == kFp16Number) return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
-  return __uint_as_float(bits);
-}
-__device__ __forceinline__ int size_of(NumberType type) { return type == kFp64Number ? 8 : type == kFp32Number ? 4 : 2; }
-
-// Rounds to the type.
-__device__ __forceinline__ void store_number(NumberType type, void* data, long long index, float value) {
-  switch (type) {
-    case kBf16Number: return from_float(static_cast<bf16*>(data)[index], value);
-    case kFp16Number: return from_float(static_cast<fp16*>(data)[index], value);
-    case kFp32Number: return from_float(static_cast<float*>(data)[index], value);
-    default: static_cast<double*>(data)[index] = value;
-  }
+// By their names in the kernel of the gradients.
+__device__ __forceinline__ float number(int type, Word bits) { return scalar_value(type, bits); }
+__device__ __forceinline__ void store_number(int type, void* data, long long index, float value) {
+  store_scalar(type, data, index, value);
 }
 
 // Of a head; 0 where there are none.
-__device__ __forceinline__ Word load_of_head(const Numbers& of, int head) {
-  if (of.data == nullptr) return 0;
-  return load_number(of.type, static_cast<const char*>(of.data) + head * of.stride_h * size_of(of.type));
+__device__ __forceinline__ Word load_of_head(const Scalar& of, int head) {
+  return of.data == nullptr ? 0 : load_scalar(of, 0, head);
 }
-__device__ __forceinline__ float number_of_head(const Numbers& of, int head) {
-  return number(of.type, load_of_head(of, head));
+__device__ __forceinline__ float number_of_head(const Scalar& of, int head) {
+  return scalar_value(of, load_of_head(of, head));
 }
 
 // Of one head; what is made of its dt. This lane has tokens 2 lane and 2 lane + 1 of a chunk.
@@ -52,20 +35,20 @@ class Gates {
   __device__ __forceinline__ Gates(const Params& p, int head, const Sequence& sequence)
       : p_(p),
         tokens_(sequence.tokens),
-        stride_(p.dt.stride_t * size_of(p.dt.type)),
+        stride_(p.dt.stride_t * scalar_bytes(p.dt.type)),
         first_(static_cast<const char*>(p.dt.data) +
-               (sequence.batch * p.dt.stride_b + head * p.dt.stride_h) * size_of(p.dt.type) + sequence.begin * stride_),
+               (sequence.batch * p.dt.stride_b + head * p.dt.stride_h) * scalar_bytes(p.dt.type) + sequence.begin * stride_),
         rate_bits_(load_of_head(p.a, head)),
         bias_bits_(load_of_head(p.dt_bias, head)) {}
 
-  __device__ __forceinline__ float rate() const { return number(p_.a.type, rate_bits_); }
+  __device__ __forceinline__ float rate() const { return scalar_value(p_.a, rate_bits_); }
 
   // dt of its tokens in a sequence's chunk as it lies in memory; past the sequence's end that of its last token.
   struct Raw {
     Word bits[2];
   };
   __device__ __forceinline__ Raw load(int chunk) const {
-    return {load_number(p_.dt.type, place(chunk, 0)), load_number(p_.dt.type, place(chunk, 1))};
+    return {load_scalar(p_.dt.type, place(chunk, 0)), load_scalar(p_.dt.type, place(chunk, 1))};
   }
 
   // Fetches them into the second cache, for a load later on.
@@ -76,8 +59,8 @@ class Gates {
 
   // With its bias.
   __device__ __forceinline__ float2 raw(const Raw& loaded) const {
-    const float bias = number(p_.dt_bias.type, bias_bits_);
-    return make_float2(bias + number(p_.dt.type, loaded.bits[0]), bias + number(p_.dt.type, loaded.bits[1]));
+    const float bias = scalar_value(p_.dt_bias, bias_bits_);
+    return make_float2(bias + scalar_value(p_.dt.type, loaded.bits[0]), bias + scalar_value(p_.dt.type, loaded.bits[1]));
   }
 
   // Of them the steps, for a chunk of so many tokens; 0 past its end, which keeps a state as it is.

@@ -1,12 +1,12 @@
 // State-space duality, forward. A translation unit of its own: the build passes HYLO_T (type of x, b, c and o: bf16,
-// fp16), HYLO_K (64, 128, 256: the least that has room for K) and HYLO_CHAINS (2, or 1 at 256; 3 at 128).
+// fp16) and HYLO_K (64, 128, 256: the least that has room for K).
 #include "ssd/carry.cuh"
 #include "ssd/pass.cuh"
 
-extern "C" __global__ void __launch_bounds__(hylo::ssd::pass_threads(HYLO_CHAINS), 1)
+extern "C" __global__ void __launch_bounds__(hylo::ssd::pass_threads(HYLO_K), 1)
     ssd_fwd_kernel_ends(const __grid_constant__ hylo::ssd::PassParams p) {
   extern __shared__ unsigned char shared[];
-  hylo::ssd::pass<hylo::HYLO_T, hylo::ssd::kEnds, HYLO_K, HYLO_CHAINS>(p.common, p.slots, hylo::aligned(shared));
+  hylo::ssd::pass<hylo::HYLO_T, hylo::ssd::kEnds, HYLO_K>(p.common, p.slots, hylo::aligned(shared));
 }
 
 extern "C" __global__ void __launch_bounds__(hylo::ssd::kCarryThreads)
@@ -14,8 +14,8 @@ extern "C" __global__ void __launch_bounds__(hylo::ssd::kCarryThreads)
   hylo::ssd::carry(p.common);
 }
 
-extern "C" __global__ void __launch_bounds__(hylo::ssd::pass_threads(HYLO_CHAINS), 1)
+extern "C" __global__ void __launch_bounds__(hylo::ssd::pass_threads(HYLO_K), 1)
     ssd_fwd_kernel_o(const __grid_constant__ hylo::ssd::PassParams p) {
   extern __shared__ unsigned char shared[];
-  hylo::ssd::pass<hylo::HYLO_T, hylo::ssd::kOutputs, HYLO_K, HYLO_CHAINS>(p.common, p.slots, hylo::aligned(shared));
+  hylo::ssd::pass<hylo::HYLO_T, hylo::ssd::kOutputs, HYLO_K>(p.common, p.slots, hylo::aligned(shared));
 }

@@ -18,17 +18,18 @@ std::uint64_t size(std::int64_t n) { return static_cast<std::uint64_t>(n); }
 unsigned count(std::int64_t n) { return static_cast<unsigned>(n); }
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-Numbers numbers(const NumbersView& view) {
-  return {reinterpret_cast<const void*>(view[0]), view[2], view[3], view[4], static_cast<NumberType>(view[1])};
+const void* data(const ScalarView& view) { return reinterpret_cast<const void*>(view[0]); }
+Scalar of_heads(const ScalarView& view) { return {data(view), 0, view[4], static_cast<int>(view[1])}; }
+TokenScalar of_tokens(const ScalarView& view) {
+  return {data(view), view[2], view[3], view[4], static_cast<int>(view[1])};
 }
 
-// A tile is one for all chains of every block if no run of units (n chains, n chains + 1, ..), which count through the
-// tiles of a head and then the heads, belongs to two of what is read. Going back, a launch reads d_o and c for x and b.
-Slots slots_of(bool back, int each, const Shape& shape) {
+// A tile is one for both chains of every block if no pair (2 n, 2 n + 1) of units, which count through the tiles of a
+// head and then the heads, belongs to two of what is read. Going back, a launch reads d_o and c for x and b.
+Slots slots_of(bool back, int width, const Shape& shape) {
+  const int each = chains(width);
   const std::int64_t tiles = ceil_div(shape[kV], kTile);
-  const auto slots = [&](Dim heads) {
-    return shape[heads] == 1 || tiles * (shape[kH] / shape[heads]) % each == 0 ? 1 : each;
-  };
+  const auto slots = [&](Dim heads) { return tiles * (shape[kH] / shape[heads]) % each == 0 ? 1 : each; };
   if (back) return {each, std::max(slots(kGB), slots(kG)), 0};
   return {tiles == 1 ? slots(kHX) : each, slots(kGB), slots(kG)};
 }
@@ -73,20 +74,12 @@ int place_gradients(int values, int width, GradientsParams& p) {
 
 }  // namespace
 
-// Wide states leave a second chain neither registers nor shared memory. A third one pays where all heads read the same
-// tiles: its own outputs cost more registers than two chains have to spare, but three fill each other's gaps.
-int chains(int width, const Shape& shape) {
-  if (width > 128) return 1;
-  const bool shared = shape[kGB] == 1 && shape[kG] == 1 && shape[kV] <= kTile && shape[kH] >= 3;
-  return width == 128 && shared ? 3 : 2;
-}
-
 int chunk_shared_bytes(const std::string& kernel, int width, const Shape& shape) {
-  if (kernel == "carry" || kernel == "vectors") return 0;
+  if (kernel == "carry") return 0;
   const Pass pass = pass_named(kernel);
-  const int each = chains(width, shape), forth = pass_shared(pass, width, each, slots_of(false, each, shape));
-  if (pass == kOutputs) return forth;
-  return std::max(forth, pass_shared(pass, width, each, slots_of(true, each, shape)));
+  if (pass == kOutputs) return pass_shared(pass, width, slots_of(false, width, shape));
+  return std::max(pass_shared(pass, width, slots_of(false, width, shape)),
+                  pass_shared(pass, width, slots_of(true, width, shape)));
 }
 
 int gradients_shared_bytes(int values, int width, const Shape& shape) {
@@ -98,7 +91,7 @@ int gradients_shared_bytes(int values, int width, const Shape& shape) {
 }
 
 ChunkCall::ChunkCall(const std::array<std::uintptr_t, 3>& x_b_c, const std::array<Strides, 3>& strides,
-                     const NumbersView& dt, const NumbersView& a, const NumbersView& d, const NumbersView& dt_bias,
+                     const ScalarView& dt, const ScalarView& a, const ScalarView& d, const ScalarView& dt_bias,
                      std::uintptr_t cu_seqlens, std::uintptr_t initial_state, const Shape& shape, int width, int chunks,
                      int segments, std::uintptr_t ends, std::uintptr_t totals, bool softplus, float least,
                      float greatest, std::uintptr_t stream)
@@ -109,10 +102,10 @@ ChunkCall::ChunkCall(const std::array<std::uintptr_t, 3>& x_b_c, const std::arra
     params_.b = tokens_map(x_b_c[1], shape[kGB], shape[kK], strides[1]);
     params_.c = tokens_map(x_b_c[2], shape[kG], shape[kK], strides[2]);
   }
-  params_.dt = numbers(dt);
-  params_.a = numbers(a);
-  params_.d = numbers(d);
-  params_.dt_bias = numbers(dt_bias);
+  params_.dt = of_tokens(dt);
+  params_.a = of_heads(a);
+  params_.d = of_heads(d);
+  params_.dt_bias = of_heads(dt_bias);
   params_.ends = reinterpret_cast<float*>(ends);
   params_.totals = reinterpret_cast<float*>(totals);
   params_.first_state = reinterpret_cast<const float*>(initial_state);
@@ -189,19 +182,18 @@ void ChunkCall::vectors(const Kernel& kernel, std::uintptr_t parts, const std::a
                         const std::array<int, 3>& types) const {
   VectorsParams params{};
   params.parts = reinterpret_cast<const float*>(parts);
-  for (int i = 0; i < 3; ++i) params.sums[i] = {reinterpret_cast<void*>(sums[i]), static_cast<NumberType>(types[i])};
+  for (int i = 0; i < 3; ++i) params.sums[i] = {reinterpret_cast<void*>(sums[i]), types[i]};
   params.chunks = params_.chunks;
   params.heads = params_.heads;
   kernel.launch_early({count(ceil_div(shape_[kH], 32)), 3}, 32 * kVectorWarps, &params, stream_);
 }
 
 void ChunkCall::launch(const Kernel& kernel, int directions, const Params& params, bool early) const {
-  const int each = chains(width_, shape_);
-  PassParams all{params, slots_of(directions > 1, each, shape_)};
+  PassParams all{params, slots_of(directions > 1, width_, shape_)};
   const std::int64_t units = shape_[kH] * ceil_div(shape_[kV], kTile);
-  const Grid grid{count(ceil_div(units, each)), count(shape_[kN] * params.segments), count(directions)};
-  const unsigned threads = count(pass_threads(each));
-  early ? kernel.launch_early(grid, threads, &all, stream_) : kernel.launch(grid, threads, &all, stream_);
+  const Grid grid{count(ceil_div(units, chains(width_))), count(shape_[kN] * params.segments), count(directions)};
+  early ? kernel.launch_early(grid, count(pass_threads(width_)), &all, stream_)
+        : kernel.launch(grid, count(pass_threads(width_)), &all, stream_);
 }
 
 // Boxes of 64 tokens x 64 columns of one head.

@@ -13,13 +13,9 @@ namespace hylo::ssd {
 
 using Strides = std::array<std::int64_t, 4>;
 using Shape = std::array<std::int64_t, 9>;        // B, T, HX, GB, G, H, V, K, N
-using NumbersView = std::array<std::int64_t, 5>;  // address, NumberType, strides of B, T, H
+using ScalarView = std::array<std::int64_t, 5>;  // address, ScalarType, strides of B, T, H
 
-// HYLO_CHAINS of the passes' kernels for a shape, compiled for a width.
-int chains(int width, const Shape& shape);
-
-// Dynamic shared memory, in bytes, of a kernel ("ends", "carry", "o", "states", "vectors") at a shape, compiled for a
-// width.
+// Dynamic shared memory, in bytes, of a kernel ("ends", "carry", "o", "states") at a shape, compiled for a width.
 int chunk_shared_bytes(const std::string& kernel, int width, const Shape& shape);
 int gradients_shared_bytes(int values, int width, const Shape& shape);
 
@@ -30,8 +26,8 @@ class ChunkCall {
   // chunks: of all sequences, or a bound. segments: that a sequence is cut into; ends and totals have room for them, and
   // for both directions where states are wanted. Strides in elements, of the dims B, T, heads, width; the last is 1, the
   // others are multiples of 8 (where a dim has more than one entry). width: HYLO_K of the kernels, at least K.
-  ChunkCall(const std::array<std::uintptr_t, 3>& x_b_c, const std::array<Strides, 3>& strides, const NumbersView& dt,
-            const NumbersView& a, const NumbersView& d, const NumbersView& dt_bias, std::uintptr_t cu_seqlens,
+  ChunkCall(const std::array<std::uintptr_t, 3>& x_b_c, const std::array<Strides, 3>& strides, const ScalarView& dt,
+            const ScalarView& a, const ScalarView& d, const ScalarView& dt_bias, std::uintptr_t cu_seqlens,
             std::uintptr_t initial_state, const Shape& shape, int width, int chunks, int segments, std::uintptr_t ends,
             std::uintptr_t totals, bool softplus, float least, float greatest, std::uintptr_t stream);
 

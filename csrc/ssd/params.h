@@ -1,18 +1,10 @@
 // What the host hands to the chunked kernels. Plain data, the same layout on both sides.
 #pragma once
 
+#include "common/scalar.h"
 #include "common/tensor_map.h"
 
 namespace hylo::ssd {
-
-enum NumberType { kBf16Number, kFp16Number, kFp32Number, kFp64Number };
-
-// Numbers of the heads, or of tokens and heads, of any floating type; strides in elements.
-struct Numbers {
-  const void* data;  // null: none
-  long long stride_b, stride_t, stride_h;
-  NumberType type;
-};
 
 // The two ways through a sequence: its states, or from the end back the gradients of them.
 enum Direction { kForth, kBack };
@@ -20,7 +12,7 @@ enum Direction { kForth, kBack };
 // Tiles of a stage: those of the values and of the keys (x and b, or the gradient of o and c where a pass goes back), and
 // of c where outputs are wanted. Chains that read the same tile share it.
 struct Slots {
-  int values, keys, queries;  // 1: one for all chains, or as many as there are chains
+  int values, keys, queries;  // 1: one for all chains, 2: one for each
 };
 
 struct Params {
@@ -31,7 +23,8 @@ struct Params {
   TensorMap o;              // [B, T, H, V], the same
   TensorMap states[2];      // [chunks, H, V, K], boxes of 64 rows of V x 64 columns: the state before each chunk, and the
                             // gradient of the state after it
-  Numbers dt, a, d, dt_bias;
+  TokenScalar dt;
+  Scalar a, d, dt_bias;     // of the heads alone; without memory: none
   void* o_at;               // of `o`, contiguous
   float* ends;              // [directions, N, segments, H, V, K]: of each segment alone, then what it begins with
   float* totals;            // [directions, N, segments, H]: a segment's whole decay
@@ -80,7 +73,7 @@ struct GradientsParams {
 // What a head's numbers are summed into: of any floating type, contiguous; null: not wanted.
 struct HeadSums {
   void* data;
-  NumberType type;
+  int type;  // ScalarType
 };
 
 // Of the kernel that sums up the parts.

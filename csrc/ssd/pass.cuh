@@ -1,4 +1,4 @@
-// A pass over the chunks of a sequence, forth or back. A block has one to three chains, a warpgroup each: 64 columns of V
+// A pass over the chunks of a sequence, forth or back. A block has one or two chains, a warpgroup each: 64 columns of V
 // of a head, whose state S [V, K] lives in registers as an accumulator. Beside them are a warp that loads and three that
 // make the gates' factors.
 //
@@ -81,7 +81,7 @@ struct Stage {
   }
 };
 
-template <class T, Pass kPass, int kK, int kChains>
+template <class T, Pass kPass, int kK>
 class Chain {
  public:
   using Inputs = Stage<kPass, kK>;
@@ -113,18 +113,46 @@ class Chain {
     });
   }
 
-  // With the outputs of the chunk.
+  // With the outputs of the chunk. All four products are under way at once, but where registers are short.
   __device__ __forceinline__ void run_with_outputs(const Inputs& stage, const Chunk& chunk, float skip) {
     wgmma::wait<0>();  // again: ptxas does not see it at the end of the last turn, and would wait where the state is
     wgmma::pin(s_);    // scaled
     const Factors factors{stage.factors(index_)};
+    Word weights[4][4];
     float o[32];
-    if constexpr (kChains > 2) {
-      multiply_in_turn(o, stage, factors);
+    wgmma::fence();
+    if constexpr (kTight) {
+      weigh_scores<0>(weights, stage, factors, [] {});
+      wgmma::fence();
+      read_state(o, stage);
     } else {
-      multiply_at_once(o, stage, factors);
+      weigh_scores<2>(weights, stage, factors, [&] {
+        read_state(o, stage);
+        update_state<true>(stage, factors);
+      });
     }
-    store_outputs(o, stage.values(index_), skip);
+    float within[32];
+    wgmma::fence();
+    const DoubleWord written = wgmma::descriptor_n_major(shared_address(stage.values(index_)), kTileSize);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      wgmma::product<T, wgmma::kAlongMN>(within, weights[i], written + i * wgmma::kNextNMajor, i > 0);
+    }
+    wgmma::commit();
+    if constexpr (kTight) {
+      wgmma::wait<0>();
+      update_state<true>(stage, factors);
+      wgmma::wait<0>();
+    }
+    if (threadIdx.x % 128 == 0) await_copies_out<0>();
+    wgmma::wait<1>();
+    wgmma::pin(o);
+    wgmma::pin(s_);
+    sync();  // all have read the state, and the outputs before are on their way
+    store_state();
+    wgmma::wait<0>();
+    wgmma::pin(within);
+    store_outputs(o, within, stage.values(index_), skip, factors);
     fence_async();
     sync();
     store_tokens<T, 128>(p_.o, p_.o_at, p_.cu_seqlens != nullptr, chunk, p_.heads, unit_.head, p_.values,
@@ -166,64 +194,6 @@ class Chain {
   // Whether there are no registers for outputs while scores are under way.
   static constexpr bool kTight = kK > 128;
 
-  // o without the skip, and S after the chunk, also in 16 bits. All four products are under way at once, but where
-  // registers are short.
-  __device__ __forceinline__ void multiply_at_once(float (&o)[32], const Inputs& stage, const Factors& factors) {
-    Word weights[4][4];
-    wgmma::fence();
-    if constexpr (kTight) {
-      weigh_scores<0>(weights, stage, factors, [] {});
-      wgmma::fence();
-      read_state(o, stage);
-    } else {
-      weigh_scores<2>(weights, stage, factors, [&] {
-        read_state(o, stage);
-        update_state<true>(stage, factors);
-      });
-    }
-    float within[32];
-    wgmma::fence();
-    read_tokens(within, weights, stage, false);
-    if constexpr (kTight) {
-      wgmma::wait<0>();
-      update_state<true>(stage, factors);
-      wgmma::wait<0>();
-    }
-    if (threadIdx.x % 128 == 0) await_copies_out<0>();
-    wgmma::wait<1>();
-    wgmma::pin(o);
-    wgmma::pin(s_);
-    sync();  // all have read the state, and the outputs before are on their way
-    store_state();
-    wgmma::wait<0>();
-    wgmma::pin(within);
-    decay_outputs(o, factors);
-#pragma unroll
-    for (int i = 0; i < 32; ++i) o[i] += within[i];
-  }
-
-  // The same one after the other, with one accumulator for all outputs.
-  __device__ __forceinline__ void multiply_in_turn(float (&o)[32], const Inputs& stage, const Factors& factors) {
-    Word weights[4][4];
-    wgmma::fence();
-    weigh_scores<0>(weights, stage, factors, [] {});
-    wgmma::fence();
-    read_state(o, stage);
-    wgmma::wait<0>();
-    wgmma::pin(o);
-    decay_outputs(o, factors);
-    wgmma::fence();
-    read_tokens(o, weights, stage, true);
-    wgmma::wait<0>();
-    wgmma::pin(o);
-    update_state<true>(stage, factors);
-    if (threadIdx.x % 128 == 0) await_copies_out<0>();
-    wgmma::wait<0>();
-    wgmma::pin(s_);
-    sync();  // as above
-    store_state();
-  }
-
   // The scores, weighed and packed; `meanwhile` starts so many more products, and does what else needs none of them.
   template <int kMore, class F>
   __device__ __forceinline__ void weigh_scores(Word (&weights)[4][4], const Inputs& stage, const Factors& factors,
@@ -235,24 +205,6 @@ class Chain {
     wgmma::wait<kMore>();
     wgmma::pin(scores);
     weigh_readers_by_warp<T, true>(weights, scores, factors);
-  }
-
-  // What the chunk's tokens give, under way on return.
-  __device__ __forceinline__ void read_tokens(float (&o)[32], const Word (&weights)[4][4], const Inputs& stage,
-                                              bool onto) const {
-    const DoubleWord written = wgmma::descriptor_n_major(shared_address(stage.values(index_)), kTileSize);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      wgmma::product<T, wgmma::kAlongMN>(o, weights[i], written + i * wgmma::kNextNMajor, onto || i > 0);
-    }
-    wgmma::commit();
-  }
-
-  static __device__ __forceinline__ void decay_outputs(float (&o)[32], const Factors& factors) {
-    const float decay[2] = {factors.row(kFromStart, row_token(0)), factors.row(kFromStart, row_token(1))};
-#pragma unroll
-    for (int i = 0; i < 32; ++i) o[i] *= decay[i / 2 % 2];
-    wgmma::pin(o);
   }
 
   __device__ __forceinline__ void read_state(float (&o)[32], const Inputs& stage) const {
@@ -329,7 +281,10 @@ class Chain {
     }
   }
 
-  __device__ __forceinline__ void store_outputs(float (&o)[32], const unsigned char* values, float skip) const {
+  // o: what the state gave, not yet decayed; within: what tokens of the chunk gave.
+  __device__ __forceinline__ void store_outputs(float (&o)[32], const float (&within)[32], const unsigned char* values,
+                                                float skip, const Factors& factors) const {
+    const float decay[2] = {factors.row(kFromStart, row_token(0)), factors.row(kFromStart, row_token(1))};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       Word skipped[4];
@@ -338,8 +293,9 @@ class Chain {
       for (int r = 0; r < 4; ++r) {
         float low, high;
         wgmma::unpack<T>(skipped[r], low, high);
-        o[8 * i + 2 * r] += skip * low;
-        o[8 * i + 2 * r + 1] += skip * high;
+        const int at = 8 * i + 2 * r;
+        o[at] = decay[r % 2] * o[at] + (within[at] + skip * low);
+        o[at + 1] = decay[r % 2] * o[at + 1] + (within[at + 1] + skip * high);
       }
       Word packed[4];
       wgmma::pack_operand<T>(packed, o, i);
@@ -365,17 +321,18 @@ class Chain {
   float s_[kK / 2];
 };
 
-template <class T, Pass kPass, int kK, int kChains>
+template <class T, Pass kPass, int kK>
 class PassBlock {
  public:
+  static constexpr int kChains = chains(kK);
   using Inputs = Stage<kPass, kK>;
 
   __device__ __forceinline__ PassBlock(const Params& p, const Slots& slots, unsigned char* shared, Ring& ring)
       : p_(p), slots_(slots), shared_(shared), ring_(ring), back_(kPass != kOutputs && blockIdx.z == kBack) {}
 
-  // A warp, of which each lane has a box of a stage's tiles: there are at most 15.
+  // A warp, of which each lane has a box of a stage's tiles: there are at most 10.
   __device__ __forceinline__ void load() const {
-    const int size = stage_size(kPass, kK, kChains, slots_) - kChains * kPassFactorsSize;
+    const int size = stage_size(kPass, kK, slots_) - kChains * kPassFactorsSize;
     const Box box = box_at(lane());
     const bool exists = lane() < size / kTileSize;
     if (exists) prefetch_map(*box.map);
@@ -395,14 +352,11 @@ class PassBlock {
   // is a turn ahead of another would take an older phase of a barrier for its own. The code is short, for when a block
   // begins its instructions come from far away.
   __device__ __forceinline__ void make_factors(int index) const {
-    const int ring = stages(kPass, kK, kChains, slots_), units = ring_.segment.count() * kChains;
+    const int ring = stages(kPass, kK, slots_), units = ring_.segment.count() * kChains;
     const int warps = ring * kChains < kGateWarps ? ring * kChains : kGateWarps;
     if (index >= warps || index >= units) return;
-    const Gates gates_of_chains[] = {gates_of(0), gates_of(kChains > 1 ? 1 : 0), gates_of(kChains - 1)};
-    const auto of = [&](int unit) {
-      const int chain = unit % kChains;
-      return chain == 0 ? gates_of_chains[0] : kChains == 2 || chain == 1 ? gates_of_chains[1] : gates_of_chains[2];
-    };
+    const Gates first = gates_of(0), second = gates_of(kChains - 1);
+    const auto of = [&](int unit) { return unit % kChains == 0 ? first : second; };
     Gates::Raw next = of(index).load(which(index / kChains));
 #pragma unroll 1
     for (int unit = index + warps; unit < units && unit < kPrefetch; unit += warps) of(unit).prefetch(which(unit / kChains));
@@ -429,7 +383,7 @@ class PassBlock {
 
   __device__ __forceinline__ void run(int index) const {
     const Unit unit = this->unit(index);
-    Chain<T, kPass, kK, kChains> chain(p_, index, unit, shared_ + tiles() + index * chain_size(kPass, kK));
+    Chain<T, kPass, kK> chain(p_, index, unit, shared_ + tiles() + index * chain_size(kPass, kK));
     const float skip = kPass == kOutputs ? number_of_head(p_.d, unit.head) : 0.0f;
     if constexpr (kPass != kEnds) await_kernel_before();  // which makes what segments begin with
     chain.start(kPass == kEnds ? nullptr : begins_with(unit));
@@ -478,9 +432,9 @@ class PassBlock {
     return Gates(p_, unit(chain).head, ring_.segment.sequence);
   }
   __device__ __forceinline__ Unit unit(int chain) const { return unit_at(p_, kChains * blockIdx.x + chain); }
-  __device__ __forceinline__ int tiles() const { return stages(kPass, kK, kChains, slots_) * stage_size(kPass, kK, kChains, slots_); }
+  __device__ __forceinline__ int tiles() const { return stages(kPass, kK, slots_) * stage_size(kPass, kK, slots_); }
   __device__ __forceinline__ Inputs stage(int at) const {
-    return {shared_ + at * stage_size(kPass, kK, kChains, slots_), slots_};
+    return {shared_ + at * stage_size(kPass, kK, slots_), slots_};
   }
 
   // Of all sequences, segments and directions.
@@ -512,7 +466,7 @@ class PassBlock {
   // Calls f(stage of the ring, how often the ring went round, chunk, its index in the sequence).
   template <class F>
   __device__ __forceinline__ void each_chunk(const F& f) const {
-    const int ring = stages(kPass, kK, kChains, slots_), count = ring_.segment.count();
+    const int ring = stages(kPass, kK, slots_), count = ring_.segment.count();
     for (int i = 0, at = 0, turn = 0; i < count; ++i) {
       f(at, turn, chunk(i), which(i));
       if (++at == ring) at = 0, ++turn;
@@ -537,8 +491,9 @@ class PassBlock {
   const bool back_;
 };
 
-template <class T, Pass kPass, int kK, int kChains>
+template <class T, Pass kPass, int kK>
 __device__ __forceinline__ void pass(const Params& p, const Slots& slots, unsigned char* shared) {
+  constexpr int kChains = chains(kK);
   __shared__ Ring ring;
   if (threadIdx.x < 32) {
     const Segment segment = segment_of(p, blockIdx.y);
@@ -550,13 +505,13 @@ __device__ __forceinline__ void pass(const Params& p, const Slots& slots, unsign
   }
   __syncthreads();
   start_next_kernel();
-  const PassBlock<T, kPass, kK, kChains> block(p, slots, shared, ring);
+  const PassBlock<T, kPass, kK> block(p, slots, shared, ring);
   const int warpgroup = uniform(threadIdx.x / 128);
   if (warpgroup < kChains) {
-    if constexpr (kChains > 1) claim_registers<chain_registers(kChains)>();
+    if constexpr (kChains > 1) claim_registers<kChainRegisters>();
     block.run(kChains == 1 ? 0 : warpgroup);
   } else {
-    if constexpr (kChains > 1) release_registers<loader_registers(kChains)>();
+    if constexpr (kChains > 1) release_registers<kLoaderRegisters>();
     const int warp = uniform(warp_of_four());
     if (warp == kGateWarps) {
       block.load();

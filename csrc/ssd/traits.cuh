@@ -30,7 +30,7 @@ constexpr int kPassFactorsSize = kPassFactors * kChunk * 4;
 static_assert(kPassFactorsSize % 1024 == 0, "tiles behind it are swizzled by address bits");
 constexpr int kBlock = 16;
 
-// --- the passes over the chunks of a sequence: a block has one to three chains, each with 64 columns of V of a head ---
+// --- the passes over the chunks of a sequence: a block has one or two chains, each with 64 columns of V of a head ---
 
 enum Pass {
   kEnds,     // ssd_fwd_kernel_ends: what each segment adds to the state
@@ -38,15 +38,17 @@ enum Pass {
   kStates,   // ssd_bwd_kernel_states: the state before every chunk, and the gradient of the state after it
 };
 
-HYLO_HOST_DEVICE constexpr int pass_threads(int chains) { return 128 * (chains + 1); }
+// Wide states leave a second one neither registers nor shared memory.
+HYLO_HOST_DEVICE constexpr int chains(int width) { return width > 128 ? 1 : 2; }
+HYLO_HOST_DEVICE constexpr int pass_threads(int width) { return 128 * (chains(width) + 1); }
 constexpr int kGateWarps = 3;
 constexpr int kPassRing = 8;         // stages, at most
 constexpr int kPassBarriers = 1024;  // bytes
 
-HYLO_HOST_DEVICE constexpr int stage_size(Pass pass, int width, int chains, const Slots& slots) {
+HYLO_HOST_DEVICE constexpr int stage_size(Pass pass, int width, const Slots& slots) {
   const int wide = width / kTile;
   const int tiles = slots.values + wide * slots.keys + (pass == kOutputs ? wide * slots.queries : 0);
-  return tiles * kTileSize + chains * kPassFactorsSize;
+  return tiles * kTileSize + chains(width) * kPassFactorsSize;
 }
 
 // What a chain leaves for the copy engine or for its own next chunk: the state in 16 bits, and outputs.
@@ -55,19 +57,17 @@ HYLO_HOST_DEVICE constexpr int chain_size(Pass pass, int width) {
   return width / kTile * kTileSize + (pass == kOutputs ? kTileSize : 0);
 }
 
-HYLO_HOST_DEVICE constexpr int stages(Pass pass, int width, int chains, const Slots& slots) {
-  const int left = kSharedLimit - 1024 - kPassBarriers - chains * chain_size(pass, width);
-  const int fit = left / stage_size(pass, width, chains, slots);
+HYLO_HOST_DEVICE constexpr int stages(Pass pass, int width, const Slots& slots) {
+  const int left = kSharedLimit - 1024 - kPassBarriers - chains(width) * chain_size(pass, width);
+  const int fit = left / stage_size(pass, width, slots);
   return fit < kPassRing ? fit : kPassRing;
 }
 
-HYLO_HOST_DEVICE constexpr int pass_shared(Pass pass, int width, int chains, const Slots& slots) {
-  return stages(pass, width, chains, slots) * stage_size(pass, width, chains, slots) +
-         chains * chain_size(pass, width) + 1024;
+HYLO_HOST_DEVICE constexpr int pass_shared(Pass pass, int width, const Slots& slots) {
+  return stages(pass, width, slots) * stage_size(pass, width, slots) + chains(width) * chain_size(pass, width) + 1024;
 }
 
-// Of a thread; 504 or 512 for a thread of each warpgroup. One chain alone has as many as a thread can have.
-HYLO_HOST_DEVICE constexpr int chain_registers(int chains) { return chains == 2 ? 216 : 152; }
-HYLO_HOST_DEVICE constexpr int loader_registers(int chains) { return chains == 2 ? 72 : 56; }
+// Of a thread, where there are two chains: 504 for a thread of each warpgroup.
+constexpr int kChainRegisters = 216, kLoaderRegisters = 72;
 
 }  // namespace hylo::ssd

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from hylo_ops._C import Kernel
 
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-_NUMBERS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}  # NumberType of params.h
+_NUMBERS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}  # ScalarType of csrc/common/scalar.h
 _WIDTHS = (64, 128, 256)  # of K that kernels are compiled for; a head of another width runs in the next wider one's
 _CHUNK = 64  # tokens; kChunk of csrc/common/portable.h
 _COLUMNS = 64  # of V, each chain's
@@ -38,7 +38,6 @@ _UNITS = {
     "gradients": "gradients",
     "vectors": "backward",
 }
-_NEEDED = {1: ("kernel",), 2: ("kernel", "backward", "gradients")}  # by directions
 _NONE = (0, 0, 0, 0, 0)
 
 
@@ -63,18 +62,9 @@ class _Sizes(NamedTuple):
         return next(values for values in _VALUES if values >= self.V)
 
     @property
-    def chains(self) -> int:
-        """Of the passes' kernels; HYLO_CHAINS."""
-        return int(cubin.native().ssd_chains(self.width, self))
-
-    def spec(self, dtype: str, unit: str) -> cubin.Spec:
-        """The kernels' file."""
-        return spec(dtype, self.width, unit, self.most_values if unit == "gradients" else self.chains)
-
-    @property
     def blocks(self) -> int:
         """Of a pass in one direction, if no sequence is cut."""
-        return self.N * -(-self.H * -(-self.V // _COLUMNS) // self.chains)
+        return self.N * -(-self.H * -(-self.V // _COLUMNS) // cubin.native().ssd_chains(self.width))
 
 
 class _Call:
@@ -133,12 +123,9 @@ class _Call:
         )
 
     def kernel(self, name: str) -> "Kernel":
-        specs = tuple(self.sizes.spec(_TYPES[self.dtype], unit) for unit in _NEEDED[self.directions])
-        _compile(specs, self.source)
-        unit = _UNITS[name]
-        which = self.sizes.spec(_TYPES[self.dtype], unit)
-        symbol = f"ssd_{'fwd' if unit == 'kernel' else 'bwd'}_kernel_{name}"
-        return _load(which, symbol, self.device, _shared_bytes(name, self.sizes), self.source)
+        sizes = self.sizes
+        values = sizes.most_values if name == "gradients" else None
+        return _kernel(self.device, self.dtype, sizes.width, values, name, _shared_bytes(name, sizes), self.source)
 
     def begin(self) -> None:
         """What each segment begins with."""
@@ -267,36 +254,43 @@ def _segments(sizes: _Sizes, chunks: int, directions: int, multiprocessors: int)
     return min(range(1, most + 1), key=chunks_run)
 
 
-def spec(dtype: str, width: int, unit: str, part: int) -> cubin.Spec:
-    """One of the kernels' files by the build's names. part: V of the gradients' kernel, chains of the others."""
-    dims = (("V", part), ("K", width)) if unit == "gradients" else (("K", width), ("CHAINS", part))
-    return cubin.Spec("ssd", (("T", dtype), *dims), unit)
+def spec(dtype: str, width: int, values: int | None, unit: str) -> cubin.Spec:
+    """One of the kernels' files for a type and widths by the build's names; only the gradients' has a V."""
+    of_values = () if values is None else (("V", values),)
+    return cubin.Spec("ssd", (("T", dtype), *of_values, ("K", width)), unit)
 
 
 @functools.cache
 def _why_no_code(dtype: torch.dtype, width: int) -> str | None:
     """The reason why nothing can be launched here. One cubin stands for all of a width: they are packaged together."""
-    chains = 1 if width > _MOST_BACK else 2
-    return cubin.why_not_native() or cubin.why_not(spec(_TYPES[dtype], width, "kernel", chains))
+    return cubin.why_not_native() or cubin.why_not(spec(_TYPES[dtype], width, None, "kernel"))
 
 
 @functools.cache
-def _compile(specs: tuple[cubin.Spec, ...], source: str | None) -> None:
-    """Compiles at once what of a call's files is not packaged."""
-    cubin.compile_missing(list(specs), source)
+def _compile(dtype: torch.dtype, width: int, values: int | None, source: str | None) -> None:
+    """Compiles at once what is not packaged: the forward, or the backward for so many V."""
+    units = [("kernel", None)] if values is None else [("kernel", None), ("backward", None), ("gradients", values)]
+    cubin.compile_missing([spec(_TYPES[dtype], width, of_values, unit) for unit, of_values in units], source)
 
 
 @functools.cache
 def _shared_bytes(name: str, sizes: _Sizes) -> int:
     native = cubin.native()
+    if name == "vectors":
+        return 0
     if name == "gradients":
         return int(native.ssd_gradients_shared_bytes(sizes.most_values, sizes.width, sizes))
     return int(native.ssd_chunk_shared_bytes(name, sizes.width, sizes))
 
 
 @functools.cache
-def _load(which: cubin.Spec, symbol: str, device: int, shared: int, source: str | None) -> "Kernel":
-    return cubin.load(which, symbol, device, shared_bytes=shared, source=source)
+def _kernel(
+    device: int, dtype: torch.dtype, width: int, values: int | None, name: str, shared: int, source: str | None
+) -> "Kernel":
+    _compile(dtype, width, values, source)
+    unit = _UNITS[name]
+    symbol = f"ssd_{'fwd' if unit == 'kernel' else 'bwd'}_kernel_{name}"
+    return cubin.load(spec(_TYPES[dtype], width, values, unit), symbol, device, shared_bytes=shared, source=source)
 
 
 @functools.cache

@@ -120,15 +120,10 @@ SSD_KERNELS = {
     "backward": ["bwd_kernel_states", "bwd_kernel_vectors"],
     "gradients": ["bwd_kernel_gradients"],
 }
-SSD_CHUNKED = [
-    cuda_chunk.spec(dtype, width, unit, chains)
-    for dtype in HALVES
-    for unit in ("kernel", "backward")
-    for width, chains in ((64, 2), (128, 2), (128, 3), (256, 1))
-    if unit == "kernel" or width < 256
-]
+SSD_CHUNKED = [cuda_chunk.spec(dtype, width, None, "kernel") for dtype in HALVES for width in (64, 128, 256)]
+SSD_CHUNKED += [cuda_chunk.spec(dtype, width, None, "backward") for dtype in HALVES for width in (64, 128)]
 SSD_CHUNKED += [
-    cuda_chunk.spec(dtype, width, "gradients", values)
+    cuda_chunk.spec(dtype, width, values, "gradients")
     for dtype in HALVES
     for width in (64, 128)
     for values in (64, 128)
