@@ -12,6 +12,31 @@ namespace hylo::ssd {
 constexpr int kCarryThreads = 128;
 constexpr int kAhead = 8;  // segments
 
+// Through `pieces` of a sequence: each adds `*place(i)` to the state, which decays by `decay(i)` in it, and is left what it
+// begins with.
+template <class Place, class Decay>
+__device__ __forceinline__ void carry_on(float4& state, int pieces, const Place& place, const Decay& decay) {
+  for (int first = 0; first < pieces; first += kAhead) {
+    float4 added[kAhead];
+    float decays[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      if (first + i >= pieces) break;
+      added[i] = *place(first + i);
+      decays[i] = decay(first + i);
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      if (first + i >= pieces) break;
+      *place(first + i) = state;
+      state.x = decays[i] * state.x + added[i].x;
+      state.y = decays[i] * state.y + added[i].y;
+      state.z = decays[i] * state.z + added[i].z;
+      state.w = decays[i] * state.w + added[i].w;
+    }
+  }
+}
+
 // A thread for four neighbours of a head's state; blocks along those, heads, and sequences of a direction.
 __device__ __forceinline__ void carry(const Params& p) {
   const int size = p.values * p.width, element = 4 * (blockIdx.x * kCarryThreads + threadIdx.x);
@@ -29,25 +54,9 @@ __device__ __forceinline__ void carry(const Params& p) {
     const int segment = back ? p.segments - 1 - i : i;
     return (static_cast<long long>(blockIdx.z) * p.segments + segment) * p.heads + head;
   };
-  for (int first = 0; first < p.segments; first += kAhead) {
-    float4 added[kAhead];
-    float decay[kAhead];
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      if (first + i >= p.segments) break;
-      added[i] = *reinterpret_cast<const float4*>(p.ends + piece(first + i) * size + element);
-      decay[i] = p.totals[piece(first + i)];
-    }
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      if (first + i >= p.segments) break;
-      *reinterpret_cast<float4*>(p.ends + piece(first + i) * size + element) = state;
-      state.x = decay[i] * state.x + added[i].x;
-      state.y = decay[i] * state.y + added[i].y;
-      state.z = decay[i] * state.z + added[i].z;
-      state.w = decay[i] * state.w + added[i].w;
-    }
-  }
+  carry_on(
+      state, p.segments, [&](int i) { return reinterpret_cast<float4*>(p.ends + piece(i) * size + element); },
+      [&](int i) { return p.totals[piece(i)]; });
 }
 
 }  // namespace hylo::ssd

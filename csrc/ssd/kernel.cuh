@@ -3,7 +3,7 @@
 #include "ssd/carry.cuh"
 #include "ssd/pass.cuh"
 
-extern "C" __global__ void __launch_bounds__(hylo::ssd::pass_threads(HYLO_K), 1)
+extern "C" __global__ void __launch_bounds__(hylo::ssd::pass_threads(hylo::ssd::kEnds, HYLO_K), 1)
     ssd_fwd_kernel_ends(const __grid_constant__ hylo::ssd::PassParams p) {
   extern __shared__ unsigned char shared[];
   hylo::ssd::pass<hylo::HYLO_T, hylo::ssd::kEnds, HYLO_K>(p.common, p.slots, hylo::aligned(shared));
@@ -14,7 +14,7 @@ extern "C" __global__ void __launch_bounds__(hylo::ssd::kCarryThreads)
   hylo::ssd::carry(p.common);
 }
 
-extern "C" __global__ void __launch_bounds__(hylo::ssd::pass_threads(HYLO_K), 1)
+extern "C" __global__ void __launch_bounds__(hylo::ssd::pass_threads(hylo::ssd::kOutputs, HYLO_K), 1)
     ssd_fwd_kernel_o(const __grid_constant__ hylo::ssd::PassParams p) {
   extern __shared__ unsigned char shared[];
   hylo::ssd::pass<hylo::HYLO_T, hylo::ssd::kOutputs, HYLO_K>(p.common, p.slots, hylo::aligned(shared));

@@ -132,7 +132,7 @@ void ChunkCall::set_gradients(std::uintptr_t d_o, std::uintptr_t d_final_state) 
 
 void ChunkCall::begin(const Kernel& ends, const Kernel& carry, int directions) const {
   if (params_.segments == 1) return;
-  launch(ends, directions, params_, false);
+  launch(kEnds, ends, directions, params_, false);
   PassParams params{params_, {}};
   const std::int64_t blocks = ceil_div(shape_[kV] * shape_[kK], kCarryThreads * kCarryEach);
   carry.launch_early({count(blocks), count(shape_[kH]), count(directions * shape_[kN])}, kCarryThreads, &params, stream_);
@@ -143,7 +143,7 @@ void ChunkCall::outputs(const Kernel& kernel, std::uintptr_t o, std::uintptr_t f
   if (chunks_ > 0) params.o = values_map(o);
   params.o_at = reinterpret_cast<void*>(o);
   params.last_state = reinterpret_cast<float*>(final_state);
-  launch(kernel, 1, params, params.segments > 1);
+  launch(kOutputs, kernel, 1, params, params.segments > 1);
 }
 
 void ChunkCall::states(const Kernel& kernel, std::uintptr_t states, std::uintptr_t dstates,
@@ -154,7 +154,7 @@ void ChunkCall::states(const Kernel& kernel, std::uintptr_t states, std::uintptr
     params.states[kBack] = states_map(dstates);
   }
   params.first_gradient = reinterpret_cast<float*>(d_initial_state);
-  launch(kernel, 2, params, params.segments > 1);
+  launch(kStates, kernel, 2, params, params.segments > 1);
 }
 
 void ChunkCall::gradients(const Kernel& kernel, int values, std::uintptr_t states, std::uintptr_t dstates,
@@ -188,12 +188,12 @@ void ChunkCall::vectors(const Kernel& kernel, std::uintptr_t parts, const std::a
   kernel.launch_early({count(ceil_div(shape_[kH], 32)), 3}, 32 * kVectorWarps, &params, stream_);
 }
 
-void ChunkCall::launch(const Kernel& kernel, int directions, const Params& params, bool early) const {
+void ChunkCall::launch(Pass pass, const Kernel& kernel, int directions, const Params& params, bool early) const {
   PassParams all{params, slots_of(directions > 1, width_, shape_)};
   const std::int64_t units = shape_[kH] * ceil_div(shape_[kV], kTile);
   const Grid grid{count(ceil_div(units, chains(width_))), count(shape_[kN] * params.segments), count(directions)};
-  early ? kernel.launch_early(grid, count(pass_threads(width_)), &all, stream_)
-        : kernel.launch(grid, count(pass_threads(width_)), &all, stream_);
+  const unsigned threads = count(pass_threads(pass, width_));
+  early ? kernel.launch_early(grid, threads, &all, stream_) : kernel.launch(grid, threads, &all, stream_);
 }
 
 // Boxes of 64 tokens x 64 columns of one head.

@@ -56,7 +56,7 @@ class ChunkCall {
                const std::array<int, 3>& types) const;
 
  private:
-  void launch(const Kernel& kernel, int directions, const Params& params, bool early) const;
+  void launch(Pass pass, const Kernel& kernel, int directions, const Params& params, bool early) const;
   TensorMap tokens_map(std::uintptr_t tensor, std::int64_t heads, std::int64_t width, const Strides& strides) const;
   TensorMap contiguous_map(std::uintptr_t tensor, std::int64_t heads, std::int64_t width) const;
   TensorMap values_map(std::uintptr_t tensor) const;

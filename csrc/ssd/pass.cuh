@@ -1,6 +1,7 @@
 // A pass over the chunks of a sequence, forth or back. A block has one or two chains, a warpgroup each: 64 columns of V
 // of a head, whose state S [V, K] lives in registers as an accumulator. Beside them are a warp that loads and three that
-// make the gates' factors.
+// make the gates' factors; and, where there are outputs, a warpgroup that makes the weights of the chunk's own tokens,
+// L * step * (C B^T), for all chains.
 //
 //   forth:   S <- whole S + (to_end step X)^T B
 //   back:    S <- whole S + (from_start dO)^T C                    S: the gradient of the state
@@ -56,6 +57,7 @@ __device__ __forceinline__ Segment segment_of(const Params& p, int piece) {
 struct Ring {
   Segment segment;
   Handover stages[kPassRing];
+  Handover weights[2];  // of each chain
 };
 
 // One stage of the ring: tiles, and the factors of either chain.
@@ -81,6 +83,18 @@ struct Stage {
   }
 };
 
+// d = queries b^T for tiles b of 64 rows x K.
+template <class T, int kK>
+__device__ __forceinline__ void multiply_queries(float (&d)[32], const unsigned char* queries, const unsigned char* b) {
+  const DoubleWord left = wgmma::descriptor_k_major(shared_address(queries));
+  const DoubleWord right = wgmma::descriptor_k_major(shared_address(b));
+#pragma unroll
+  for (int i = 0; i < kK / 16; ++i) {
+    const int next = i / 4 * (kTileSize >> 4) + i % 4 * wgmma::kNextKMajor;
+    wgmma::product_shared<T, wgmma::kAlongK, wgmma::kAlongK>(d, left + next, right + next, i > 0);
+  }
+}
+
 template <class T, Pass kPass, int kK>
 class Chain {
  public:
@@ -89,6 +103,10 @@ class Chain {
   // shared: chain_size bytes.
   __device__ __forceinline__ Chain(const Params& p, int index, Unit unit, unsigned char* shared)
       : p_(p), index_(index), unit_(unit), state_(shared), results_(shared + kK / kTile * kTileSize) {}
+
+  static __device__ __forceinline__ unsigned char* weights(unsigned char* shared) {
+    return shared + (kK / kTile + 1) * kTileSize;
+  }
 
   // from: a head's [V, K], or null for zeros.
   __device__ __forceinline__ void start(const float* from) {
@@ -113,46 +131,32 @@ class Chain {
     });
   }
 
-  // With the outputs of the chunk. All four products are under way at once, but where registers are short.
-  __device__ __forceinline__ void run_with_outputs(const Inputs& stage, const Chunk& chunk, float skip) {
+  // With the outputs of the chunk, its weights being ready when `ready` is in a phase. What the state gives, and the next
+  // state, are under way while those are made.
+  __device__ __forceinline__ void run_with_outputs(const Inputs& stage, const Chunk& chunk, float skip, Handover& ready,
+                                                   int phase) {
     wgmma::wait<0>();  // again: ptxas does not see it at the end of the last turn, and would wait where the state is
     wgmma::pin(s_);    // scaled
     const Factors factors{stage.factors(index_)};
-    Word weights[4][4];
     float o[32];
     wgmma::fence();
-    if constexpr (kTight) {
-      weigh_scores<0>(weights, stage, factors, [] {});
-      wgmma::fence();
-      read_state(o, stage);
-    } else {
-      weigh_scores<2>(weights, stage, factors, [&] {
-        read_state(o, stage);
-        update_state<true>(stage, factors);
-      });
-    }
-    float within[32];
-    wgmma::fence();
-    const DoubleWord written = wgmma::descriptor_n_major(shared_address(stage.values(index_)), kTileSize);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      wgmma::product<T, wgmma::kAlongMN>(within, weights[i], written + i * wgmma::kNextNMajor, i > 0);
-    }
-    wgmma::commit();
-    if constexpr (kTight) {
-      wgmma::wait<0>();
-      update_state<true>(stage, factors);
-      wgmma::wait<0>();
-    }
-    if (threadIdx.x % 128 == 0) await_copies_out<0>();
+    read_state(o, stage);
+    update_state<true>(stage, factors);
     wgmma::wait<1>();
     wgmma::pin(o);
+    decay_outputs(o, factors);
+    ready.full.wait(phase);
+    wgmma::fence();
+    read_tokens(o, stage);
+    if (threadIdx.x % 128 == 0) await_copies_out<0>();
+    wgmma::wait<1>();
     wgmma::pin(s_);
     sync();  // all have read the state, and the outputs before are on their way
     store_state();
     wgmma::wait<0>();
-    wgmma::pin(within);
-    store_outputs(o, within, stage.values(index_), skip, factors);
+    wgmma::pin(o);
+    ready.empty.arrive();
+    store_outputs(o, stage.values(index_), skip);
     fence_async();
     sync();
     store_tokens<T, 128>(p_.o, p_.o_at, p_.cu_seqlens != nullptr, chunk, p_.heads, unit_.head, p_.values,
@@ -191,25 +195,28 @@ class Chain {
   __device__ __forceinline__ void sync() const { sync_threads(1 + index_, 128); }
 
  private:
-  // Whether there are no registers for outputs while scores are under way.
-  static constexpr bool kTight = kK > 128;
-
-  // The scores, weighed and packed; `meanwhile` starts so many more products, and does what else needs none of them.
-  template <int kMore, class F>
-  __device__ __forceinline__ void weigh_scores(Word (&weights)[4][4], const Inputs& stage, const Factors& factors,
-                                               const F& meanwhile) const {
-    float scores[32];
-    multiply_queries(scores, stage.queries(index_), stage.keys(index_));
+  __device__ __forceinline__ void read_state(float (&o)[32], const Inputs& stage) const {
+    multiply_queries<T, kK>(o, stage.queries(index_), state_);
     wgmma::commit();
-    meanwhile();
-    wgmma::wait<kMore>();
-    wgmma::pin(scores);
-    weigh_readers_by_warp<T, true>(weights, scores, factors);
   }
 
-  __device__ __forceinline__ void read_state(float (&o)[32], const Inputs& stage) const {
-    multiply_queries(o, stage.queries(index_), state_);
+  // What the chunk's tokens give, added to o.
+  __device__ __forceinline__ void read_tokens(float (&o)[32], const Inputs& stage) const {
+    const DoubleWord weights = wgmma::descriptor_k_major(shared_address(Chain::weights(state_)));
+    const DoubleWord values = wgmma::descriptor_n_major(shared_address(stage.values(index_)), kTileSize);
+#pragma unroll
+    for (int i = 0; i < kChunk / 16; ++i) {
+      wgmma::product_shared<T, wgmma::kAlongK, wgmma::kAlongMN>(o, weights + i * wgmma::kNextKMajor,
+                                                                values + i * wgmma::kNextNMajor, true);
+    }
     wgmma::commit();
+  }
+
+  static __device__ __forceinline__ void decay_outputs(float (&o)[32], const Factors& factors) {
+    const float decay[2] = {factors.row(kFromStart, row_token(0)), factors.row(kFromStart, row_token(1))};
+#pragma unroll
+    for (int i = 0; i < 32; ++i) o[i] *= decay[i / 2 % 2];
+    wgmma::pin(o);
   }
 
   // Calls f(element, the one behind it, where they are in [V, K]) for what this thread has of the state.
@@ -232,25 +239,13 @@ class Chain {
     }
   }
 
-  // d = queries b^T for tiles b of 64 rows x K.
-  static __device__ __forceinline__ void multiply_queries(float (&d)[32], const unsigned char* queries,
-                                                          const unsigned char* b) {
-    const DoubleWord left = wgmma::descriptor_k_major(shared_address(queries));
-    const DoubleWord right = wgmma::descriptor_k_major(shared_address(b));
-#pragma unroll
-    for (int i = 0; i < kK / 16; ++i) {
-      const int next = i / 4 * (kTileSize >> 4) + i % 4 * wgmma::kNextKMajor;
-      wgmma::product_shared<T, wgmma::kAlongK, wgmma::kAlongK>(d, left + next, right + next, i > 0);
-    }
-  }
-
   // S <- whole S + (factors values)^T keys, under way on return: each token adds its part of the state at the chunk's end
   // or, going back, of the gradient of the state at its start. Of a segment's end, S <- S + passed (factors values)^T keys.
   template <bool kWrites>
   __device__ __forceinline__ void update_state(const Inputs& stage, const Factors& factors) {
     Word values[4][4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) load_transposed(values[i], stage.values(index_) + transposed_row(i));
+    for (int i = 0; i < 4; ++i) load_transposed(values[i], stage.values(index_) + anew(transposed_row(i)));
     scale_values(values, factors, kWrites ? kWritten : kFromStart);
     if constexpr (kPass != kEnds) scale_state(factors.whole());
     wgmma::fence();
@@ -281,26 +276,28 @@ class Chain {
     }
   }
 
-  // o: what the state gave, not yet decayed; within: what tokens of the chunk gave.
-  __device__ __forceinline__ void store_outputs(float (&o)[32], const float (&within)[32], const unsigned char* values,
-                                                float skip, const Factors& factors) const {
-    const float decay[2] = {factors.row(kFromStart, row_token(0)), factors.row(kFromStart, row_token(1))};
+  __device__ __forceinline__ void store_outputs(float (&o)[32], const unsigned char* values, float skip) const {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       Word skipped[4];
-      load_matrices(skipped, values + straight_row(i));
+      load_matrices(skipped, values + anew(straight_row(i)));
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
         float low, high;
         wgmma::unpack<T>(skipped[r], low, high);
-        const int at = 8 * i + 2 * r;
-        o[at] = decay[r % 2] * o[at] + (within[at] + skip * low);
-        o[at + 1] = decay[r % 2] * o[at + 1] + (within[at + 1] + skip * high);
+        o[8 * i + 2 * r] += skip * low;
+        o[8 * i + 2 * r + 1] += skip * high;
       }
       Word packed[4];
       wgmma::pack_operand<T>(packed, o, i);
-      store_matrices(results_ + straight_row(i), packed);
+      store_matrices(results_ + anew(straight_row(i)), packed);
     }
+  }
+
+  // An address within a tile, computed anew each time where there are no registers to keep it.
+  static __device__ __forceinline__ int anew(int offset) {
+    if constexpr (kK > 128) asm volatile("" : "+r"(offset));
+    return offset;
   }
 
   __device__ __forceinline__ void store_state() const {
@@ -308,7 +305,7 @@ class Chain {
     for (int i = 0; i < kK / 16; ++i) {
       Word packed[4];
       wgmma::pack_operand<T>(packed, s_, i);
-      store_matrices(state_ + i / 4 * kTileSize + straight_row(i % 4), packed);
+      store_matrices(state_ + i / 4 * kTileSize + anew(straight_row(i % 4)), packed);
     }
   }
 
@@ -383,9 +380,10 @@ class PassBlock {
 
   __device__ __forceinline__ void run(int index) const {
     const Unit unit = this->unit(index);
-    Chain<T, kPass, kK> chain(p_, index, unit, shared_ + tiles() + index * chain_size(kPass, kK));
+    Chain<T, kPass, kK> chain(p_, index, unit, of_chain(index));
     const float skip = kPass == kOutputs ? number_of_head(p_.d, unit.head) : 0.0f;
     if constexpr (kPass != kEnds) await_kernel_before();  // which makes what segments begin with
+    const int ring = stages(kPass, kK, slots_);
     chain.start(kPass == kEnds ? nullptr : begins_with(unit));
     each_chunk([&](int at, int turn, const Chunk& chunk, int c) {
       const Inputs inputs = stage(at);
@@ -393,7 +391,7 @@ class PassBlock {
       ring_.stages[at].full.wait(turn & 1);
       if (p_.cu_seqlens != nullptr && chunk.tokens < kChunk) clear_tail(inputs, index, chunk.tokens);
       if constexpr (kPass == kOutputs) {
-        chain.run_with_outputs(inputs, chunk, skip);
+        chain.run_with_outputs(inputs, chunk, skip, ring_.weights[index], (turn * ring + at) & 1);
       } else if (back_) {
         chain.template run<false>(inputs);
       } else {
@@ -404,6 +402,38 @@ class PassBlock {
     if (kPass == kEnds && threadIdx.x % 128 == 0) p_.totals[piece() * p_.heads + unit.head] = chain.passed();
     if (float* to = ends_in(unit)) chain.finish(to);
     await_copies_out<0>();
+  }
+
+  // The warpgroup of the weights, where chains share b and c with one product for both.
+  __device__ __forceinline__ void weigh() const {
+    const int ring = stages(kPass, kK, slots_);
+    const bool once = slots_.keys == 1 && slots_.queries == 1;
+    each_chunk([&](int at, int turn, const Chunk& chunk, int) {
+      const Inputs inputs = stage(at);
+      ring_.stages[at].full.wait(turn & 1);
+      if (p_.cu_seqlens != nullptr && chunk.tokens < kChunk) await_clear();
+      float scores[32];
+#pragma unroll 1
+      for (int chain = 0; chain < kChains; ++chain) {
+        if (chain == 0 || !once) {
+          wgmma::fence();
+          multiply_queries<T, kK>(scores, inputs.queries(chain), inputs.keys(chain));
+          wgmma::commit();
+          wgmma::wait<0>();
+          wgmma::pin(scores);
+        }
+        Word weights[4][4];
+        weigh_readers_by_warp<T, true>(weights, scores, Factors{inputs.factors(chain)});
+        Handover& ready = ring_.weights[chain];
+        ready.empty.wait(((turn * ring + at) & 1) ^ 1);
+        unsigned char* const to = Chain<T, kPass, kK>::weights(of_chain(chain));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) store_matrices(to + straight_row(i), weights[i]);
+        fence_async();
+        ready.full.arrive();
+      }
+      ring_.stages[at].empty.arrive();
+    });
   }
 
  private:
@@ -432,7 +462,9 @@ class PassBlock {
     return Gates(p_, unit(chain).head, ring_.segment.sequence);
   }
   __device__ __forceinline__ Unit unit(int chain) const { return unit_at(p_, kChains * blockIdx.x + chain); }
-  __device__ __forceinline__ int tiles() const { return stages(kPass, kK, slots_) * stage_size(kPass, kK, slots_); }
+  __device__ __forceinline__ unsigned char* of_chain(int chain) const {
+    return shared_ + stages(kPass, kK, slots_) * stage_size(kPass, kK, slots_) + chain * chain_size(kPass, kK);
+  }
   __device__ __forceinline__ Inputs stage(int at) const {
     return {shared_ + at * stage_size(kPass, kK, slots_), slots_};
   }
@@ -473,7 +505,7 @@ class PassBlock {
     }
   }
 
-  // Chains share tiles, so both are through before either goes on.
+  // Chains share tiles, so both are through before any goes on that reads them.
   __device__ __forceinline__ void clear_tail(const Inputs& inputs, int index, int tokens) const {
     each_row_from(tokens, threadIdx.x % 128, 128, [&](int at) {
       clear_words(inputs.values(index) + at);
@@ -481,7 +513,10 @@ class PassBlock {
       for (int i = 0; i < Inputs::kWide; ++i) clear_words(inputs.keys(index) + i * kTileSize + at);
     });
     fence_async();
-    sync_threads(1 + kChains, 128 * kChains);
+    await_clear();
+  }
+  __device__ __forceinline__ void await_clear() const {
+    sync_threads(1 + kChains, 128 * (kChains + weighers(kPass)));
   }
 
   const Params& p_;
@@ -494,12 +529,14 @@ class PassBlock {
 template <class T, Pass kPass, int kK>
 __device__ __forceinline__ void pass(const Params& p, const Slots& slots, unsigned char* shared) {
   constexpr int kChains = chains(kK);
+  constexpr bool kSplit = kChains + weighers(kPass) > 1;  // whether registers are dealt out anew
   __shared__ Ring ring;
   if (threadIdx.x < 32) {
     const Segment segment = segment_of(p, blockIdx.y);
     if (lane() == 0) {
       ring.segment = segment;
-      for (Handover& stage : ring.stages) stage.init(1 + 32 * kChains, 128 * kChains);
+      for (Handover& stage : ring.stages) stage.init(1 + 32 * kChains, 128 * (kChains + weighers(kPass)));
+      for (Handover& weights : ring.weights) weights.init(128, 128);
       fence_barrier_init();
     }
   }
@@ -508,10 +545,15 @@ __device__ __forceinline__ void pass(const Params& p, const Slots& slots, unsign
   const PassBlock<T, kPass, kK> block(p, slots, shared, ring);
   const int warpgroup = uniform(threadIdx.x / 128);
   if (warpgroup < kChains) {
-    if constexpr (kChains > 1) claim_registers<kChainRegisters>();
+    if constexpr (kSplit) claim_registers<chain_registers(kPass, kK)>();
     block.run(kChains == 1 ? 0 : warpgroup);
+  } else if (warpgroup < kChains + weighers(kPass)) {
+    if constexpr (kPass == kOutputs) {
+      release_registers<kWeigherRegisters>();
+      block.weigh();
+    }
   } else {
-    if constexpr (kChains > 1) release_registers<kLoaderRegisters>();
+    if constexpr (kSplit) release_registers<loader_registers(kPass)>();
     const int warp = uniform(warp_of_four());
     if (warp == kGateWarps) {
       block.load();

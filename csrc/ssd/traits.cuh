@@ -40,7 +40,9 @@ enum Pass {
 
 // Wide states leave a second one neither registers nor shared memory.
 HYLO_HOST_DEVICE constexpr int chains(int width) { return width > 128 ? 1 : 2; }
-HYLO_HOST_DEVICE constexpr int pass_threads(int width) { return 128 * (chains(width) + 1); }
+// Warpgroups that make weights.
+HYLO_HOST_DEVICE constexpr int weighers(Pass pass) { return pass == kOutputs ? 1 : 0; }
+HYLO_HOST_DEVICE constexpr int pass_threads(Pass pass, int width) { return 128 * (chains(width) + weighers(pass) + 1); }
 constexpr int kGateWarps = 3;
 constexpr int kPassRing = 8;         // stages, at most
 constexpr int kPassBarriers = 1024;  // bytes
@@ -51,10 +53,10 @@ HYLO_HOST_DEVICE constexpr int stage_size(Pass pass, int width, const Slots& slo
   return tiles * kTileSize + chains(width) * kPassFactorsSize;
 }
 
-// What a chain leaves for the copy engine or for its own next chunk: the state in 16 bits, and outputs.
+// Of a chain: what it leaves for the copy engine or for its own next chunk, the state in 16 bits and outputs; and weights.
 HYLO_HOST_DEVICE constexpr int chain_size(Pass pass, int width) {
   if (pass == kEnds) return 0;
-  return width / kTile * kTileSize + (pass == kOutputs ? kTileSize : 0);
+  return width / kTile * kTileSize + (pass == kOutputs ? 2 * kTileSize : 0);
 }
 
 HYLO_HOST_DEVICE constexpr int stages(Pass pass, int width, const Slots& slots) {
@@ -67,7 +69,11 @@ HYLO_HOST_DEVICE constexpr int pass_shared(Pass pass, int width, const Slots& sl
   return stages(pass, width, slots) * stage_size(pass, width, slots) + chains(width) * chain_size(pass, width) + 1024;
 }
 
-// Of a thread, where there are two chains: 504 for a thread of each warpgroup.
-constexpr int kChainRegisters = 216, kLoaderRegisters = 72;
+// Of a thread: at most 504 for a thread of each warpgroup.
+HYLO_HOST_DEVICE constexpr int chain_registers(Pass pass, int width) {
+  return pass != kOutputs ? 216 : chains(width) == 1 ? 248 : 168;
+}
+HYLO_HOST_DEVICE constexpr int loader_registers(Pass pass) { return pass == kOutputs ? 56 : 72; }
+constexpr int kWeigherRegisters = 112;
 
 }  // namespace hylo::ssd
