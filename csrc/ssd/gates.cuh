@@ -36,8 +36,8 @@ class Gates {
       : p_(p),
         tokens_(sequence.tokens),
         stride_(p.dt.stride_t * scalar_bytes(p.dt.type)),
-        first_(static_cast<const char*>(p.dt.data) +
-               (sequence.batch * p.dt.stride_b + head * p.dt.stride_h) * scalar_bytes(p.dt.type) + sequence.begin * stride_),
+        first_(static_cast<const char*>(p.dt.data) + sequence.begin * stride_ +
+               (sequence.batch * p.dt.stride_b + head * p.dt.stride_h) * scalar_bytes(p.dt.type)),
         rate_bits_(load_of_head(p.a, head)),
         bias_bits_(load_of_head(p.dt_bias, head)) {}
 
@@ -60,7 +60,8 @@ class Gates {
   // With its bias.
   __device__ __forceinline__ float2 raw(const Raw& loaded) const {
     const float bias = scalar_value(p_.dt_bias, bias_bits_);
-    return make_float2(bias + scalar_value(p_.dt.type, loaded.bits[0]), bias + scalar_value(p_.dt.type, loaded.bits[1]));
+    const int type = p_.dt.type;
+    return make_float2(bias + scalar_value(type, loaded.bits[0]), bias + scalar_value(type, loaded.bits[1]));
   }
 
   // Of them the steps, for a chunk of so many tokens; 0 past its end, which keeps a state as it is.

@@ -10,19 +10,11 @@
 namespace hylo::ssd {
 namespace {
 
-enum Dim { kB, kT, kHX, kGB, kG, kH, kV, kK, kN };
-
 constexpr int kCarryThreads = 128, kCarryEach = 4;  // of carry.cuh
 
 std::uint64_t size(std::int64_t n) { return static_cast<std::uint64_t>(n); }
 unsigned count(std::int64_t n) { return static_cast<unsigned>(n); }
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
-const void* data(const ScalarView& view) { return reinterpret_cast<const void*>(view[0]); }
-Scalar of_heads(const ScalarView& view) { return {data(view), 0, view[4], static_cast<int>(view[1])}; }
-TokenScalar of_tokens(const ScalarView& view) {
-  return {data(view), view[2], view[3], view[4], static_cast<int>(view[1])};
-}
 
 // A tile is one for both chains of every block if no pair (2 n, 2 n + 1) of units, which count through the tiles of a
 // head and then the heads, belongs to two of what is read. Going back, a launch reads d_o and c for x and b.
@@ -132,7 +124,7 @@ void ChunkCall::set_gradients(std::uintptr_t d_o, std::uintptr_t d_final_state) 
 
 void ChunkCall::begin(const Kernel& ends, const Kernel& carry, int directions) const {
   if (params_.segments == 1) return;
-  launch(kEnds, ends, directions, params_, false);
+  launch(kEnds, ends, directions, params_);
   PassParams params{params_, {}};
   const std::int64_t blocks = ceil_div(shape_[kV] * shape_[kK], kCarryThreads * kCarryEach);
   carry.launch_early({count(blocks), count(shape_[kH]), count(directions * shape_[kN])}, kCarryThreads, &params, stream_);
@@ -143,7 +135,7 @@ void ChunkCall::outputs(const Kernel& kernel, std::uintptr_t o, std::uintptr_t f
   if (chunks_ > 0) params.o = values_map(o);
   params.o_at = reinterpret_cast<void*>(o);
   params.last_state = reinterpret_cast<float*>(final_state);
-  launch(kOutputs, kernel, 1, params, params.segments > 1);
+  launch(kOutputs, kernel, 1, params);
 }
 
 void ChunkCall::states(const Kernel& kernel, std::uintptr_t states, std::uintptr_t dstates,
@@ -154,7 +146,7 @@ void ChunkCall::states(const Kernel& kernel, std::uintptr_t states, std::uintptr
     params.states[kBack] = states_map(dstates);
   }
   params.first_gradient = reinterpret_cast<float*>(d_initial_state);
-  launch(kStates, kernel, 2, params, params.segments > 1);
+  launch(kStates, kernel, 2, params);
 }
 
 void ChunkCall::gradients(const Kernel& kernel, int values, std::uintptr_t states, std::uintptr_t dstates,
@@ -188,12 +180,11 @@ void ChunkCall::vectors(const Kernel& kernel, std::uintptr_t parts, const std::a
   kernel.launch_early({count(ceil_div(shape_[kH], 32)), 3}, 32 * kVectorWarps, &params, stream_);
 }
 
-void ChunkCall::launch(Pass pass, const Kernel& kernel, int directions, const Params& params, bool early) const {
+void ChunkCall::launch(Pass pass, const Kernel& kernel, int directions, const Params& params) const {
   PassParams all{params, slots_of(directions > 1, width_, shape_)};
   const std::int64_t units = shape_[kH] * ceil_div(shape_[kV], kTile);
   const Grid grid{count(ceil_div(units, chains(width_))), count(shape_[kN] * params.segments), count(directions)};
-  const unsigned threads = count(pass_threads(pass, width_));
-  early ? kernel.launch_early(grid, threads, &all, stream_) : kernel.launch(grid, threads, &all, stream_);
+  kernel.launch_early(grid, count(pass_threads(pass, width_)), &all, stream_);
 }
 
 // Boxes of 64 tokens x 64 columns of one head.

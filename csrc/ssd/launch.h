@@ -8,12 +8,9 @@
 #include "common/driver.h"
 #include "ssd/params.h"
 #include "ssd/traits.cuh"
+#include "ssd/views.h"
 
 namespace hylo::ssd {
-
-using Strides = std::array<std::int64_t, 4>;
-using Shape = std::array<std::int64_t, 9>;        // B, T, HX, GB, G, H, V, K, N
-using ScalarView = std::array<std::int64_t, 5>;  // address, ScalarType, strides of B, T, H
 
 // Dynamic shared memory, in bytes, of a kernel ("ends", "carry", "o", "states") at a shape, compiled for a width.
 int chunk_shared_bytes(const std::string& kernel, int width, const Shape& shape);
@@ -34,7 +31,7 @@ class ChunkCall {
   // Of the backward: the gradients of o, contiguous, and of the final state.
   void set_gradients(std::uintptr_t d_o, std::uintptr_t d_final_state);
 
-  // The launches of a call follow each other: each may begin before the one ahead of it has ended.
+  // Each launch may begin before the kernel ahead of it in the stream has ended; those of a call follow each other.
 
   // What each segment begins with, in so many directions; nothing is launched where there is one segment.
   void begin(const Kernel& ends, const Kernel& carry, int directions) const;
@@ -56,7 +53,7 @@ class ChunkCall {
                const std::array<int, 3>& types) const;
 
  private:
-  void launch(Pass pass, const Kernel& kernel, int directions, const Params& params, bool early) const;
+  void launch(Pass pass, const Kernel& kernel, int directions, const Params& params) const;
   TensorMap tokens_map(std::uintptr_t tensor, std::int64_t heads, std::int64_t width, const Strides& strides) const;
   TensorMap contiguous_map(std::uintptr_t tensor, std::int64_t heads, std::int64_t width) const;
   TensorMap values_map(std::uintptr_t tensor) const;

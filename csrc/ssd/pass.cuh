@@ -113,8 +113,8 @@ class Chain {
 #pragma unroll
     for (int i = 0; i < kK / 2; ++i) s_[i] = 0.0f;
     if (from != nullptr) {
-      each_pair([&](float& low, float& high, long long at) {
-        const float2 both = *reinterpret_cast<const float2*>(from + at);
+      each_pair(from, [](float& low, float& high, const float* at) {
+        const float2 both = *reinterpret_cast<const float2*>(at);
         low = both.x, high = both.y;
       });
     }
@@ -126,9 +126,7 @@ class Chain {
   }
 
   __device__ __forceinline__ void finish(float* to) {
-    each_pair([&](float low, float high, long long at) {
-      *reinterpret_cast<float2*>(to + at) = make_float2(low, high);
-    });
+    each_pair(to, [](float low, float high, float* at) { *reinterpret_cast<float2*>(at) = make_float2(low, high); });
   }
 
   // With the outputs of the chunk, its weights being ready when `ready` is in a phase. What the state gives, and the next
@@ -219,23 +217,20 @@ class Chain {
     wgmma::pin(o);
   }
 
-  // Calls f(element, the one behind it, where they are in [V, K]) for what this thread has of the state.
-  template <class F>
-  __device__ __forceinline__ void each_pair(const F& f) {
-    const int value = unit_.column() + 16 * warp_of_four() + lane() / 4;
-    int key = 2 * (lane() % 4);
-    long long at = static_cast<long long>(value) * p_.width + key;
+  // Calls f(element, the one behind it, their place in a head's [V, K]) for what this thread has of the state. Places are
+  // a fixed distance apart, so that they need no registers of their own.
+  template <class Number, class F>
+  __device__ __forceinline__ void each_pair(Number* matrix, const F& f) {
 #pragma unroll
-    for (int block = 0; block < kK / 8; ++block) {
+    for (int row = 0; row < 2; ++row) {
+      const int value = unit_.column() + 16 * warp_of_four() + lane() / 4 + 8 * row;
+      if (value >= p_.values) continue;
+      Number* const first = matrix + (static_cast<long long>(value) * p_.width + 2 * (lane() % 4));
 #pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        if (key < p_.width && value + 8 * row < p_.values) {
-          f(s_[4 * block + 2 * row], s_[4 * block + 2 * row + 1], at + 8LL * row * p_.width);
-        }
+      for (int block = 0; block < kK / 8; ++block) {
+        const int at = 4 * block + 2 * row;
+        if (8 * block < p_.width) f(s_[at], s_[at + 1], first + 8 * block);
       }
-      key += 8;
-      at += 8;
-      asm volatile("" : "+r"(key), "+l"(at));  // else all addresses come first, and there are no registers for them
     }
   }
 
@@ -324,6 +319,9 @@ class PassBlock {
   static constexpr int kChains = chains(kK);
   using Inputs = Stage<kPass, kK>;
 
+  // Whether it is a call's first kernel, and the one ahead of it may be what makes the inputs.
+  static __device__ __forceinline__ bool comes_first(const Params& p) { return kPass == kEnds || p.segments == 1; }
+
   __device__ __forceinline__ PassBlock(const Params& p, const Slots& slots, unsigned char* shared, Ring& ring)
       : p_(p), slots_(slots), shared_(shared), ring_(ring), back_(kPass != kOutputs && blockIdx.z == kBack) {}
 
@@ -333,6 +331,8 @@ class PassBlock {
     const Box box = box_at(lane());
     const bool exists = lane() < size / kTileSize;
     if (exists) prefetch_map(*box.map);
+    if (comes_first(p_)) await_kernel_before();
+    start_next_kernel();  // not before the inputs are there: those that follow read them without waiting
     each_chunk([&](int at, int turn, const Chunk& chunk, int) {
       Handover& stage = ring_.stages[at];
       if (turn > 0) stage.empty.wait((turn - 1) & 1);
@@ -352,6 +352,7 @@ class PassBlock {
     const int ring = stages(kPass, kK, slots_), units = ring_.segment.count() * kChains;
     const int warps = ring * kChains < kGateWarps ? ring * kChains : kGateWarps;
     if (index >= warps || index >= units) return;
+    if (comes_first(p_)) await_kernel_before();
     const Gates first = gates_of(0), second = gates_of(kChains - 1);
     const auto of = [&](int unit) { return unit % kChains == 0 ? first : second; };
     Gates::Raw next = of(index).load(which(index / kChains));
@@ -381,8 +382,8 @@ class PassBlock {
   __device__ __forceinline__ void run(int index) const {
     const Unit unit = this->unit(index);
     Chain<T, kPass, kK> chain(p_, index, unit, of_chain(index));
+    await_kernel_before();  // which makes what segments begin with, or the inputs
     const float skip = kPass == kOutputs ? number_of_head(p_.d, unit.head) : 0.0f;
-    if constexpr (kPass != kEnds) await_kernel_before();  // which makes what segments begin with
     const int ring = stages(kPass, kK, slots_);
     chain.start(kPass == kEnds ? nullptr : begins_with(unit));
     each_chunk([&](int at, int turn, const Chunk& chunk, int c) {
@@ -531,7 +532,9 @@ __device__ __forceinline__ void pass(const Params& p, const Slots& slots, unsign
   constexpr int kChains = chains(kK);
   constexpr bool kSplit = kChains + weighers(kPass) > 1;  // whether registers are dealt out anew
   __shared__ Ring ring;
+  using Block = PassBlock<T, kPass, kK>;
   if (threadIdx.x < 32) {
+    if (p.cu_seqlens != nullptr && Block::comes_first(p)) await_kernel_before();
     const Segment segment = segment_of(p, blockIdx.y);
     if (lane() == 0) {
       ring.segment = segment;
@@ -541,8 +544,7 @@ __device__ __forceinline__ void pass(const Params& p, const Slots& slots, unsign
     }
   }
   __syncthreads();
-  start_next_kernel();
-  const PassBlock<T, kPass, kK> block(p, slots, shared, ring);
+  const Block block(p, slots, shared, ring);
   const int warpgroup = uniform(threadIdx.x / 128);
   if (warpgroup < kChains) {
     if constexpr (kSplit) claim_registers<chain_registers(kPass, kK)>();
