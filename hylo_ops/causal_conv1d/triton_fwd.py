@@ -4,12 +4,14 @@ Tiles of tokens are walked along T with the window in registers. What sees the s
 sequence and its last W inputs, belongs to "edge" programs of the same launch: docs/causal_conv1d.md.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2_HIGH = tl.constexpr(0.693359375)  # nine bits: a product with a small integer is exact
@@ -331,8 +333,14 @@ def causal_conv1d_fwd_kernel_y(
     VEC: tl.constexpr,
     SILU: tl.constexpr,
     PRECISE: tl.constexpr,
+    STARTS_NEXT: tl.constexpr,
 ):
-    """For BD channels each, first the edges' programs, then one per R walks of L tokens. Strides count VEC elements."""
+    """For BD channels each, first the edges' programs, then one per R walks of L tokens. Strides count VEC elements.
+
+    STARTS_NEXT: lets a kernel that is launched to begin early do so; what it reads of this one it waits for.
+    """
+    if STARTS_NEXT:
+        gdc_launch_dependents()
     ND: tl.constexpr = (D + BD - 1) // BD
     i_d = tl.program_id(0) % ND
     i_row = tl.program_id(0) // ND
@@ -422,9 +430,16 @@ def forward(
         vector,
         activation == "silu",
         x.dtype == torch.float32,
+        starts_next(x.device),
         num_warps=config.num_warps,
     )
     return y, final_state
+
+
+@functools.cache
+def starts_next(device: torch.device) -> bool:
+    """Whether kernels can begin before the one ahead has ended: the scan that comes after does."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def access(*tensors: Tensor) -> int:
