@@ -179,8 +179,8 @@ void Kernel::launch_clusters(const Grid& grid, unsigned cluster, unsigned thread
                              void* stream) const {
   const CurrentContext scope(context_);
   void* arguments[] = {params};
-  const LaunchAttribute together{kClusterDims, 0, {cluster, 1, 1}};
-  const LaunchConfig config{{grid.x, grid.y, grid.z}, {threads, 1, 1}, shared_bytes, stream, &together, 1};
+  const LaunchAttribute attributes[] = {{kClusterDims, 0, {cluster, 1, 1}}, {kEarly, 0, {1}}};
+  const LaunchConfig config{{grid.x, grid.y, grid.z}, {threads, 1, 1}, shared_bytes, stream, attributes, 2};
   check(driver().cuLaunchKernelEx(&config, function_, arguments, nullptr), "cuLaunchKernelEx");
 }
 

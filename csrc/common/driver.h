@@ -28,7 +28,7 @@ class Kernel {
   // says how.
   void launch_early(const Grid& grid, unsigned threads, void* params, void* stream) const;
 
-  // The same as `launch` where `cluster` neighbours along x are resident at once and reach each other's shared memory, with
+  // The same as `launch_early` where `cluster` neighbours along x are resident at once and reach each other's shared memory, with
   // shared_bytes of it for each block. grid.x is a multiple of `cluster`.
   void launch_clusters(const Grid& grid, unsigned cluster, unsigned threads, unsigned shared_bytes, void* params,
                        void* stream) const;

@@ -123,7 +123,7 @@ void step(const Kernel& kernel, const StepInputs& x, const StepOptions& options,
   const StepKind kind = step_kind(x);
   const int rows = step_block_rows(kind.K, static_cast<int>(x.state.bytes()), {kind.threads, kind.rows});
   const Grid grid{static_cast<unsigned>((V + rows - 1) / rows), static_cast<unsigned>(H), static_cast<unsigned>(B)};
-  kernel.launch(grid, static_cast<unsigned>(kind.threads), &params, stream);
+  kernel.launch_early(grid, static_cast<unsigned>(kind.threads), &params, stream);
 }
 
 // --- of a whole Mamba2 block ---

@@ -2,6 +2,7 @@
 // unit of its own: the build passes HYLO_T (type of x, b, c and o), HYLO_S (of the state), HYLO_K, HYLO_TEAM (threads
 // of a block) and HYLO_ROWS (of a thread).
 
+#include "common/dependent.cuh"
 #include "ssd/step_rows.cuh"
 
 namespace hylo::ssd {
@@ -53,5 +54,7 @@ __device__ __forceinline__ void step(const StepParams& p) {
 
 extern "C" __global__ void __launch_bounds__(HYLO_TEAM)
     ssd_fwd_kernel_step(const __grid_constant__ hylo::ssd::StepParams p) {
+  hylo::start_next_kernel();
+  hylo::await_kernel_before();
   hylo::ssd::step<hylo::HYLO_T, hylo::HYLO_S, HYLO_K, HYLO_TEAM, HYLO_ROWS>(p);
 }

@@ -14,11 +14,11 @@ namespace {
 using Run = void (*)(const void*);
 constexpr int kInvalid = 1, kNotFound = 500, kHangs = 719;
 
-// CUlaunchConfig, with one attribute: the blocks of a cluster, or that the kernel may begin early.
+// CUlaunchConfig, with what csrc/common/driver.cpp asks for: the blocks of a cluster, and that the kernel may begin early.
 constexpr int kClusterDims = 4, kEarly = 6;
 struct LaunchAttribute {
   int id, padding;
-  unsigned cluster[3];
+  unsigned cluster[16];
 };
 struct LaunchConfig {
   unsigned grid[3], threads[3], shared_bytes;
@@ -246,9 +246,12 @@ int cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned z, unsigned 
 }
 int cuLaunchKernelEx(const LaunchConfig* launch, void* function, void** arguments, void**) {
   const Index grid = {launch->grid[0], launch->grid[1], launch->grid[2]};
-  const bool early = launch->attribute->id == kEarly;
-  if (launch->attributes != 1 || (launch->attribute->id != kClusterDims && !early)) return kInvalid;
-  const unsigned cluster = early ? 1 : launch->attribute->cluster[0];
+  unsigned cluster = 1;
+  for (unsigned i = 0; i < launch->attributes; ++i) {
+    const LaunchAttribute& attribute = launch->attribute[i];
+    if (attribute.id == kClusterDims) cluster = attribute.cluster[0];
+    if (attribute.id != kClusterDims && attribute.id != kEarly) return kInvalid;
+  }
   if (grid.x % cluster != 0) return kInvalid;
   return run_grid(reinterpret_cast<Run>(function), grid, cluster, launch->threads[0], launch->shared_bytes,
                   arguments[0]);
