@@ -30,7 +30,10 @@ class Backend:
 
 
 def choose(op: str, backends: Sequence[Backend], requested: str | None, arguments: dict[str, Any]) -> Backend:
-    """The first backend that supports the arguments; a requested one runs or says why it cannot."""
+    """The first backend that supports the arguments; a requested one runs or says why it cannot.
+
+    One that is the fastest for some arguments only is listed once more where it is the next best for others.
+    """
     reasons = []
     for backend in backends:
         if requested is not None and backend.name != requested:
@@ -40,6 +43,6 @@ def choose(op: str, backends: Sequence[Backend], requested: str | None, argument
             return backend
         reasons.append(f"{backend.name}: {reason}")
     if not reasons:
-        known = [backend.name for backend in backends]
+        known = list(dict.fromkeys(backend.name for backend in backends))
         raise NotImplementedError(f"{op} has no backend {requested!r}; it has {known}")
-    raise NotImplementedError(f"{op} cannot run these inputs on {'; '.join(reasons)}")
+    raise NotImplementedError(f"{op} cannot run these inputs on {'; '.join(dict.fromkeys(reasons))}")

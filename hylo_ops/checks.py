@@ -10,12 +10,15 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 def shape(name: str, tensor: Tensor, *expected: int | str) -> None:
     """Each entry is a size that must match, or a letter that names a free dim."""
-    fits = tensor.ndim == len(expected) and all(
-        isinstance(want, str) or want == got for want, got in zip(expected, tensor.shape, strict=True)
-    )
+    shape = tensor.shape
+    fits = len(shape) == len(expected)
+    if fits:
+        for want, got in zip(expected, shape, strict=True):  # no generator: decode steps call this often
+            if want != got and not isinstance(want, str):
+                fits = False
     if not fits:
         wanted = ", ".join(str(e) for e in expected)
-        raise ValueError(f"{name} must have shape [{wanted}], got {list(tensor.shape)}")
+        raise ValueError(f"{name} must have shape [{wanted}], got {list(shape)}")
 
 
 def dtype(name: str, tensor: Tensor, allowed: Sequence[torch.dtype]) -> None:

@@ -22,15 +22,24 @@ _count_dispatch_modes = torch._C._len_torch_dispatch_stack
 _tracing_state = torch._C._get_tracing_state
 _transform = torch._C._functorch.peek_interpreter_stack
 
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+
 
 def may_skip_dispatcher() -> bool:
     """Whether a call of an op now would only go to its kernel: nothing compiles, traces, transforms or intercepts it.
 
     Tensors can ask for the dispatcher too: subclasses, and those that want a gradient.
     """
-    return not (
-        _is_compiling() or _count_dispatch_modes() or _tracing_state() is not None or _transform() is not None
-    )
+    return not (_is_compiling() or _count_dispatch_modes() or _tracing_state() is not None or _transform() is not None)
+
+
+def _are_plain(arguments: Sequence[Any]) -> bool:
+    """Whether no tensor among them asks for the dispatcher."""
+    gradients = torch.is_grad_enabled()
+    for value in arguments:
+        if isinstance(value, Tensor) and (type(value) not in _PLAIN_TYPES or (gradients and value.requires_grad)):
+            return False
+    return True
 
 
 def define_op(
@@ -40,12 +49,15 @@ def define_op(
     backends: Sequence[Backend],
     fake: Callable[..., Any],
     differentiable: Sequence[str] = (),
+    skips_dispatcher: bool = False,
 ) -> Callable[..., Any]:
     """Registers `hylo_ops::<name>`; the schema's last argument is `str? backend`.
 
     Args:
         differentiable: names of the inputs that get a gradient, through `hylo_ops::<name>_backward`. Empty for
             ops that update a state in place.
+        skips_dispatcher: whether a call goes straight to its backend where nothing can tell, 15 us on the host; for a
+            decode step without a gradient.
     Returns:
         The op, to be called with positional arguments.
     """
@@ -61,7 +73,12 @@ def define_op(
     torch.library.register_fake(f"hylo_ops::{name}", lambda *args: fake(*args[:-1]), lib=_LIBRARY)
     if differentiable:
         _define_backward(name, schema, arguments, backends, differentiable)
-    return getattr(torch.ops.hylo_ops, name)
+    op: Callable[..., Any] = getattr(torch.ops.hylo_ops, name)
+
+    def call(*args: Any) -> Any:
+        return run(*args) if may_skip_dispatcher() and _are_plain(args) else op(*args)
+
+    return call if skips_dispatcher else op
 
 
 def _define_backward(
@@ -82,7 +99,7 @@ def _define_backward(
         *inputs, requested = args
         backend = choose(f"{name}_backward", able, requested, dict(zip(arguments, inputs, strict=False)))
         assert backend.backward is not None
-        return backend.backward(grads, *inputs)
+        return [gradient.contiguous() for gradient in backend.backward(grads, *inputs)]
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.tensors = [isinstance(value, Tensor) for value in inputs]
@@ -100,7 +117,7 @@ def _define_backward(
     _LIBRARY.impl(f"{name}_backward", run, "CompositeExplicitAutograd")
     torch.library.register_fake(
         f"hylo_ops::{name}_backward",
-        lambda grads, *args: [torch.empty_like(t) for t in wanted(args)],
+        lambda grads, *args: [torch.empty_like(t, memory_format=torch.contiguous_format) for t in wanted(args)],
         lib=_LIBRARY,
     )
     backward_op = getattr(torch.ops.hylo_ops, f"{name}_backward")

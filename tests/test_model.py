@@ -4,12 +4,14 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import hylo
 from hylo.errors import UserError
 from hylo.mixers.rope import Rotary
+from hylo_ops import fused
 
 PUBLISHED = {
     "Llama-4MLA12GDN": 1_673_797_776,
@@ -122,6 +124,43 @@ def test_decode_is_absorbed_and_prefill_expanded(monkeypatch):
         model(ids[:, 5:], past_key_values=static, use_cache=True)
         assert calls == ["_expanded"] * 2 + ["_step_in_place"] * 2
         assert static.layers[1].keys.data_ptr() == keys.data_ptr()
+
+
+@pytest.mark.parametrize("cache_class", [DynamicCache, StaticCache])
+def test_mamba2_decodes_in_one_fused_step(monkeypatch, cache_class):
+    model, calls = make_model("linear"), []
+    for name in ("mamba2_scan", "mamba2_step"):
+        original = getattr(fused, name)
+        monkeypatch.setattr(
+            fused, name, lambda *a, _name=name, _original=original, **k: (calls.append(_name), _original(*a, **k))[1]
+        )
+    ids = tokens(2, 8)
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+        cache = cache_class(config=model.config, **({"max_cache_len": 8} if cache_class is StaticCache else {}))
+        parts = [model(part, past_key_values=cache, use_cache=True).logits for part in ids.split([5, 1, 1, 1], dim=1)]
+    assert calls == ["mamba2_scan"] * 2 + ["mamba2_step"] * 3
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-9)
+
+
+def test_padding_leaves_no_trace_in_a_mamba2_state():
+    """Though the convolution has a bias. No gradient comes from there either."""
+    mixer = make_model("linear").model.layers[1].mixer
+    x = torch.randn(1, 7, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    alone, caches = mixer(x), []
+    for padded, mask in ((F.pad(x, (0, 0, 3, 0), value=9.0), [0] * 3 + [1] * 7), (x, None)):
+        cache = DynamicCache(config=make_config("linear"))
+        y = mixer(padded, None if mask is None else torch.tensor([mask]), cache)
+        torch.testing.assert_close(y[:, -7:], alone, rtol=0, atol=1e-12)
+        caches.append(cache.layers[1].recurrent_states[0])
+    torch.testing.assert_close(*caches, rtol=0, atol=1e-12)
+
+    behind = F.pad(x, (0, 0, 0, 3), value=9.0).requires_grad_()
+    mixer(behind, torch.tensor([[1] * 7 + [0] * 3])).sum().backward()
+    assert behind.grad is not None
+    assert behind.grad.isfinite().all()
+    assert not behind.grad[:, 7:].any()
+    assert all(p.grad.isfinite().all() for p in mixer.parameters())
 
 
 def test_cache_holds_one_row_a_token_and_one_state_a_sequence():

@@ -9,6 +9,7 @@
 #include "gated_delta_rule/launch_fp32.h"
 #include "gated_rms_norm/launch.h"
 #include "ssd/launch.h"
+#include "ssd/launch_plain.h"
 
 namespace py = pybind11;
 using no_gil = py::call_guard<py::gil_scoped_release>;
@@ -71,8 +72,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("ssd_gradients_shared_bytes", &hylo::ssd::gradients_shared_bytes);
   py::class_<SsdCall>(m, "SsdChunkCall")
       .def(py::init<const std::array<std::uintptr_t, 3>&, const std::array<hylo::ssd::Strides, 3>&,
-                    const hylo::ssd::NumbersView&, const hylo::ssd::NumbersView&, const hylo::ssd::NumbersView&,
-                    const hylo::ssd::NumbersView&, std::uintptr_t, std::uintptr_t, const hylo::ssd::Shape&, int, int,
+                    const hylo::ssd::ScalarView&, const hylo::ssd::ScalarView&, const hylo::ssd::ScalarView&,
+                    const hylo::ssd::ScalarView&, std::uintptr_t, std::uintptr_t, const hylo::ssd::Shape&, int, int,
                     int, std::uintptr_t, std::uintptr_t, bool, float, float, std::uintptr_t>())
       .def("set_gradients", &SsdCall::set_gradients)
       .def("begin", &SsdCall::begin, no_gil())
@@ -80,4 +81,21 @@ PYBIND11_MODULE(_C, m) {
       .def("states", &SsdCall::states, no_gil())
       .def("gradients", &SsdCall::gradients, no_gil())
       .def("vectors", &SsdCall::vectors, no_gil());
+  using SsdPlainCall = hylo::ssd::plain::Call;
+  m.def("ssd_plain_shared_bytes", &hylo::ssd::plain::shared_bytes);
+  m.def("ssd_plain_factors_length", &hylo::ssd::plain::factors_length);
+  m.def("ssd_plain_sums_length", &hylo::ssd::plain::sums_length);
+  py::class_<SsdPlainCall>(m, "SsdPlainCall")
+      .def(py::init<const std::array<std::uintptr_t, 3>&, const std::array<hylo::ssd::Strides, 3>&,
+                    const hylo::ssd::ScalarView&, const hylo::ssd::ScalarView&, const hylo::ssd::ScalarView&,
+                    const hylo::ssd::ScalarView&, std::uintptr_t, const hylo::ssd::Shape&, int, std::uintptr_t, bool,
+                    float, float, std::uintptr_t>())
+      .def("factors", &SsdPlainCall::factors, no_gil())
+      .def("set_states", &SsdPlainCall::set_states)
+      .def("set_gradient", &SsdPlainCall::set_gradient)
+      .def("states", &SsdPlainCall::states, no_gil())
+      .def("outputs", &SsdPlainCall::outputs, no_gil())
+      .def("gradients", &SsdPlainCall::gradients, no_gil())
+      .def("ddt", &SsdPlainCall::ddt, no_gil())
+      .def("vectors", &SsdPlainCall::vectors, no_gil());
 }

@@ -138,7 +138,8 @@ py::object Mamba2Step::direct(PyObject* const* arguments, Py_ssize_t count) {
   expect(count, kTensors + kDims + 4);
   PyObject* const* const dims = arguments + kTensors;
   PyObject* const* const options = dims + kDims;
-  if (!PyBool_Check(options[0]) || !PyBool_Check(options[3])) return py::str("dt_softplus or norm_before_gate is no bool");
+  const bool bools = PyBool_Check(options[0]) && PyBool_Check(options[3]);
+  if (!bools) return py::str("dt_softplus or norm_before_gate is no bool");
   return launch(arguments, dims, {options[0] == Py_True, options[1], options[2], options[3] == Py_True}, true);
 }
 

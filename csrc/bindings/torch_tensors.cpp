@@ -77,7 +77,8 @@ bool TorchTensors::wants_gradient(py::handle tensor) const {
 
 py::object TorchTensors::empty_like(py::handle tensor, const Tensor& seen) const {
   PyObject* arguments[] = {tensor.ptr(), contiguous_.ptr()};
-  PyObject* const keyword = is_contiguous(seen) ? nullptr : keyword_.ptr();  // without it, the strides stay: 0.2 us less
+  // Without the keyword the strides stay as they are, which takes 0.2 us less.
+  PyObject* const keyword = is_contiguous(seen) ? nullptr : keyword_.ptr();
   auto made = py::reinterpret_steal<py::object>(PyObject_Vectorcall(empty_like_.ptr(), arguments, 1, keyword));
   if (!made) throw py::error_already_set();
   return made;

@@ -15,5 +15,6 @@ using DoubleWord = unsigned long long;
 static_assert(sizeof(Word) == 4 && sizeof(DoubleWord) == 8);
 
 constexpr int kChunk = 64;  // tokens that the chunked kernels take at once
+constexpr int kProductThreads = 256;  // of every block that multiplies with fp32_product.cuh
 
 }  // namespace hylo

@@ -16,13 +16,6 @@ __device__ __forceinline__ float read_scalar(const Scalar& of, long long batch, 
   }
 }
 
-// Row of a pool that a sequence has, or of a state without one.
-__device__ __forceinline__ long long read_index(const void* indices, long long stride, bool wide, long long batch) {
-  if (indices == nullptr) return batch;
-  const long long at = batch * stride;
-  return wide ? static_cast<const long long*>(indices)[at] : static_cast<const int*>(indices)[at];
-}
-
 // The same in two parts, so that nothing waits for the number where it is read, but for a double.
 __device__ __forceinline__ Word load_scalar(const Scalar& of, long long batch, int head) {
   const long long at = batch * of.stride_b + head * of.stride_h;
@@ -34,10 +27,36 @@ __device__ __forceinline__ Word load_scalar(const Scalar& of, long long batch, i
   }
 }
 
-__device__ __forceinline__ float scalar_value(const Scalar& of, Word loaded) {
-  if (of.type == kScalarBf16) return __uint_as_float(loaded << 16);
-  if (of.type == kScalarFp16) return __half2float(__ushort_as_half(static_cast<unsigned short>(loaded)));
+__device__ __forceinline__ float scalar_value(int type, Word loaded) {
+  if (type == kScalarBf16) return __uint_as_float(loaded << 16);
+  if (type == kScalarFp16) return __half2float(__ushort_as_half(static_cast<unsigned short>(loaded)));
   return __uint_as_float(loaded);
+}
+
+__device__ __forceinline__ float scalar_value(const Scalar& of, Word loaded) { return scalar_value(of.type, loaded); }
+
+// At an address, where what lies between numbers is counted in bytes.
+__device__ __forceinline__ Word load_scalar(int type, const void* at) { return load_scalar({at, 0, 0, type}, 0, 0); }
+
+__device__ __forceinline__ int scalar_bytes(int type) {
+  return type == kScalarFp64 ? 8 : type == kScalarFp32 ? 4 : 2;
+}
+
+// Rounds to the type.
+__device__ __forceinline__ void store_scalar(int type, void* data, long long index, float value) {
+  switch (type) {
+    case kScalarBf16: return from_float(static_cast<bf16*>(data)[index], value);
+    case kScalarFp16: return from_float(static_cast<fp16*>(data)[index], value);
+    case kScalarFp32: return from_float(static_cast<float*>(data)[index], value);
+    default: static_cast<double*>(data)[index] = value;
+  }
+}
+
+// Row of a pool that a sequence has, or of a state without one.
+__device__ __forceinline__ long long read_index(const void* indices, long long stride, bool wide, long long batch) {
+  if (indices == nullptr) return batch;
+  const long long at = batch * stride;
+  return wide ? static_cast<const long long*>(indices)[at] : static_cast<const int*>(indices)[at];
 }
 
 }  // namespace hylo

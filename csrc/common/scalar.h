@@ -13,4 +13,11 @@ struct Scalar {
   int type;  // ScalarType
 };
 
+// The same with tokens in between.
+struct TokenScalar {
+  const void* data;
+  long long stride_b, stride_t, stride_h;
+  int type;
+};
+
 }  // namespace hylo

@@ -12,18 +12,13 @@
 // after it, and is summed in this form: a difference of sums cancels.
 #pragma once
 
+#include "common/pair_sums.cuh"
 #include "common/reduce.cuh"
 #include "gated_delta_rule/fp32_inverse.cuh"
 
 namespace hylo::gated_delta_rule::fp32_chunk {
 
 constexpr Word kMinusInfinity = 0xff800000u;  // the bits of a float
-
-// Over four neighbours.
-__device__ __forceinline__ float sum_neighbours(float x) {
-  x += __shfl_xor_sync(kAllLanes, x, 1);
-  return x + __shfl_xor_sync(kAllLanes, x, 2);
-}
 
 // What both kernels know of a chunk.
 class ChunkGradients {
@@ -90,16 +85,13 @@ class ScoreGradients : ChunkGradients {
     for (int first = 0; first < p_.common.values; first += kSlice) dbeta += sum_values(d, first);
     products.clear();
     multiply_tokens(products, p_, chunk_, head_, gradients_);
-    if (threadIdx.x % kQuarters == 0) sum_of(0, own_token()) = dbeta;
+    if (threadIdx.x % kTokenThreads == 0) sum_of(0, own_token()) = dbeta;
     write_scores(d, products);
     sum_pairs();
   }
 
  private:
-  static constexpr int kQuarters = kThreads / kChunk;  // threads of a token, where each has one; and parts of a column
-  static_assert(kQuarters == 4);
-
-  static __device__ __forceinline__ int own_token() { return threadIdx.x / kQuarters; }
+  static __device__ __forceinline__ int own_token() { return threadIdx.x / kTokenThreads; }
 
   // These 64 columns of V; returns this token's sum of dX V, and writes dv.
   __device__ __forceinline__ float sum_values(Part<kPair, kChunk>& d, int first) const {
@@ -115,8 +107,8 @@ class ScoreGradients : ChunkGradients {
     float dbeta = 0.0f;
     const int token = own_token();
 #pragma unroll
-    for (int i = 0; i < kSlice / (4 * kQuarters); ++i) {
-      const int column = 4 * (threadIdx.x % kQuarters + kQuarters * i);
+    for (int i = 0; i < kSlice / (4 * kTokenThreads); ++i) {
+      const int column = 4 * (threadIdx.x % kTokenThreads + kTokenThreads * i);
       float x[4], v[4];
       load(x, &gradients_.at(token, column));
       load(v, &values_.at(token, column));
@@ -168,33 +160,19 @@ class ScoreGradients : ChunkGradients {
     });
   }
 
-  // dg of each token out of the pairs (i, j) with i >= t > j; a column's sums from each row on first.
+  // dg of each token out of the pairs (i, j) with i >= t > j.
   __device__ __forceinline__ void sum_pairs() const {
-    const int column = threadIdx.x % kChunk, quarter = threadIdx.x / kChunk;
-    constexpr int kRows = kChunk / kQuarters;
-    float through = 0.0f;
-    for (int i = kRows - 1; i >= 0; --i) {
-      float& x = pairs().at(quarter * kRows + i, column);
-      through += x;
-      x = through;
-    }
-    values_.at(quarter, column) = through;
-    __syncthreads();
-    const int token = own_token(), part = threadIdx.x % kQuarters;
-    float dg = 0.0f;
-    for (int j = part; j < token; j += kQuarters) {
-      float below = pairs().at(token, j);
-      for (int q = token / kRows + 1; q < kQuarters; ++q) below += values_.at(q, j);
-      dg += below;
-    }
-    dg = sum_neighbours(dg);
-    if (part == 0) write_gates(0, token, head_, dg, sum_of(0, token) + sum_of(1, token));
+    const float dg = hylo::sum_pairs(pairs(), values_);
+    const int token = own_token();
+    if (threadIdx.x % kTokenThreads == 0) write_gates(0, token, head_, dg, sum_of(0, token) + sum_of(1, token));
   }
 
   // Once the values were read, their places are free.
   __device__ __forceinline__ Tile<kSlice> pairs() const { return written_; }
   __device__ __forceinline__ float& solve_at(int row, int column) const { return gradients_.at(row, column); }
-  __device__ __forceinline__ float& sum_of(int which, int token) const { return values_.at(kQuarters + which, token); }
+  __device__ __forceinline__ float& sum_of(int which, int token) const {
+    return values_.at(kTokenThreads + which, token);
+  }
 
   const int head_;
   const Tile<kSlice> gradients_;  // dX, below it dO; later keys, below them queries

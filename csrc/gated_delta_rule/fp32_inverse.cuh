@@ -2,9 +2,10 @@
 // P = lower(D * q k^T), and what tokens are multiplied with. Passes take P A for P: P Vn = P A X goes along with A X.
 #pragma once
 
+#include "common/fp32_product.cuh"
 #include "gated_delta_rule/chunks.cuh"
 #include "gated_delta_rule/fp32_params.h"
-#include "gated_delta_rule/fp32_product.cuh"
+#include "gated_delta_rule/fp32_traits.cuh"
 
 namespace hylo::gated_delta_rule::fp32_chunk {
 

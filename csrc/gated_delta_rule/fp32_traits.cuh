@@ -6,7 +6,7 @@
 
 namespace hylo::gated_delta_rule::fp32_chunk {
 
-constexpr int kThreads = 256;  // of every block
+constexpr int kThreads = kProductThreads;  // of every block
 constexpr int kPair = 2 * kChunk;  // rows of two matrices, one below the other
 constexpr int kSlice = 64;     // columns of q and k that are there at a time, and that a block of _fp32_dqk is for
 constexpr int kColumns = 32;   // of V: a block's in a pass, and those that _fp32_dqk sums over at a time

@@ -12,8 +12,8 @@ namespace hylo::ssd {
 constexpr int kCarryThreads = 128;
 constexpr int kAhead = 8;  // segments
 
-// Through `pieces` of a sequence: each adds `*place(i)` to the state, which decays by `decay(i)` in it, and is left what it
-// begins with.
+// Through `pieces` of a sequence: each adds `*place(i)` to the state, which decays by `decay(i)` in it, and is left what
+// it begins with.
 template <class Place, class Decay>
 __device__ __forceinline__ void carry_on(float4& state, int pieces, const Place& place, const Decay& decay) {
   for (int first = 0; first < pieces; first += kAhead) {

@@ -16,10 +16,13 @@
 
 namespace hylo::ssd {
 
-// Where a head's tiles are, and a bit for each kind whose tiles serve no head before it, or none after it.
+// Where a head's tiles are, a bit for each kind whose tiles serve no head before it, or none after it; the head and its
+// chunk. What the loader says here holds until all warpgroups are done with the head after it.
 struct alignas(16) HeadTiles {
   int places[kTileKinds];
   unsigned first, last;
+  Chunk chunk;
+  int head;
 };
 
 // What a block's warps share beside the tiles. The barriers of the heads, in a ring: `ready` when tiles of tokens and
@@ -28,7 +31,6 @@ struct alignas(16) HeadTiles {
 struct GradientsShared {
   TileSlots slots[kTileKinds];
   HeadTiles heads[kHeadRing];
-  Chunk chunks[kGradientWarpgroups];  // each warpgroup's own
   Barrier ready[kHeadRing], states[kHeadRing], done[kHeadRing], finished[kHeadRing];
   Handover pairs;
   float skips[kHeadRing], rates[kHeadRing];
@@ -94,7 +96,12 @@ class GradientsBlock {
       const int before = wanted ? turns.before(at.turn) : 0, size = wanted ? turns.size() : 0;
       done = await_done(done, __reduce_max_sync(kAllLanes, states ? 0 : before));
       if (lane() < kTileKinds) shared_.heads[slot].places[lane()] = place;
-      if (lane() == 0) shared_.heads[slot].first = first, shared_.heads[slot].last = last;
+      if (lane() == 0) {
+        shared_.heads[slot].first = first;
+        shared_.heads[slot].last = last;
+        shared_.heads[slot].chunk = at.chunk;
+        shared_.heads[slot].head = at.head;
+      }
       const int bytes = __reduce_add_sync(kAllLanes, states ? 0 : size);
       if (lane() == 0) {
         shared_.ready[slot].arrive_expecting(bytes);
@@ -150,10 +157,10 @@ class GradientsBlock {
     float dx[kWideV][32] = {};
     each_head([&](const Place& at) {
       const int slot = at.turn % kHeadRing;
-      const Tiles tiles = begin(kMakesDX, at);
+      const Tiles tiles = begin(at);
       add_dx(tiles, Factors{factors_at(slot)}, sums_at(slot), shared_.skips[slot], dx);
       shared_.done[slot].arrive();
-      if (tiles.last(kTilesX)) flush(kMakesDX, dx, at.head);
+      if (tiles.last(kTilesX)) flush(kMakesDX, dx, shared_.heads[slot]);
     });
     finish_copies();
   }
@@ -164,10 +171,10 @@ class GradientsBlock {
     float d[kWideK][32] = {};
     each_head([&](const Place& at) {
       const int slot = at.turn % kHeadRing;
-      const Tiles tiles = begin(role, at);
+      const Tiles tiles = begin(at);
       add_db_or_dc(role, tiles, Factors{factors_at(slot)}, sums_at(slot), d);
       shared_.done[slot].arrive();
-      if (tiles.last(role)) flush(role, d, at.head);
+      if (tiles.last(role)) flush(role, d, shared_.heads[slot]);
     });
     finish_copies();
   }
@@ -229,11 +236,13 @@ class GradientsBlock {
   };
 
   // Of a warpgroup: waits for what it needs of a head, but for the states.
-  __device__ __forceinline__ Tiles begin(int role, const Place& at) const {
-    if (threadIdx.x % 128 == 0) shared_.chunks[role] = at.chunk;
+  __device__ __forceinline__ Tiles begin(const Place& at) const {
     shared_.ready[at.turn % kHeadRing].wait(at.turn / kHeadRing & 1);
     const Tiles tiles(*this, at.turn);
-    if (p_.common.cu_seqlens != nullptr && at.chunk.tokens < kChunk) clear_tails(tiles, at.chunk.tokens);
+    if (p_.common.cu_seqlens != nullptr) {
+      const int tokens = shared_.heads[at.turn % kHeadRing].chunk.tokens;
+      if (tokens < kChunk) clear_tails(tiles, tokens);
+    }
     return tiles;
   }
 
@@ -649,9 +658,8 @@ class GradientsBlock {
 
   // Sends gradients of a chunk's tokens to their place, and starts anew.
   template <int kWide>
-  __device__ __forceinline__ void flush(int role, float (&d)[kWide][32], int head) const {
+  __device__ __forceinline__ void flush(int role, float (&d)[kWide][32], const HeadTiles& of) const {
     const Params& p = p_.common;
-    const Chunk& chunk = shared_.chunks[role];
     const int group = shared_.slots[role].group, width = role == kMakesDX ? p.values : p.width;
     unsigned char* const staged = tiles_ + p_.staging + role * kTileSize;
 #pragma unroll
@@ -666,8 +674,8 @@ class GradientsBlock {
       }
       fence_async();
       sync_threads(1 + role, 128);
-      store_tokens<T, 128>(p_.maps[role], p_.gradients[role], p.cu_seqlens != nullptr, chunk, p.heads / group,
-                           head / group, width, tile * kTile, staged, threadIdx.x % 128);
+      store_tokens<T, 128>(p_.maps[role], p_.gradients[role], p.cu_seqlens != nullptr, of.chunk, p.heads / group,
+                           of.head / group, width, tile * kTile, staged, threadIdx.x % 128);
 #pragma unroll
       for (int i = 0; i < 32; ++i) d[tile][i] = 0.0f;
     }

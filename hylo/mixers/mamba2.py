@@ -1,6 +1,5 @@
 """Mamba2 mixer with grouped heads, as MambaInLlama cuts it out of attention (arXiv 2408.15237)."""
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +17,10 @@ from hylo.mixers.recurrent import (
     widened,
     without_padding,
 )
-from hylo_ops import chunk_ssd, recurrent_ssd
+from hylo_ops import fused
+
+# A step of dt whose softplus is 0 in every dtype, as is its gradient: nothing decays, nothing is written.
+_NO_STEP = -1e4
 
 
 class Mamba2(nn.Module):
@@ -58,11 +60,25 @@ class Mamba2(nn.Module):
         state = LayerState(past_key_values, self.layer_idx, hidden_states.shape[1])
         projected = self.in_proj(without_padding(hidden_states, attention_mask))
         z, xbc, dt = projected.split([self.inner, self.inner + 2 * self.shared, self.heads], dim=-1)
-        # the convolution's bias makes padding non-zero again
-        xbc = without_padding(state.convolve(xbc, self.conv1d.weight, self.conv1d.bias), attention_mask)
-        sizes = [self.shared, self.shared, self.inner]
-        x, b, c = (t.unflatten(-1, (-1, self.head_dim)) for t in xbc.split(sizes, dim=-1))
-        a = -widened(self.A_log).exp()
-        options: dict[str, Any] = {"d": self.D, "dt_bias": self.dt_bias, "dt_softplus": True}
-        o = state.recur(partial(chunk_ssd, **options), partial(recurrent_ssd, **options), x, dt, a, b, c)
-        return self.out_proj(self.norm(o, z))
+        if attention_mask is not None:  # the convolution's bias makes padding non-zero again
+            dt = dt.masked_fill(attention_mask[..., None] == 0, _NO_STEP)
+        kv_heads = self.shared // self.head_dim
+        y = state.mix(
+            fused.mamba2_scan,
+            fused.mamba2_step,
+            z.unflatten(-1, (self.heads, self.head_dim)),
+            xbc,
+            dt,
+            self.conv1d.weight,
+            self.conv1d.bias,
+            -widened(self.A_log).exp(),
+            self.norm.weight,
+            d_state=self.head_dim,
+            x_heads=kv_heads,
+            b_heads=kv_heads,
+            d=self.D,
+            dt_bias=self.dt_bias,
+            eps=self.norm.eps,
+            norm_before_gate=self.norm.norm_before_gate,
+        )
+        return self.out_proj(y.flatten(2))

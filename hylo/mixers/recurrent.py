@@ -96,6 +96,20 @@ class LayerState:
             self._cache.update_recurrent_state(final, self._layer_idx)
         return o
 
+    def mix(self, scan: Callable[..., Any], step: Callable[..., Any], *args: Tensor | None, **options: Any) -> Tensor:
+        """A whole mixer between its projections, both states with it.
+
+        `step(*args, conv_state, state, **options)` in place when decoding, else `scan(*args, conv_state=...,
+        initial_state=..., **options)`, whose states are kept.
+        """
+        if self.decoding:
+            return step(*args, self._conv, self._recurrent, **options)
+        y, conv, final = scan(*args, conv_state=self._conv, initial_state=self._recurrent, **options)
+        if self._cache is not None:
+            self._cache.update_conv_state(conv, self._layer_idx)
+            self._cache.update_recurrent_state(final, self._layer_idx)
+        return y
+
 
 def widened(x: Tensor) -> Tensor:
     """At least float32: gates and decays are not left in half precision."""

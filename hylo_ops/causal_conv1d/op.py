@@ -136,4 +136,5 @@ _recurrent = define_op(
         reference_backend(reference.recurrent_causal_conv1d),
     ],
     fake=lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
+    skips_dispatcher=True,
 )

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hylo_ops.causal_conv1d.triton_fwd import activate, load_channels
+from hylo_ops.common.triton_launch import ceil_div, launch, next_power_of_2
 
 _BD = 128
 _NUM_WARPS = 4
@@ -66,21 +67,15 @@ def forward(
     x = x if x.stride(2) == 1 else x.contiguous()
     (B, _, D), W = x.shape, weight.shape[1]
     y = x.new_empty(B, 1, D)
-    causal_conv1d_fwd_kernel_step[(B, triton.cdiv(D, _BD))](
-        x,
-        weight.contiguous(),
-        None if bias is None else bias.contiguous(),
-        state,
-        None if state_indices is None else state_indices.contiguous(),
-        y,
-        x.stride(0),
-        *state.stride(),
-        D,
-        W,
-        triton.next_power_of_2(W),
-        _BD,
-        activation == "silu",
-        x.dtype == torch.float32,
-        num_warps=_NUM_WARPS,
+    bias = None if bias is None else bias.contiguous()
+    indices = None if state_indices is None else state_indices.contiguous()
+    stride_p, stride_d, stride_w = state.stride()
+    launch(
+        causal_conv1d_fwd_kernel_step,
+        (B, ceil_div(D, _BD), 1),
+        (x, weight.contiguous(), bias, state, indices, y),
+        (x.stride(0), stride_p),
+        (stride_d, stride_w, D, W, next_power_of_2(W), _BD, activation == "silu", x.dtype == torch.float32),
+        _NUM_WARPS,
     )
     return y

@@ -1,4 +1,4 @@
-"""What the Triton kernels of several stems share: types of products, decays, and where a chunk's tokens are."""
+"""What the Triton kernels of several stems share: types of products, softplus, decays, and where chunks are."""
 
 import torch
 import triton
@@ -21,6 +21,15 @@ def dot_type(dtype: torch.dtype) -> tl.dtype:
     The interpreter adds and multiplies the bits of bf16 as if they were integers, so it gets float32.
     """
     return tl.float32 if INTERPRETING else _TYPES[dtype]
+
+
+@triton.jit
+def softplus(x):
+    small = tl.exp(-tl.abs(x))
+    u = 1.0 + small
+    # log(1 + small): the quotient takes back what rounding u lost
+    log1p = tl.where(u == 1.0, small, tl.log(u) * (small / tl.where(u == 1.0, 1.0, u - 1.0)))
+    return tl.maximum(x, 0.0) + log1p
 
 
 @triton.jit

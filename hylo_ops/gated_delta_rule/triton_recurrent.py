@@ -4,21 +4,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hylo_ops.common.triton_math import softplus
 from hylo_ops.gated_delta_rule.activation import Activation
 
 # Chosen on 2026-11-24: 32 columns of a float32 state are whole sectors, and small programs fill the GPU at batch 1.
 _BV = 32
 _NORM_EPS = tl.constexpr(1e-6)  # of the sum of squares
 _NUM_WARPS = {16: 1, 32: 1, 64: 2, 128: 4, 256: 8}  # by the power of two that holds K
-
-
-@triton.jit
-def _softplus(x):
-    small = tl.exp(-tl.abs(x))
-    u = 1.0 + small
-    # log(1 + small): the quotient takes back what rounding u lost
-    log1p = tl.where(u == 1.0, small, tl.log(u) * (small / tl.where(u == 1.0, 1.0, u - 1.0)))
-    return tl.maximum(x, 0.0) + log1p
 
 
 @triton.jit
@@ -80,7 +72,7 @@ def gated_delta_rule_fwd_kernel_step(
     beta = tl.load(p_beta + i_b * beta_stride_b + i_h * beta_stride_h).to(tl.float32)
     if p_a_log is not None:
         x = g + tl.load(p_dt_bias + i_h * dt_bias_stride).to(tl.float32)
-        g = -tl.exp(tl.load(p_a_log + i_h * a_log_stride).to(tl.float32)) * _softplus(x)
+        g = -tl.exp(tl.load(p_a_log + i_h * a_log_stride).to(tl.float32)) * softplus(x)
         beta = most_strength / (1.0 + tl.exp(-beta))
     if QK_L2NORM:
         b_q *= tl.rsqrt(tl.sum(b_q * b_q, axis=0) + _NORM_EPS)

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hylo_ops.common.triton_launch import ceil_div, launch, next_power_of_2
+
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LOG2_E_LOW = tl.constexpr(1.925963033500e-8)  # what float32 lacks of it
 _LN_2 = tl.constexpr(0.6931471805599453)
@@ -26,7 +28,7 @@ class Config(NamedTuple):
 
 def config(V: int, elements: int = _ELEMENTS) -> Config:
     """At least 4 warps, whose threads have so many elements each."""
-    BV = triton.next_power_of_2(V)
+    BV = next_power_of_2(V)
     num_warps = max(4, BV // (32 * elements))
     return Config(max(1, num_warps * 32 * elements // BV), BV, num_warps)
 
@@ -104,23 +106,13 @@ def forward(x: Tensor, gate: Tensor, weight: Tensor, eps: float, norm_before_gat
     if not y.numel():
         return y
     BR, BV, num_warps = config(V)
-    gated_rms_norm_fwd_kernel_y[(triton.cdiv(rows, BR),)](
-        x,
-        gate,
-        weight,
-        y,
-        x.stride()[:3],
-        gate.stride()[:3],
-        weight.stride(0) if weight.ndim == 2 else 0,
-        rows,
-        T,
-        H,
-        eps,
-        V,
-        norm_before_gate,
-        x.dtype == torch.float32,
-        BR,
-        BV,
-        num_warps=num_warps,
+    weight_stride = weight.stride(0) if weight.ndim == 2 else 0
+    launch(
+        gated_rms_norm_fwd_kernel_y,
+        (ceil_div(rows, BR), 1, 1),
+        (x, gate, weight, y),
+        (x.stride()[:3], gate.stride()[:3], weight_stride, rows, T, H, float(eps)),
+        (V, norm_before_gate, x.dtype == torch.float32, BR, BV),
+        num_warps,
     )
     return y

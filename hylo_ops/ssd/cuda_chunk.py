@@ -1,4 +1,5 @@
-"""The chunked kernels of the CUDA backend: which inputs they take, and their launches on the current stream.
+"""The chunked kernels of the CUDA backend on tensor cores: which inputs they take, and their launches on the current
+stream.
 
 docs/ssd.md has what each kernel computes. The backward recomputes the states, so autograd keeps nothing but the inputs.
 """
@@ -12,22 +13,18 @@ import torch
 from torch import Tensor
 
 from hylo_ops import cubin
+from hylo_ops.ssd import cuda_inputs
 
 if TYPE_CHECKING:
     from hylo_ops._C import Kernel
 
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-_NUMBERS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}  # ScalarType of csrc/common/scalar.h
 _WIDTHS = (64, 128, 256)  # of K that kernels are compiled for; a head of another width runs in the next wider one's
-_CHUNK = 64  # tokens; kChunk of csrc/common/portable.h
 _COLUMNS = 64  # of V, each chain's
-_STEP = 16  # of widths
-_ALIGNMENT = 16  # bytes, of what is read at once
 _MAX_SEGMENTS = 64
 _LEAST_SEGMENT = 4  # chunks
 _START = 2  # chunks that a block could have done before its first one is there
 _CUT_COST = 1.4  # of a walk with outputs, one without them before it included
-_MAX_GRID = 65535
 _VALUES = (64, 128)  # of V that the gradients' kernel is compiled for
 _MOST_BACK = 128  # of V and K
 _UNITS = {
@@ -38,7 +35,6 @@ _UNITS = {
     "gradients": "gradients",
     "vectors": "backward",
 }
-_NONE = (0, 0, 0, 0, 0)
 
 
 class _Sizes(NamedTuple):
@@ -88,10 +84,10 @@ class _Call:
         fixed_split: bool,
     ):
         (B, T, HX, V), (GB, K), G, H = x.shape, b.shape[2:], c.shape[2], dt.shape[2]
-        N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        N = cuda_inputs.sequences(B, cu_seqlens)
         self.sizes = sizes = _Sizes(B, T, HX, GB, G, H, V, K, N)
         self.device, self.dtype, self.source, self.directions = x.get_device(), x.dtype, source, directions
-        self.chunks = 0 if not T else B * -(-T // _CHUNK) if cu_seqlens is None else T // _CHUNK + N
+        self.chunks = cuda_inputs.most_chunks(B, T, cu_seqlens)
         segments = 1 if fixed_split else _segments(sizes, self.chunks, directions, _multiprocessors(self.device))
         ends = totals = None  # room for what each segment adds, which becomes what it begins with
         if segments > 1:
@@ -104,22 +100,22 @@ class _Call:
         self.native = cubin.native().SsdChunkCall(
             [t.data_ptr() for t in (x, b, c)],
             [t.stride() for t in (x, b, c)],
-            (dt.data_ptr(), _NUMBERS[dt.dtype], *dt.stride()),
-            _of_heads(a),
-            _of_heads(d),
-            _of_heads(dt_bias),
-            _pointer(bounds),
-            _pointer(initial_state),
+            cuda_inputs.of_tokens(dt),
+            cuda_inputs.of_heads(a),
+            cuda_inputs.of_heads(d),
+            cuda_inputs.of_heads(dt_bias),
+            cuda_inputs.pointer(bounds),
+            cuda_inputs.pointer(initial_state),
             sizes,
             sizes.width,
             self.chunks,
             segments,
-            _pointer(ends),
-            _pointer(totals),
+            cuda_inputs.pointer(ends),
+            cuda_inputs.pointer(totals),
             dt_softplus,
             least,
             greatest,
-            torch._C._cuda_getCurrentRawStream(self.device),
+            cuda_inputs.stream(self.device),
         )
 
     def kernel(self, name: str) -> "Kernel":
@@ -172,14 +168,14 @@ def backward(grads: list[Tensor], *inputs: Any, cubin_source: str | None = None)
     if d_final_state.numel():
         call.begin()
         before, after = states[0].data_ptr(), states[1].data_ptr()
-        call.native.states(call.kernel("states"), before, after, _pointer(d_initial_state))
+        call.native.states(call.kernel("states"), before, after, cuda_inputs.pointer(d_initial_state))
         gradients = call.kernel("gradients")
         addresses = [t.data_ptr() for t in found]
         blocks = _multiprocessors(call.device)
         call.native.gradients(gradients, sizes.most_values, before, after, addresses, parts.data_ptr(), blocks)
     of_heads = {i: torch.empty_like(t) for i, t in enumerate((a, d, dt_bias)) if t is not None}
-    pointers = [_pointer(of_heads.get(i)) for i in range(3)]
-    types = [_NUMBERS[of_heads[i].dtype] if i in of_heads else 0 for i in range(3)]
+    pointers = [cuda_inputs.pointer(of_heads.get(i)) for i in range(3)]
+    types = [cuda_inputs.NUMBERS[of_heads[i].dtype] if i in of_heads else 0 for i in range(3)]
     call.native.vectors(call.kernel("vectors"), parts.data_ptr(), pointers, types)
     dx, db, dc, ddt = found
     results = [dx, ddt, of_heads.pop(0), db, dc, *of_heads.values()]
@@ -192,50 +188,28 @@ def why_not(
     x: Tensor, dt: Tensor, b: Tensor, c: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None, **_: Any
 ) -> str | None:
     """The reason why these kernels cannot take the inputs, or None. Shapes are taken to be the op's."""
-    if not x.is_cuda:
-        return f"x is on {x.device}, not on a CUDA device"
     if x.dtype not in _TYPES:
         return f"x is {x.dtype}, not bfloat16 or float16"
-    if initial_state is not None and initial_state.dtype == torch.float64:
-        return "the state is float64"
-    V, K = x.shape[3], b.shape[3]
-    if K % _STEP or not 0 < K <= _WIDTHS[-1]:
-        return f"K is {K}, not a multiple of {_STEP} up to {_WIDTHS[-1]}"
-    if V % _STEP or not V:
-        return f"V is {V}, not a multiple of {_STEP}"
-    for name, tensor in (("x", x), ("b", b), ("c", c)):
-        if not _reachable(tensor):
-            return f"{name} cannot be read 16 bytes at a time: strides {tensor.stride()} or its start are not aligned"
-    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    if max(sequences, dt.shape[2]) > _MAX_GRID:
-        return f"there are {sequences} sequences and {dt.shape[2]} heads, more than {_MAX_GRID}"
-    return cubin.why_not_device(x.get_device()) or _why_no_code(x.dtype, _width(K))
+    sequences = cuda_inputs.sequences(x.shape[0], cu_seqlens)
+    if max(sequences, dt.shape[2]) > cuda_inputs.MAX_GRID:
+        return f"there are {sequences} sequences and {dt.shape[2]} heads, more than {cuda_inputs.MAX_GRID}"
+    return cuda_inputs.why_not(x, b, c, initial_state) or _why_no_code(x.dtype, _width(b.shape[3]))
 
 
 def backward_why_not(x: Tensor, b: Tensor, **others: Any) -> str | None:
     """The same of `backward`."""
-    V, K = x.shape[3], b.shape[3]
-    if V > _MOST_BACK or K > _MOST_BACK:
-        return f"the backward takes V and K up to {_MOST_BACK}, not {V} and {K}"
+    if not has_room_back(x, b):
+        return f"V and K are {x.shape[3]} and {b.shape[3]}, and this backward takes them up to {_MOST_BACK}"
     return why_not(x, b=b, **others)
+
+
+def has_room_back(x: Tensor, b: Tensor) -> bool:
+    """Whether `backward` takes heads of these widths."""
+    return max(x.shape[3], b.shape[3]) <= _MOST_BACK
 
 
 def _width(K: int) -> int:
     return next(width for width in _WIDTHS if width >= K)
-
-
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _of_heads(numbers: Tensor | None) -> tuple[int, int, int, int, int]:
-    return _NONE if numbers is None else (numbers.data_ptr(), _NUMBERS[numbers.dtype], 0, 0, numbers.stride(0))
-
-
-def _reachable(tensor: Tensor) -> bool:
-    steps = [step for step, size in zip(tensor.stride()[:3], tensor.shape[:3], strict=True) if size > 1]
-    aligned = all(step * tensor.element_size() % _ALIGNMENT == 0 for step in steps)
-    return tensor.stride(3) == 1 and aligned and tensor.data_ptr() % _ALIGNMENT == 0
 
 
 @functools.cache
@@ -250,7 +224,7 @@ def _segments(sizes: _Sizes, chunks: int, directions: int, multiprocessors: int)
         waves = -(-blocks * segments // multiprocessors)
         return waves * (-(-each // segments) + _START) * (_CUT_COST if segments > 1 else 1.0)
 
-    most = max(1, min(_MAX_SEGMENTS, each // _LEAST_SEGMENT, _MAX_GRID // max(1, sizes.N)))
+    most = max(1, min(_MAX_SEGMENTS, each // _LEAST_SEGMENT, cuda_inputs.MAX_GRID // max(1, sizes.N)))
     return min(range(1, most + 1), key=chunks_run)
 
 

@@ -9,7 +9,7 @@ from hylo_ops import checks
 from hylo_ops.backend import Backend
 from hylo_ops.common.sequences import working_dtype
 from hylo_ops.library import define_op, may_skip_dispatcher, reference_backend
-from hylo_ops.ssd import cuda_chunk, cuda_recurrent, reference, triton
+from hylo_ops.ssd import cuda, cuda_recurrent, reference, triton
 
 
 def chunk_ssd(
@@ -173,8 +173,10 @@ _forward = define_op(
     "(Tensor x, Tensor dt, Tensor a, Tensor b, Tensor c, Tensor? d, Tensor? dt_bias, Tensor? initial_state, "
     "Tensor? cu_seqlens, bool dt_softplus, float[]? dt_limit, bool fixed_split, str? backend) -> (Tensor, Tensor)",
     backends=[
-        Backend("cuda", cuda_chunk.why_not, cuda_chunk.forward, cuda_chunk.backward, cuda_chunk.backward_why_not),
+        Backend("cuda", cuda.chunk_why_not, cuda.chunk_forward, cuda.chunk_backward, cuda.fast_backward_why_not),
         Backend("triton", triton.chunk_why_not, triton.chunk_forward, triton.chunk_backward),
+        # Where Triton's backward is the faster one.
+        Backend("cuda", cuda.chunk_why_not, cuda.chunk_forward, cuda.chunk_backward),
         reference_backend(reference.chunk_ssd, _DIFFERENTIABLE),
     ],
     fake=_fake_forward,

@@ -14,20 +14,11 @@ import triton.language as tl
 from torch import Tensor
 
 from hylo_ops.common.chunk_table import ChunkTable, chunk_table
-from hylo_ops.common.triton_math import PRECISION, chunk_at, dot_type, sequence_at
+from hylo_ops.common.triton_math import PRECISION, chunk_at, dot_type, sequence_at, softplus
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 # exp of it is 0 in float32. Unlike -inf it leaves differences of sums defined, and unlike -1e6 it leaves them exact.
 _LOWEST_GATE = tl.constexpr(-128.0)
-
-
-@triton.jit
-def softplus(x):
-    small = tl.exp(-tl.abs(x))
-    u = 1.0 + small
-    # log(1 + small): the quotient takes back what rounding u lost
-    log1p = tl.where(u == 1.0, small, tl.log(u) * (small / tl.where(u == 1.0, 1.0, u - 1.0)))
-    return tl.maximum(x, 0.0) + log1p
 
 
 @triton.jit

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hylo_ops.common.triton_launch import ceil_div, launch, next_power_of_2
 from hylo_ops.ssd.triton_chunk_fwd import step_size
 
 # Bytes of the state of a program, a warp. Not yet by time.
@@ -113,45 +114,22 @@ def forward(
     """The op's forward; every tensor may be strided."""
     (B, _, H_X, V), (_, _, H_B, K), (_, _, H) = x.shape, b.shape, dt.shape
     o = x.new_empty(B, 1, H, V)
-    BK = triton.next_power_of_2(K)
-    BV = min(max(tile_bytes // (BK * state.element_size()), 1), triton.next_power_of_2(V))
+    BK = next_power_of_2(K)
+    BV = min(max(tile_bytes // (BK * state.element_size()), 1), next_power_of_2(V))
     least, most = dt_limit or (0.0, 0.0)
     indices = None if state_indices is None else state_indices.contiguous()
-    ssd_fwd_kernel_step[(B * H * triton.cdiv(V, BV),)](
-        x,
-        dt,
-        a,
-        b,
-        c,
-        state,
-        d,
-        dt_bias,
-        indices,
-        o,
-        least,
-        most,
-        *_strides(x, 0, 2, 3),
-        *_strides(dt, 0, 2),
-        *_strides(b, 0, 2, 3),
-        *_strides(c, 0, 2, 3),
-        *_strides(state, 0, 1, 2, 3),
-        a.stride(0),
-        0 if d is None else d.stride(0),
-        0 if dt_bias is None else dt_bias.stride(0),
-        H,
-        H_X,
-        H_B,
-        c.shape[2],
-        V,
-        K,
-        BV,
-        BK,
-        dt_softplus,
-        dt_limit is not None,
-        num_warps=num_warps,
+    x_b, _, *x_strides = x.stride()
+    dt_b, _, dt_h = dt.stride()
+    b_b, _, *b_strides = b.stride()
+    c_b, _, *c_strides = c.stride()
+    vector_strides = (a.stride(0), 0 if d is None else d.stride(0), 0 if dt_bias is None else dt_bias.stride(0))
+    strides = (x_b, *x_strides, dt_b, dt_h, b_b, *b_strides, c_b, *c_strides, *state.stride(), *vector_strides)
+    launch(
+        ssd_fwd_kernel_step,
+        (B * H * ceil_div(V, BV), 1, 1),
+        (x, dt, a, b, c, state, d, dt_bias, indices, o),
+        (float(least), float(most), *strides),
+        (H, H_X, H_B, c.shape[2], V, K, BV, BK, dt_softplus, dt_limit is not None),
+        num_warps,
     )
     return o
-
-
-def _strides(tensor: Tensor, *dims: int) -> tuple[int, ...]:
-    return tuple(tensor.stride(dim) for dim in dims)

@@ -8,7 +8,13 @@ from hylo_ops.gated_delta_rule import cuda_chunk, cuda_recurrent
 from hylo_ops.gated_rms_norm import cuda as gated_rms_norm
 from hylo_ops.ssd import cuda_chunk as ssd_chunk
 from tests.csrc import gated_rms_norm_cases
-from tests.ops import gated_delta_rule_cases, gated_delta_rule_fp32_cases, ssd_cases, ssd_step_cases
+from tests.ops import (
+    gated_delta_rule_cases,
+    gated_delta_rule_fp32_cases,
+    ssd_cases,
+    ssd_plain_cases,
+    ssd_step_cases,
+)
 
 
 def run_gated_rms_norm() -> int:
@@ -78,6 +84,14 @@ def run_ssd() -> int:
     return count
 
 
+def run_ssd_on_cuda_cores() -> int:
+    for case in ssd_plain_cases.CASES:
+        results, _ = ssd_plain_cases.launch(case, case.inputs("cuda"))
+        for name, result in results.items():
+            assert torch.isfinite(case.sound(name, result).cpu()).all(), (case.name, name)
+    return len(ssd_plain_cases.CASES)
+
+
 def run_ssd_steps() -> int:
     """Both decode steps, of few states and of many: clusters of one block, of some and of the most."""
     mamba2 = ssd_step_cases.Mamba2Case(128, 64, H=32, shared=(32, 1, 1))
@@ -91,7 +105,8 @@ def run_ssd_steps() -> int:
 
 
 def main() -> None:
-    runs = run_gated_rms_norm, run_gated_delta_rule, run_gated_delta_rule_in_fp32, run_ssd, run_ssd_steps
+    of_gated_delta_rule = run_gated_delta_rule, run_gated_delta_rule_in_fp32
+    runs = run_gated_rms_norm, *of_gated_delta_rule, run_ssd, run_ssd_on_cuda_cores, run_ssd_steps
     print(f"{sum(run() for run in runs)} cases launched")
 
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from hylo_ops import chunk_ssd, recurrent_ssd
-from hylo_ops.ssd import triton
+from hylo_ops.ssd import cuda, triton
 from hylo_ops.testing import cast, gradients, relative_error
+from tests.ops import ssd_plain_cases
 from tests.ops.ssd_cases import GATES, HEADS, WIDTHS, make
 
 pytestmark = [
@@ -23,15 +24,16 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 DTYPES = {"bf16": BF16, "fp16": FP16, "fp32": FP32}
 by_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 by_backend = pytest.mark.parametrize("backend", BACKENDS)
+on_both_kernels = pytest.mark.parametrize("dtype", [BF16, FP32], ids=["bf16", "fp32"])  # tensor cores, CUDA cores
 
 
 @contextmanager
 def where_it_runs(backend):
-    """Skips what the CUDA backend says it cannot run; Triton runs all of the contract."""
+    """Skips rows that the CUDA backend cannot read 16 bytes at a time; else both run all of the contract."""
     try:
         yield
     except NotImplementedError as reason:
-        if backend == "triton":
+        if backend == "triton" or "aligned" not in str(reason):
             raise
         pytest.skip(str(reason))
 
@@ -69,23 +71,25 @@ def test_forward(backend, dtype, gates, V, K):
 
 
 @by_backend
+@on_both_kernels
 @pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize("V", [64, 128])
-def test_heads(backend, kind, V):
-    check(make(1, 1000, kind, V, 128, BF16, device="cuda"), backend)
+def test_heads(backend, dtype, kind, V):
+    check(make(1, 1000, kind, V, 128, dtype, device="cuda"), backend)
 
 
 @by_backend
-@pytest.mark.parametrize("dtype", [BF16, FP32], ids=["bf16", "fp32"])
+@on_both_kernels
 @pytest.mark.parametrize("T", [0, 1, 63, 64, 65, 127, 128, 129, 257])
 def test_lengths(backend, dtype, T):
     check(make(2, T, "equal", 64, 64, dtype, device="cuda"), backend)
 
 
 @by_backend
+@on_both_kernels
 @pytest.mark.parametrize(("softplus", "limit"), [(True, (0.01, 0.1)), (False, None), (False, (0.0, float("inf")))])
-def test_steps(backend, softplus, limit):
-    inputs = make(2, 200, "hylo", 64, 64, BF16, device="cuda")
+def test_steps(backend, dtype, softplus, limit):
+    inputs = make(2, 200, "hylo", 64, 64, dtype, device="cuda")
     if not softplus:
         inputs |= {"dt": inputs["dt"].abs() / 30, "dt_bias": inputs["dt_bias"].abs() / 100}
     check(inputs, backend, dt_softplus=softplus, dt_limit=limit)
@@ -93,8 +97,9 @@ def test_steps(backend, softplus, limit):
 
 
 @by_backend
-def test_options_left_out(backend):
-    inputs = make(2, 200, "mamba2", 64, 128, BF16, device="cuda")
+@on_both_kernels
+def test_options_left_out(backend, dtype):
+    inputs = make(2, 200, "mamba2", 64, 128, dtype, device="cuda")
     bare = inputs | dict.fromkeys(("d", "dt_bias", "initial_state"))
     bare["dt"] = bare["dt"] - 4
     check(bare, backend)
@@ -114,15 +119,16 @@ def test_decays_of_exp_minus_400_a_chunk(backend, dtype):
 
 @by_backend
 @pytest.mark.parametrize("gates", ["fast", "slow"])
+@on_both_kernels
 @pytest.mark.parametrize(("kind", "V", "K"), [("hylo", 64, 64), ("mamba2", 64, 128), ("hylo", 128, 128)])
-def test_long_sequences(backend, gates, kind, V, K):
-    inputs = make(1, 8192, kind, V, K, BF16, gates, device="cuda")
+def test_long_sequences(backend, dtype, gates, kind, V, K):
+    inputs = make(1, 8192, kind, V, K, dtype, gates, device="cuda")
     check(inputs, backend)
     check_gradients(inputs, backend)
 
 
 @by_backend
-@pytest.mark.parametrize("dtype", [BF16, FP32], ids=["bf16", "fp32"])
+@on_both_kernels
 @pytest.mark.parametrize(("kind", "V", "K"), [("hylo", 64, 64), ("mamba2", 64, 128), ("hylo", 128, 128)])
 def test_packed_sequences_equal_single_ones_and_keep_to_themselves(backend, dtype, kind, V, K):
     """The neighbour's NaN reaches nobody else's results or gradients, and a sequence has those that it has alone."""
@@ -156,8 +162,9 @@ def run_both_ways(inputs, backend, **options):
 
 
 @by_backend
-def test_batch_invariant_with_fixed_split(backend):
-    inputs = make(3, 2048, "hylo", 64, 64, BF16, device="cuda")
+@on_both_kernels
+def test_batch_invariant_with_fixed_split(backend, dtype):
+    inputs = make(3, 2048, "hylo", 64, 64, dtype, device="cuda")
     results, found = run_both_ways(inputs, backend, fixed_split=True)
     one = inputs | {name: inputs[name][1:2] for name in (*TOKENWISE, "initial_state")}
     results_one, expected = run_both_ways(one, backend, fixed_split=True)
@@ -167,7 +174,7 @@ def test_batch_invariant_with_fixed_split(backend):
 
 
 @by_backend
-@pytest.mark.parametrize("dtype", [BF16, FP32], ids=["bf16", "fp32"])
+@on_both_kernels
 @pytest.mark.parametrize("padding", [0, 1], ids=["aligned", "odd"])
 def test_slices_of_one_projection(backend, dtype, padding):
     inputs = make(2, 200, "hylo", 64, 64, dtype, device="cuda")
@@ -208,16 +215,24 @@ def test_gradients(backend, dtype, gates, V, K):
 
 
 @by_backend
+@on_both_kernels
 @pytest.mark.parametrize("kind", HEADS)
-@pytest.mark.parametrize("V", [64, 128])
-def test_gradients_of_shared_heads(backend, kind, V):
-    check_gradients(make(2, 333, kind, V, 128, BF16, device="cuda"), backend)
+@pytest.mark.parametrize(("V", "K"), [(64, 128), (128, 128), (64, 256), (192, 64)])
+def test_gradients_of_shared_heads(backend, dtype, kind, V, K):
+    check_gradients(make(2, 333, kind, V, K, dtype, device="cuda"), backend)
 
 
 @by_backend
+@on_both_kernels
 @pytest.mark.parametrize("T", [1, 64, 65, 129])
-def test_gradients_of_short_sequences(backend, T):
-    check_gradients(make(1, T, "equal", 64, 64, BF16, device="cuda"), backend)
+def test_gradients_of_short_sequences(backend, dtype, T):
+    check_gradients(make(1, T, "equal", 64, 64, dtype, device="cuda"), backend)
+
+
+@pytest.mark.parametrize("case", ssd_plain_cases.CASES, ids=lambda case: case.name)
+def test_cuda_on_cuda_cores(case):
+    """The emulated driver's cases."""
+    ssd_plain_cases.run_and_check(case, "cuda")
 
 
 def test_heads_in_parts():
@@ -230,7 +245,7 @@ def test_heads_in_parts():
 
 
 @by_backend
-@pytest.mark.parametrize("dtype", [BF16, FP32], ids=["bf16", "fp32"])
+@on_both_kernels
 @pytest.mark.parametrize(("kind", "V", "K"), [("hylo", 64, 64), ("mamba2", 64, 128), ("grouped", 48, 80)])
 def test_all_that_is_allocated_is_written(backend, dtype, kind, V, K):
     """Fresh memory is full of NaN here; compute-sanitizer's initcheck does not follow what the copy engine stores."""
@@ -244,8 +259,9 @@ def test_all_that_is_allocated_is_written(backend, dtype, kind, V, K):
 
 
 @by_backend
-def test_nothing_waits_for_the_gpu(backend):
-    inputs = make(1, 300, "hylo", 64, 64, BF16, states=2, device="cuda")
+@on_both_kernels
+def test_nothing_waits_for_the_gpu(backend, dtype):
+    inputs = make(1, 300, "hylo", 64, 64, dtype, states=2, device="cuda")
     cu = torch.tensor([0, 100, 300], dtype=torch.int32, device="cuda")
     run_both_ways(inputs, backend, cu_seqlens=cu)
     torch.cuda.set_sync_debug_mode("error")
@@ -256,8 +272,9 @@ def test_nothing_waits_for_the_gpu(backend):
 
 
 @by_backend
-def test_a_graph_replays_it(backend):
-    inputs = make(1, 300, "hylo", 64, 64, BF16, device="cuda")
+@on_both_kernels
+def test_a_graph_replays_it(backend, dtype):
+    inputs = make(1, 300, "hylo", 64, 64, dtype, device="cuda")
     expected = run_both_ways(inputs, backend)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -267,11 +284,36 @@ def test_a_graph_replays_it(backend):
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+@pytest.mark.parametrize("bare", [False, True], ids=["options", "bare"])
+@pytest.mark.parametrize("kind", HEADS)
 @by_dtype
-def test_triton_takes_the_whole_contract(dtype, packed):
-    for K, V in itertools.product((16, 48, 64, 128, 192, 256), (16, 64, 80, 128, 256)):
-        inputs = make(1, 3, "grouped", V, K, dtype, device="cuda")
-        assert triton.chunk_why_not(**inputs, cu_seqlens=object() if packed else None) is None
+def test_both_take_the_whole_contract(dtype, kind, bare, packed):
+    """Forward and backward: `chunk_why_not` stands for both."""
+    for T, K, V in itertools.product((1, 65), (16, 48, 64, 128, 192, 256), (16, 64, 80, 128, 256)):
+        inputs = make(1, T, kind, V, K, dtype, device="cuda")
+        if bare:
+            inputs |= dict.fromkeys(("d", "dt_bias", "initial_state"))
+        cu_seqlens = torch.tensor([0, T], dtype=torch.int32, device="cuda") if packed else None
+        options = {"dt_softplus": True, "dt_limit": None, "fixed_split": False}
+        assert triton.chunk_why_not(**inputs, cu_seqlens=cu_seqlens, **options) is None
+        assert cuda.chunk_why_not(**inputs, cu_seqlens=cu_seqlens, **options) is None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "V", "K", "forward", "backward"),
+    [
+        (BF16, 64, 64, "cuda", "cuda"),
+        (FP16, 128, 128, "cuda", "cuda"),
+        (BF16, 64, 256, "cuda", "triton"),
+        (FP32, 64, 64, "cuda", "cuda"),
+        (FP32, 64, 256, "cuda", "cuda"),
+    ],
+)
+def test_the_default_is_the_fastest(dtype, V, K, forward, backward):
+    inputs = make(1, 333, "hylo", V, K, dtype, device="cuda")
+    results, found = run_both_ways(inputs, None)
+    same(results, run_both_ways(inputs, forward)[0])
+    same(found.values(), run_both_ways(inputs, backward)[1].values())
 
 
 @by_backend

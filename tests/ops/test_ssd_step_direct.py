@@ -125,6 +125,26 @@ def test_limits_may_be_a_list_of_integers(direct, case):
     assert direct == [NO_KERNEL]
 
 
+@BOTH
+def test_what_is_no_bool_is_left_to_the_op(direct, case):
+    call(case, dt_softplus=1)
+    assert [answer.endswith("is no bool") for answer in direct] == [True]
+    with pytest.raises(RuntimeError, match="dt_softplus"):
+        call(case, dt_softplus="yes")
+
+
+def test_the_native_functions_count_their_arguments(both):
+    for native, wanted in zip(both, (11, 19), strict=True):
+        with pytest.raises(TypeError, match=f"{wanted} arguments are expected"):
+            native.direct(*range(wanted - 1))
+
+
+def test_the_native_functions_outlive_what_made_them(both):
+    case = STEP.tensors(STEP.inputs("cpu"))
+    direct = natives(lambda *_: NO_KERNEL)[0].direct
+    assert direct(*case, True, None) == NO_KERNEL
+
+
 def test_wrong_options_of_a_block_get_their_own_message(direct):
     with pytest.raises(RuntimeError, match="eps"):
         call(BLOCK, eps="small")

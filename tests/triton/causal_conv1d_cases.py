@@ -8,7 +8,6 @@ import torch
 
 from hylo_ops.causal_conv1d import triton_bwd, triton_fwd
 from hylo_ops.causal_conv1d.triton_fwd import Config
-from tests.triton.ssd_cases import hasty_interpreter
 
 NAMES = ("x", "weight", "bias", "initial_state")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -20,7 +19,7 @@ SMALL = Config(channels=16, elements=2, length=4, ahead=2, stages=1, num_warps=1
 @contextlib.contextmanager
 def cut(config=SMALL, edges=2):
     """The kernels with so many edge programs, and tiles of `config` however few there are."""
-    with hasty_interpreter(), pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         for module in (triton_fwd, triton_bwd):
             patch.setattr(module, "CONFIG", config)
             patch.setattr(module, "MOST_EDGES", edges)

@@ -1,10 +1,8 @@
 """Inputs that the forward's, the decode step's and the backward's tests share."""
 
 import contextlib
-import dataclasses
 
 import torch
-from triton.runtime import interpreter
 
 from hylo_ops.ssd import reference, triton_chunk_fwd
 from hylo_ops.ssd.triton_chunk_fwd import Config, PassConfig, Tiles
@@ -25,22 +23,6 @@ def tiled(tiles):
     triton_chunk_fwd.tiles_for = lambda *_: tiles
     yield
     triton_chunk_fwd.tiles_for = before
-
-
-@contextlib.contextmanager
-def hasty_interpreter():
-    """Half the time: no checks of 32-bit sums for overflow, and functions of ours do not patch the language again."""
-    options, call = interpreter.interpreter_builder.options, interpreter.InterpretedFunction.__call__
-
-    def hasty(function, *args, **kwargs):
-        ours = function.fn.__module__.startswith("hylo_ops")
-        return function.rewrite()(*args, **kwargs) if ours else call(function, *args, **kwargs)
-
-    interpreter.interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=False)
-    interpreter.InterpretedFunction.__call__ = hasty
-    yield
-    interpreter.interpreter_builder.options = options
-    interpreter.InterpretedFunction.__call__ = call
 
 
 def make(B=2, T=65, H=2, heads=(1, 1, 2), V=16, K=16, dtype=torch.float32, state=True, seed=0):

@@ -6,13 +6,6 @@ import torch
 from hylo_ops import recurrent_causal_conv1d
 from hylo_ops.testing import within_budget
 from tests.triton.causal_conv1d_cases import DTYPES, make
-from tests.triton.ssd_cases import hasty_interpreter
-
-
-@pytest.fixture(autouse=True)
-def in_haste():
-    with hasty_interpreter():
-        yield
 
 
 def step(inputs, state, backend="triton", **options):

@@ -9,7 +9,7 @@ from hylo_ops import chunk_ssd
 from hylo_ops.ssd import triton_chunk_bwd
 from hylo_ops.ssd.triton_chunk_fwd import tiles_for
 from hylo_ops.testing import cast, gradients, relative_error
-from tests.triton.ssd_cases import NAMES, SMALL, TOKENWISE, WIDE, hasty_interpreter, hostile_steps, make, tiled
+from tests.triton.ssd_cases import NAMES, SMALL, TOKENWISE, WIDE, hostile_steps, make, tiled
 
 ALL = (*NAMES, "initial_state")
 VECTORS = ("a", "d", "dt_bias")
@@ -18,7 +18,7 @@ EPS = torch.finfo(torch.float32).eps
 
 @pytest.fixture(autouse=True)
 def small_tiles():
-    with tiled(SMALL), hasty_interpreter():
+    with tiled(SMALL):
         yield
 
 

@@ -15,7 +15,6 @@ from tests.triton.ssd_cases import (
     TOKENWISE,
     WIDE,
     exact,
-    hasty_interpreter,
     hostile_steps,
     make,
     steps,
@@ -25,7 +24,7 @@ from tests.triton.ssd_cases import (
 
 @pytest.fixture(autouse=True)
 def small_tiles():
-    with tiled(SMALL), hasty_interpreter():
+    with tiled(SMALL):
         yield
 
 

@@ -5,13 +5,7 @@ import torch
 
 from hylo_ops import recurrent_ssd
 from hylo_ops.testing import within_budget
-from tests.triton.ssd_cases import DTYPES, NAMES, TOKENWISE, exact, hasty_interpreter, make, steps
-
-
-@pytest.fixture(autouse=True)
-def in_haste():
-    with hasty_interpreter():
-        yield
+from tests.triton.ssd_cases import DTYPES, NAMES, TOKENWISE, exact, make, steps
 
 
 def step(inputs, state, backend="triton", dt_softplus=True, **options):

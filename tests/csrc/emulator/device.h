@@ -76,6 +76,10 @@ T __shfl_xor_sync(unsigned, T value, int offset) {
   return emulated_shuffle_of(value, emulated_lane() ^ offset);
 }
 template <class T>
+T __shfl_down_sync(unsigned, T value, int offset) {
+  return emulated_shuffle_of(value, emulated_lane() + offset);
+}
+template <class T>
 T __shfl_up_sync(unsigned, T value, int offset) {
   return emulated_shuffle_of(value, emulated_lane() - offset);
 }

@@ -1,11 +1,11 @@
-// Matrices of fp32 in shared memory and their products, by all threads of a block, on the CUDA cores.
+// Matrices of fp32 in shared memory and their products, by all kProductThreads threads of a block, on the CUDA cores.
 #pragma once
 
 #include "common/async_copy.cuh"
 #include "common/dtype.cuh"
-#include "gated_delta_rule/fp32_traits.cuh"
+#include "common/portable.h"
 
-namespace hylo::gated_delta_rule::fp32_chunk {
+namespace hylo {
 
 // Rows of a multiple of 32 numbers, their fours permuted: eight threads side by side that read four numbers each, of
 // one row or of every fourth, find them in all the banks.
@@ -31,7 +31,7 @@ struct Tile {
 template <int kHeight, int kWidth>
 struct Part {
   static_assert(kWidth == 32 || kWidth == 64, "a warp has whole rows");
-  static constexpr int kEach = kHeight * kWidth / (4 * kThreads);
+  static constexpr int kEach = kHeight * kWidth / (4 * kProductThreads);
   static constexpr int kRows = kEach < 4 ? kEach : 4;
   static constexpr int kGroups = kEach / kRows;
   static constexpr int kGroupHeight = kHeight / kGroups;
@@ -104,7 +104,7 @@ __device__ __forceinline__ void load_operand(float (&x)[4][kOwn], const Tile<kWi
 template <Along kAlongA, Along kAlongB, int kSum, int kHeight, int kWidth, int kWidthA, int kWidthB>
 __device__ __forceinline__ void multiply_add(Part<kHeight, kWidth>& d, const Tile<kWidthA>& a, const Tile<kWidthB>& b) {
   using D = Part<kHeight, kWidth>;
-  constexpr int kUnroll = kHeight == kPair && kWidth == 64 ? 1 : 4;  // where there are registers to load ahead
+  constexpr int kUnroll = kHeight == 2 * kChunk && kWidth == 64 ? 1 : 4;  // where there are registers to load ahead
 #pragma unroll kUnroll
   for (int sum = 0; sum < kSum; sum += 4) {
     float of_b[4][4];
@@ -132,17 +132,25 @@ __device__ __forceinline__ void each_four(const F& f) {
   int first = threadIdx.x;
   asm volatile("" : "+r"(first));  // else addresses that follow from it are kept, for which there are no registers
 #pragma unroll 2
-  for (int i = first; i < kHeight * kFours; i += kThreads) f(i / kFours, i % kFours * 4);
+  for (int i = first; i < kHeight * kFours; i += kProductThreads) f(i / kFours, i % kFours * 4);
 }
 
-// Asks for kHeight rows of kWidth numbers, `stride` apart; those beyond `rows` and `columns` become zeros.
-template <int kHeight, int kWidth>
-__device__ __forceinline__ void copy_rows(const Tile<kWidth>& to, const float* from, long long stride, int rows,
+// Brings kHeight rows of kWidth numbers, `stride` apart; those beyond `rows` and `columns` become zeros. fp32 is asked
+// for and to be awaited; what has 16 bits goes through registers.
+template <int kHeight, int kWidth, class T>
+__device__ __forceinline__ void copy_rows(const Tile<kWidth>& to, const T* from, long long stride, int rows,
                                           int columns) {
   each_four<kHeight, kWidth>([&](int row, int column) {
     const bool exists = row < rows && column < columns;
-    copy_async(&to.at(row, column), exists ? from + row * stride + column : from, exists);
+    const T* at = exists ? from + row * stride + column : from;
+    if constexpr (sizeof(T) == sizeof(float)) {
+      copy_async(&to.at(row, column), at, exists);
+    } else {
+      float x[4] = {};
+      if (exists) load(x, at);
+      store(&to.at(row, column), x);
+    }
   });
 }
 
-}  // namespace hylo::gated_delta_rule::fp32_chunk
+}  // namespace hylo
