@@ -9,7 +9,6 @@
 
 namespace hylo::ssd {
 
-constexpr int kCarryThreads = 128;
 constexpr int kAhead = 8;  // segments
 
 // Through `pieces` of a sequence: each adds `*place(i)` to the state, which decays by `decay(i)` in it, and is left what
@@ -39,7 +38,7 @@ __device__ __forceinline__ void carry_on(float4& state, int pieces, const Place&
 
 // A thread for four neighbours of a head's state; blocks along those, heads, and sequences of a direction.
 __device__ __forceinline__ void carry(const Params& p) {
-  const int size = p.values * p.width, element = 4 * (blockIdx.x * kCarryThreads + threadIdx.x);
+  const int size = p.values * p.width, element = kCarryEach * (blockIdx.x * kCarryThreads + threadIdx.x);
   start_next_kernel();
   await_kernel_before();
   if (element >= size) return;

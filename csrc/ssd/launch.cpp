@@ -10,8 +10,6 @@
 namespace hylo::ssd {
 namespace {
 
-constexpr int kCarryThreads = 128, kCarryEach = 4;  // of carry.cuh
-
 std::uint64_t size(std::int64_t n) { return static_cast<std::uint64_t>(n); }
 unsigned count(std::int64_t n) { return static_cast<unsigned>(n); }
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
@@ -67,7 +65,7 @@ int place_gradients(int values, int width, GradientsParams& p) {
 }  // namespace
 
 int chunk_shared_bytes(const std::string& kernel, int width, const Shape& shape) {
-  if (kernel == "carry") return 0;
+  if (kernel == "carry" || kernel == "vectors") return 0;
   const Pass pass = pass_named(kernel);
   if (pass == kOutputs) return pass_shared(pass, width, slots_of(false, width, shape));
   return std::max(pass_shared(pass, width, slots_of(false, width, shape)),
@@ -94,27 +92,14 @@ ChunkCall::ChunkCall(const std::array<std::uintptr_t, 3>& x_b_c, const std::arra
     params_.b = tokens_map(x_b_c[1], shape[kGB], shape[kK], strides[1]);
     params_.c = tokens_map(x_b_c[2], shape[kG], shape[kK], strides[2]);
   }
-  params_.dt = of_tokens(dt);
-  params_.a = of_heads(a);
-  params_.d = of_heads(d);
-  params_.dt_bias = of_heads(dt_bias);
+  set_gates(params_, dt, a, d, dt_bias, softplus, least, greatest);
   params_.ends = reinterpret_cast<float*>(ends);
   params_.totals = reinterpret_cast<float*>(totals);
   params_.first_state = reinterpret_cast<const float*>(initial_state);
   params_.cu_seqlens = reinterpret_cast<const int*>(cu_seqlens);
-  params_.sequences = static_cast<int>(shape[kN]);
-  params_.tokens = static_cast<int>(shape[kT]);
-  params_.heads = static_cast<int>(shape[kH]);
-  params_.x_group = static_cast<int>(shape[kH] / shape[kHX]);
-  params_.b_group = static_cast<int>(shape[kH] / shape[kGB]);
-  params_.c_group = static_cast<int>(shape[kH] / shape[kG]);
-  params_.values = static_cast<int>(shape[kV]);
-  params_.width = static_cast<int>(shape[kK]);
+  set_shape(params_, shape);
   params_.chunks = chunks;
   params_.segments = segments;
-  params_.softplus = softplus;
-  params_.least = least;
-  params_.greatest = greatest;
 }
 
 void ChunkCall::set_gradients(std::uintptr_t d_o, std::uintptr_t d_final_state) {
@@ -172,11 +157,7 @@ void ChunkCall::gradients(const Kernel& kernel, int values, std::uintptr_t state
 
 void ChunkCall::vectors(const Kernel& kernel, std::uintptr_t parts, const std::array<std::uintptr_t, 3>& sums,
                         const std::array<int, 3>& types) const {
-  VectorsParams params{};
-  params.parts = reinterpret_cast<const float*>(parts);
-  for (int i = 0; i < 3; ++i) params.sums[i] = {reinterpret_cast<void*>(sums[i]), types[i]};
-  params.chunks = params_.chunks;
-  params.heads = params_.heads;
+  VectorsParams params = vectors_params(parts, sums, types, params_);
   kernel.launch_early({count(ceil_div(shape_[kH], 32)), 3}, 32 * kVectorWarps, &params, stream_);
 }
 

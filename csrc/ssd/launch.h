@@ -12,7 +12,8 @@
 
 namespace hylo::ssd {
 
-// Dynamic shared memory, in bytes, of a kernel ("ends", "carry", "o", "states") at a shape, compiled for a width.
+// Dynamic shared memory, in bytes, of a kernel ("ends", "carry", "o", "states", "vectors") at a shape, compiled for a
+// width.
 int chunk_shared_bytes(const std::string& kernel, int width, const Shape& shape);
 int gradients_shared_bytes(int values, int width, const Shape& shape);
 

@@ -8,8 +8,6 @@
 namespace hylo::ssd::plain {
 namespace {
 
-constexpr int kCarryThreads = 128, kCarryEach = 4;  // of carry.cuh
-
 unsigned count(std::int64_t n) { return static_cast<unsigned>(n); }
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 float* floats(std::uintptr_t tensor) { return reinterpret_cast<float*>(tensor); }
@@ -41,24 +39,11 @@ Call::Call(const std::array<std::uintptr_t, 3>& x_b_c, const std::array<Strides,
   params_.x = rows(x_b_c[0], strides[0]);
   params_.b = rows(x_b_c[1], strides[1]);
   params_.c = rows(x_b_c[2], strides[2]);
-  params_.dt = of_tokens(dt);
-  params_.a = of_heads(a);
-  params_.d = of_heads(d);
-  params_.dt_bias = of_heads(dt_bias);
+  set_gates(params_, dt, a, d, dt_bias, softplus, least, greatest);
   params_.factors = floats(factors);
   params_.cu_seqlens = reinterpret_cast<const int*>(cu_seqlens);
-  params_.sequences = static_cast<int>(shape[kN]);
-  params_.tokens = static_cast<int>(shape[kT]);
-  params_.heads = static_cast<int>(shape[kH]);
-  params_.x_group = static_cast<int>(shape[kH] / shape[kHX]);
-  params_.b_group = static_cast<int>(shape[kH] / shape[kGB]);
-  params_.c_group = static_cast<int>(shape[kH] / shape[kG]);
-  params_.values = static_cast<int>(shape[kV]);
-  params_.width = static_cast<int>(shape[kK]);
+  set_shape(params_, shape);
   params_.chunks = chunks;
-  params_.softplus = softplus;
-  params_.least = least;
-  params_.greatest = greatest;
 }
 
 void Call::factors(const Kernel& kernel) const {
@@ -115,11 +100,7 @@ void Call::ddt(const Kernel& kernel, std::uintptr_t ddt, std::uintptr_t parts) c
 
 void Call::vectors(const Kernel& kernel, std::uintptr_t parts, const std::array<std::uintptr_t, 3>& sums,
                         const std::array<int, 3>& types) const {
-  VectorsParams params{};
-  params.parts = floats(parts);
-  for (int i = 0; i < 3; ++i) params.sums[i] = {reinterpret_cast<void*>(sums[i]), types[i]};
-  params.chunks = params_.chunks;
-  params.heads = params_.heads;
+  VectorsParams params = vectors_params(parts, sums, types, params_);
   kernel.launch({count(ceil_div(shape_[kH], 32)), 3}, 32 * kVectorWarps, &params, stream_);
 }
 

@@ -11,7 +11,7 @@ namespace hylo::ssd::plain {
 // A thread for four neighbours of a head's state in one sequence, which `block` counts along.
 __device__ __forceinline__ void carry_chunks(const Params& p, int sequence_index, int block, int head,
                                              Direction direction) {
-  const int size = p.values * p.width, element = 4 * (block * kCarryThreads + threadIdx.x);
+  const int size = p.values * p.width, element = kCarryEach * (block * kCarryThreads + threadIdx.x);
   const int first = first_chunk(p, sequence_index);  // by whole warps, as the next one
   const int chunks = chunks_of(sequence_at(p, sequence_index).tokens);
   if (element >= size) return;

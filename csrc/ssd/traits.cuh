@@ -9,7 +9,7 @@ namespace hylo::ssd {
 constexpr int kTile = 64;                      // columns of a tile
 constexpr int kTileSize = kChunk * kTile * 2;  // bytes; 16-bit types only
 constexpr int kSharedLimit = 227 * 1024;
-constexpr int kMaxSegments = 64;
+constexpr int kCarryThreads = 128, kCarryEach = 4;  // numbers of a state, a thread
 
 // What the gates of a chunk and head come to: rows of 64 fp32, numbers of tokens.
 enum Factor {

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hylo_ops import cubin
+from hylo_ops.common import chunk_inputs
 from hylo_ops.gated_delta_rule import cuda_inputs
 
 if TYPE_CHECKING:
@@ -84,8 +85,8 @@ class _Call:
         leaves_records: bool,
     ):
         (B, T, G, K), (H, V) = q.shape, v.shape[2:]
-        N = cuda_inputs.sequences(B, cu_seqlens)
-        self.sizes = sizes = _Sizes(B, T, G, H, K, V, N, cuda_inputs.most_chunks(B, T, cu_seqlens))
+        N = chunk_inputs.sequences(B, cu_seqlens)
+        self.sizes = sizes = _Sizes(B, T, G, H, K, V, N, chunk_inputs.most_chunks(B, T, cu_seqlens))
         self.device, self.dtype, self.source = q.get_device(), q.dtype, source
         self.multiprocessors = _multiprocessors(self.device)
         segments = 1 if fixed_split else _segments(sizes, self.multiprocessors)
@@ -109,10 +110,10 @@ class _Call:
             k.data_ptr(),
             g.data_ptr(),
             beta.data_ptr(),
-            cuda_inputs.pointer(bounds),
-            cuda_inputs.pointer(records),
-            cuda_inputs.pointer(ready),
-            cuda_inputs.pointer(cuts),
+            chunk_inputs.pointer(bounds),
+            chunk_inputs.pointer(records),
+            chunk_inputs.pointer(ready),
+            chunk_inputs.pointer(cuts),
             sizes[:7],
             q.stride(),
             k.stride(),
@@ -121,7 +122,7 @@ class _Call:
             segments,
             scale,
             -(_HALF_ULP_BITS[q.dtype] + 1) * math.log(2),
-            cuda_inputs.stream(self.device),
+            chunk_inputs.stream(self.device),
         )
 
     def kernel(self, name: str, chains: int = 1) -> "Kernel":
@@ -177,7 +178,9 @@ def forward(
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
     final_state = q.new_empty((sizes.N, sizes.H, sizes.K, sizes.V), dtype=torch.float32)
     if final_state.numel():
-        call.outputs(v.data_ptr(), v.stride(), cuda_inputs.pointer(initial_state), o.data_ptr(), final_state.data_ptr())
+        call.outputs(
+            v.data_ptr(), v.stride(), chunk_inputs.pointer(initial_state), o.data_ptr(), final_state.data_ptr()
+        )
     return o, final_state
 
 
@@ -233,8 +236,8 @@ def _token_gradients(
     dbeta = torch.empty_like(dg)
     if d_final_state.numel():
         values = v.data_ptr(), v.stride()
-        call.states(*values, cuda_inputs.pointer(first_state), h.data_ptr(), written.data_ptr())
-        results = dh.data_ptr(), dx.data_ptr(), cuda_inputs.pointer(d_initial_state)
+        call.states(*values, chunk_inputs.pointer(first_state), h.data_ptr(), written.data_ptr())
+        results = dh.data_ptr(), dx.data_ptr(), chunk_inputs.pointer(d_initial_state)
         call.dstates(d_o.data_ptr(), d_final_state.data_ptr(), *results)
         call.gradients(*values, *(x.data_ptr() for x in (d_o, h, dh, written, dx, dq, dk, dv, dg, dbeta)))
     return (dg[0], dbeta[0]) if parts == 1 else (dg.sum(0), dbeta.sum(0))

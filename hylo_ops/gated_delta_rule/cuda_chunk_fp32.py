@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from hylo_ops import cubin
+from hylo_ops.common import chunk_inputs
+from hylo_ops.common.chunk_inputs import CHUNK
 from hylo_ops.gated_delta_rule import cuda_inputs
-from hylo_ops.gated_delta_rule.cuda_inputs import CHUNK
 
 if TYPE_CHECKING:
     from hylo_ops._C import Kernel
@@ -45,8 +46,8 @@ class _Call:
         source: str | None,
     ):
         (B, T, G, K), (H, V) = q.shape, v.shape[2:]
-        N = cuda_inputs.sequences(B, cu_seqlens)
-        self.chunks = cuda_inputs.most_chunks(B, T, cu_seqlens)
+        N = chunk_inputs.sequences(B, cu_seqlens)
+        self.chunks = chunk_inputs.most_chunks(B, T, cu_seqlens)
         self.device, self.width, self.source = q.get_device(), cuda_inputs.width(K), source
         records = q.new_empty((self.chunks, H, _RECORD))
         g, beta = g.float().contiguous(), beta.float().contiguous()
@@ -56,13 +57,13 @@ class _Call:
             (q.data_ptr(), k.data_ptr(), v.data_ptr()),
             g.data_ptr(),
             beta.data_ptr(),
-            cuda_inputs.pointer(bounds),
+            chunk_inputs.pointer(bounds),
             records.data_ptr(),
             (B, T, G, H, K, V, N),
             (q.stride(), k.stride(), v.stride()),
             self.chunks,
             scale,
-            cuda_inputs.stream(self.device),
+            chunk_inputs.stream(self.device),
         )
         self.native.inverse(self.kernel("inverse"))
 
@@ -91,12 +92,12 @@ def forward(
         cubin_source: None | "packaged" | "nvrtc", as `hylo_ops.cubin.device_code` has it.
     """
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
-    N = cuda_inputs.sequences(v.shape[0], cu_seqlens)
+    N = chunk_inputs.sequences(v.shape[0], cu_seqlens)
     final_state = q.new_empty((N, v.shape[2], q.shape[3], v.shape[3]))
     if final_state.numel():
         call = _Call(q, k, v, g, beta, cu_seqlens, scale, cubin_source)
         first_state = None if initial_state is None else initial_state.float().contiguous()
-        call.native.outputs(call.kernel("o"), cuda_inputs.pointer(first_state), o.data_ptr(), final_state.data_ptr())
+        call.native.outputs(call.kernel("o"), chunk_inputs.pointer(first_state), o.data_ptr(), final_state.data_ptr())
     return o, final_state
 
 
@@ -132,8 +133,8 @@ def backward(
         dh, d_solve = torch.empty_like(h), torch.empty_like(d_scores)
         written, dx = torch.empty_like(dv), torch.empty_like(dv)
         call.native.share(*(x.data_ptr() for x in (d_o, h, dh, written, dx, d_scores, d_solve)))
-        call.native.states(call.kernel("states"), cuda_inputs.pointer(first_state))
-        call.native.dstates(call.kernel("dstates"), d_final_state.data_ptr(), cuda_inputs.pointer(d_initial_state))
+        call.native.states(call.kernel("states"), chunk_inputs.pointer(first_state))
+        call.native.dstates(call.kernel("dstates"), d_final_state.data_ptr(), chunk_inputs.pointer(d_initial_state))
         gates = dg.data_ptr(), dbeta.data_ptr()
         call.native.dscores(call.kernel("dscores"), dv.data_ptr(), *gates)
         call.native.dqk(call.kernel("dqk"), dq.data_ptr(), dk.data_ptr(), *gates)
@@ -156,7 +157,7 @@ def why_not(
     """The reason why these kernels cannot take the inputs, or None. Shapes are taken to be the op's."""
     if q.dtype != torch.float32:
         return f"q is {q.dtype}, not float32"
-    if max(v.shape[2], cuda_inputs.sequences(v.shape[0], cu_seqlens)) > _MAX_GRID:
+    if max(v.shape[2], chunk_inputs.sequences(v.shape[0], cu_seqlens)) > _MAX_GRID:
         return f"there are more than {_MAX_GRID} sequences or heads"
     return cuda_inputs.why_not(q, k, v, initial_state) or _why_no_code(cuda_inputs.width(q.shape[3]))
 

@@ -1,14 +1,11 @@
 """What the chunked kernels of the CUDA backend, for 16 bits and for fp32, have in common: the inputs they take."""
 
-import torch
 from torch import Tensor
 
-from hylo_ops import cubin
+from hylo_ops.common import chunk_inputs
 
 WIDTHS = (64, 128, 256)  # of keys that kernels are compiled for; a head of another width runs in the next wider one's
-CHUNK = 64  # tokens; kChunk of csrc/gated_delta_rule/traits.cuh
-_STEP = 16  # of widths
-_ALIGNMENT = 16  # bytes, of what is read at once
+assert WIDTHS[-1] == chunk_inputs.MAX_WIDTH
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None) -> str | None:
@@ -17,44 +14,9 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None) -> st
         return f"q is on {q.device}, not on a CUDA device"
     if k.dtype != q.dtype or v.dtype != q.dtype:
         return f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}, not of one dtype"
-    if initial_state is not None and initial_state.dtype == torch.float64:
-        return "the state is float64"
-    K, V = q.shape[3], v.shape[3]
-    if K % _STEP or not 0 < K <= WIDTHS[-1]:
-        return f"K is {K}, not a multiple of {_STEP} up to {WIDTHS[-1]}"
-    if V % _STEP or not V:
-        return f"V is {V}, not a multiple of {_STEP}"
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if not _reachable(tensor):
-            return f"{name} cannot be read 16 bytes at a time: strides {tensor.stride()} or its start are not aligned"
-    return cubin.why_not_device(q.get_device())
+    return chunk_inputs.why_not({"q": q, "k": k, "v": v}, q.shape[3], v.shape[3], initial_state)
 
 
 def width(K: int) -> int:
     """Of the kernels that take heads of K."""
     return next(width for width in WIDTHS if width >= K)
-
-
-def sequences(B: int, cu_seqlens: Tensor | None) -> int:
-    return B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-
-
-def most_chunks(B: int, T: int, cu_seqlens: Tensor | None) -> int:
-    """Chunks of all sequences; a bound for packed ones, none of which leaves two unfilled."""
-    if not T:
-        return 0
-    return B * -(-T // CHUNK) if cu_seqlens is None else T // CHUNK + sequences(B, cu_seqlens)
-
-
-def pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def stream(device: int) -> int:
-    return torch._C._cuda_getCurrentRawStream(device)
-
-
-def _reachable(tensor: Tensor) -> bool:
-    steps = [step for step, size in zip(tensor.stride()[:3], tensor.shape[:3], strict=True) if size > 1]
-    aligned = all(step * tensor.element_size() % _ALIGNMENT == 0 for step in steps)
-    return tensor.stride(3) == 1 and aligned and tensor.data_ptr() % _ALIGNMENT == 0

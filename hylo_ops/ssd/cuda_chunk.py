@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hylo_ops import cubin
+from hylo_ops.common import chunk_inputs
 from hylo_ops.ssd import cuda_inputs
 
 if TYPE_CHECKING:
@@ -84,10 +85,10 @@ class _Call:
         fixed_split: bool,
     ):
         (B, T, HX, V), (GB, K), G, H = x.shape, b.shape[2:], c.shape[2], dt.shape[2]
-        N = cuda_inputs.sequences(B, cu_seqlens)
+        N = chunk_inputs.sequences(B, cu_seqlens)
         self.sizes = sizes = _Sizes(B, T, HX, GB, G, H, V, K, N)
         self.device, self.dtype, self.source, self.directions = x.get_device(), x.dtype, source, directions
-        self.chunks = cuda_inputs.most_chunks(B, T, cu_seqlens)
+        self.chunks = chunk_inputs.most_chunks(B, T, cu_seqlens)
         segments = 1 if fixed_split else _segments(sizes, self.chunks, directions, _multiprocessors(self.device))
         ends = totals = None  # room for what each segment adds, which becomes what it begins with
         if segments > 1:
@@ -104,18 +105,18 @@ class _Call:
             cuda_inputs.of_heads(a),
             cuda_inputs.of_heads(d),
             cuda_inputs.of_heads(dt_bias),
-            cuda_inputs.pointer(bounds),
-            cuda_inputs.pointer(initial_state),
+            chunk_inputs.pointer(bounds),
+            chunk_inputs.pointer(initial_state),
             sizes,
             sizes.width,
             self.chunks,
             segments,
-            cuda_inputs.pointer(ends),
-            cuda_inputs.pointer(totals),
+            chunk_inputs.pointer(ends),
+            chunk_inputs.pointer(totals),
             dt_softplus,
             least,
             greatest,
-            cuda_inputs.stream(self.device),
+            chunk_inputs.stream(self.device),
         )
 
     def kernel(self, name: str) -> "Kernel":
@@ -161,27 +162,22 @@ def backward(grads: list[Tensor], *inputs: Any, cubin_source: str | None = None)
     d_o, d_final_state = grads[0].to(x.dtype).contiguous(), grads[1].float().contiguous()
     call.native.set_gradients(d_o.data_ptr(), d_final_state.data_ptr())
     found = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, b, c, dt)]
-    # Packed sequences may have fewer chunks than there are places for.
-    parts = (x.new_empty if cu_seqlens is None else x.new_zeros)((3, call.chunks, sizes.H), dtype=torch.float32)
+    parts = cuda_inputs.room_for_parts(x, call.chunks, sizes.H, cu_seqlens)
     states = x.new_empty((2, call.chunks, sizes.H, sizes.V, sizes.K))
     d_initial_state = None if initial_state is None else torch.empty_like(d_final_state)
     if d_final_state.numel():
         call.begin()
         before, after = states[0].data_ptr(), states[1].data_ptr()
-        call.native.states(call.kernel("states"), before, after, cuda_inputs.pointer(d_initial_state))
+        call.native.states(call.kernel("states"), before, after, chunk_inputs.pointer(d_initial_state))
         gradients = call.kernel("gradients")
         addresses = [t.data_ptr() for t in found]
         blocks = _multiprocessors(call.device)
         call.native.gradients(gradients, sizes.most_values, before, after, addresses, parts.data_ptr(), blocks)
-    of_heads = {i: torch.empty_like(t) for i, t in enumerate((a, d, dt_bias)) if t is not None}
-    pointers = [cuda_inputs.pointer(of_heads.get(i)) for i in range(3)]
-    types = [cuda_inputs.NUMBERS[of_heads[i].dtype] if i in of_heads else 0 for i in range(3)]
-    call.native.vectors(call.kernel("vectors"), parts.data_ptr(), pointers, types)
-    dx, db, dc, ddt = found
-    results = [dx, ddt, of_heads.pop(0), db, dc, *of_heads.values()]
+    da, *others = cuda_inputs.sum_parts(call.native, call.kernel("vectors"), parts, (a, d, dt_bias))
     if d_initial_state is not None:
-        results.append(d_initial_state.to(initial_state.dtype))
-    return results
+        d_initial_state = d_initial_state.to(initial_state.dtype)
+    dx, db, dc, ddt = found
+    return [result for result in (dx, ddt, da, db, dc, *others, d_initial_state) if result is not None]
 
 
 def why_not(
@@ -190,7 +186,7 @@ def why_not(
     """The reason why these kernels cannot take the inputs, or None. Shapes are taken to be the op's."""
     if x.dtype not in _TYPES:
         return f"x is {x.dtype}, not bfloat16 or float16"
-    sequences = cuda_inputs.sequences(x.shape[0], cu_seqlens)
+    sequences = chunk_inputs.sequences(x.shape[0], cu_seqlens)
     if max(sequences, dt.shape[2]) > cuda_inputs.MAX_GRID:
         return f"there are {sequences} sequences and {dt.shape[2]} heads, more than {cuda_inputs.MAX_GRID}"
     return cuda_inputs.why_not(x, b, c, initial_state) or _why_no_code(x.dtype, _width(b.shape[3]))
@@ -250,8 +246,6 @@ def _compile(dtype: torch.dtype, width: int, values: int | None, source: str | N
 @functools.cache
 def _shared_bytes(name: str, sizes: _Sizes) -> int:
     native = cubin.native()
-    if name == "vectors":
-        return 0
     if name == "gradients":
         return int(native.ssd_gradients_shared_bytes(sizes.most_values, sizes.width, sizes))
     return int(native.ssd_chunk_shared_bytes(name, sizes.width, sizes))

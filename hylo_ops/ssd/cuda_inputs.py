@@ -1,17 +1,15 @@
 """What the chunked kernels on tensor cores and those on CUDA cores have in common: the inputs they take."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from hylo_ops import cubin
+from hylo_ops.common import chunk_inputs
 
-CHUNK = 64  # tokens; kChunk of csrc/common/portable.h
-MAX_WIDTH = 256  # K
 MAX_GRID = 65535
 # ScalarType of csrc/common/scalar.h
 NUMBERS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
-_STEP = 16  # of widths
-_ALIGNMENT = 16  # bytes, of what is read at once
 _NONE = (0, 0, 0, 0, 0)
 
 
@@ -19,32 +17,7 @@ def why_not(x: Tensor, b: Tensor, c: Tensor, initial_state: Tensor | None) -> st
     """The reason why no chunked kernel can take the inputs, or None. Shapes are taken to be the op's."""
     if not x.is_cuda:
         return f"x is on {x.device}, not on a CUDA device"
-    if initial_state is not None and initial_state.dtype == torch.float64:
-        return "the state is float64"
-    V, K = x.shape[3], b.shape[3]
-    if K % _STEP or not 0 < K <= MAX_WIDTH:
-        return f"K is {K}, not a multiple of {_STEP} up to {MAX_WIDTH}"
-    if V % _STEP or not V:
-        return f"V is {V}, not a multiple of {_STEP}"
-    for name, tensor in (("x", x), ("b", b), ("c", c)):
-        if not _reachable(tensor):
-            return f"{name} cannot be read 16 bytes at a time: strides {tensor.stride()} or its start are not aligned"
-    return cubin.why_not_device(x.get_device())
-
-
-def sequences(B: int, cu_seqlens: Tensor | None) -> int:
-    return B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-
-
-def most_chunks(B: int, T: int, cu_seqlens: Tensor | None) -> int:
-    """Chunks of all sequences; a bound for packed ones, none of which leaves two unfilled."""
-    if not T:
-        return 0
-    return B * -(-T // CHUNK) if cu_seqlens is None else T // CHUNK + sequences(B, cu_seqlens)
-
-
-def pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+    return chunk_inputs.why_not({"x": x, "b": b, "c": c}, b.shape[3], x.shape[3], initial_state)
 
 
 def of_tokens(numbers: Tensor) -> tuple[int, int, int, int, int]:
@@ -58,11 +31,15 @@ def of_heads(numbers: Tensor | None) -> tuple[int, int, int, int, int]:
     return _NONE if numbers is None else (numbers.data_ptr(), NUMBERS[numbers.dtype], 0, 0, numbers.stride(0))
 
 
-def stream(device: int) -> int:
-    return torch._C._cuda_getCurrentRawStream(device)
+def room_for_parts(x: Tensor, chunks: int, heads: int, cu_seqlens: Tensor | None) -> Tensor:
+    """Of the gradients of a, d and dt_bias by chunk. Packed sequences may have fewer chunks than there are places."""
+    make = x.new_empty if cu_seqlens is None else x.new_zeros
+    return make((3, chunks, heads), dtype=torch.float32)
 
 
-def _reachable(tensor: Tensor) -> bool:
-    steps = [step for step, size in zip(tensor.stride()[:3], tensor.shape[:3], strict=True) if size > 1]
-    aligned = all(step * tensor.element_size() % _ALIGNMENT == 0 for step in steps)
-    return tensor.stride(3) == 1 and aligned and tensor.data_ptr() % _ALIGNMENT == 0
+def sum_parts(native: Any, kernel: Any, parts: Tensor, given: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+    """Those gradients, of what of the three is given, by either call's `vectors`."""
+    sums = [None if t is None else torch.empty_like(t) for t in given]
+    types = [0 if t is None else NUMBERS[t.dtype] for t in sums]
+    native.vectors(kernel, parts.data_ptr(), [chunk_inputs.pointer(t) for t in sums], types)
+    return sums

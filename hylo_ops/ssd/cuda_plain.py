@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hylo_ops import cubin
+from hylo_ops.common import chunk_inputs
 from hylo_ops.ssd import cuda_inputs
 
 if TYPE_CHECKING:
@@ -54,8 +55,8 @@ class _Call:
         fixed_split: bool,
     ):
         (B, T, HX, V), (GB, K), G, self.heads = x.shape, b.shape[2:], c.shape[2], dt.shape[2]
-        N = cuda_inputs.sequences(B, cu_seqlens)
-        self.chunks = cuda_inputs.most_chunks(B, T, cu_seqlens)
+        N = chunk_inputs.sequences(B, cu_seqlens)
+        self.chunks = chunk_inputs.most_chunks(B, T, cu_seqlens)
         self.device, self.dtype, self.source = x.get_device(), x.dtype, source
         self.states_shape, self.final_shape = (self.chunks, self.heads, V, K), (N, self.heads, V, K)
         factors = self._floats(x, self.chunks, self.heads, cubin.native().ssd_plain_factors_length())
@@ -70,14 +71,14 @@ class _Call:
             cuda_inputs.of_heads(a),
             cuda_inputs.of_heads(d),
             cuda_inputs.of_heads(dt_bias),
-            cuda_inputs.pointer(bounds),
+            chunk_inputs.pointer(bounds),
             (B, T, HX, GB, G, self.heads, V, K, N),
             self.chunks,
             factors.data_ptr(),
             dt_softplus,
             least,
             greatest,
-            cuda_inputs.stream(self.device),
+            chunk_inputs.stream(self.device),
         )
         if math.prod(self.final_shape):
             self.native.factors(self.kernel("factors"))
@@ -89,7 +90,7 @@ class _Call:
         """In as many directions as there are entries: from what sequences are given, also to what they leave."""
         room = self._floats(like, len(given), *self.states_shape)
         for direction, (first, last) in enumerate(zip(given, left, strict=True)):
-            pointers = (cuda_inputs.pointer(t) for t in (room[direction], first, last))
+            pointers = (chunk_inputs.pointer(t) for t in (room[direction], first, last))
             self.native.set_states(direction, *pointers)
         self.native.states(self.kernel("ends"), self.kernel("carry"), len(given))
         self.kept.append(room)
@@ -99,12 +100,6 @@ class _Call:
         kernels = [self.kernel(name) for name in ("dx", "db", "dc")]
         self.native.gradients(kernels, [t.data_ptr() for t in (dx, db, dc)], sums.data_ptr())
         self.native.ddt(self.kernel("ddt"), ddt.data_ptr(), parts.data_ptr())
-
-    def vectors(self, parts: Tensor, of_heads: Sequence[Tensor | None]) -> None:
-        """Of a, d and dt_bias, where they are given."""
-        types = [0 if t is None else cuda_inputs.NUMBERS[t.dtype] for t in of_heads]
-        pointers = [cuda_inputs.pointer(t) for t in of_heads]
-        self.native.vectors(self.kernel("vectors"), parts.data_ptr(), pointers, types)
 
     @staticmethod
     def _floats(like: Tensor, *shape: int) -> Tensor:
@@ -142,19 +137,16 @@ def backward(grads: list[Tensor], *inputs: Any, cubin_source: str | None = None)
     d_o, d_final_state = grads[0].to(x.dtype).contiguous(), grads[1].float().contiguous()
     call = _Call(cubin_source, *inputs)
     dx, ddt, db, dc = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt, b, c))
-    # Packed sequences may have fewer chunks than there are places for.
-    parts = (x.new_empty if cu_seqlens is None else x.new_zeros)((3, call.chunks, call.heads), dtype=torch.float32)
+    parts = cuda_inputs.room_for_parts(x, call.chunks, call.heads, cu_seqlens)
     d_initial_state = None if initial_state is None else torch.empty_like(d_final_state)
     if d_final_state.numel():
         call.native.set_gradient(d_o.data_ptr())
         call.states(x, [call.first_state, d_final_state], [None, d_initial_state])
         call.gradients(dx, ddt, db, dc, parts)
-    of_heads = [None if t is None else torch.empty_like(t) for t in (a, d, dt_bias)]
-    call.vectors(parts, of_heads)
-    results = [dx, ddt, of_heads[0], db, dc, *of_heads[1:]]
+    da, *others = cuda_inputs.sum_parts(call.native, call.kernel("vectors"), parts, (a, d, dt_bias))
     if d_initial_state is not None:
-        results.append(d_initial_state.to(initial_state.dtype))
-    return [result for result in results if result is not None]
+        d_initial_state = d_initial_state.to(initial_state.dtype)
+    return [result for result in (dx, ddt, da, db, dc, *others, d_initial_state) if result is not None]
 
 
 def why_not(x: Tensor, dt: Tensor, b: Tensor, c: Tensor, initial_state: Tensor | None, **_: Any) -> str | None:

@@ -1,6 +1,5 @@
 """Runs every case through the public functions on CPU tensors and the emulated driver; prints the verdicts as JSON."""
 
-import json
 from typing import Any
 
 import torch
@@ -9,7 +8,8 @@ from hylo_ops import cubin
 from hylo_ops.cubin import Spec
 from hylo_ops.gated_delta_rule import cuda_recurrent
 from tests.csrc.emulator.build import kernel_name
-from tests.ops.gated_delta_rule_step_cases import CASES, Case, run_and_check
+from tests.csrc.emulator.verdicts import report
+from tests.ops.gated_delta_rule_step_cases import CASES, run_and_check
 
 CPU = 1  # DLPack's number
 
@@ -22,17 +22,7 @@ def main() -> None:
 
     native = cubin.native().GatedDeltaRuleStep(torch, load, device_type=CPU)
     cuda_recurrent._native_or_none = lambda: native
-    torch.use_deterministic_algorithms(True)  # with it, new tensors are filled with NaN
-    print(json.dumps({case.name: verdict(case) for case in CASES}))
-
-
-def verdict(case: Case) -> str:
-    """What is wrong, or nothing."""
-    try:
-        run_and_check(case, "cpu")
-    except (AssertionError, RuntimeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
+    report(CASES, run_and_check)
 
 
 if __name__ == "__main__":

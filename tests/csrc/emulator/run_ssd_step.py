@@ -1,6 +1,5 @@
 """Runs every case through the public functions on CPU tensors and the emulated driver; prints the verdicts as JSON."""
 
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +9,7 @@ from hylo_ops import cubin
 from hylo_ops.cubin import Spec
 from hylo_ops.ssd import cuda_mamba2, cuda_recurrent
 from tests.csrc.emulator.build import kernel_name
+from tests.csrc.emulator.verdicts import report
 from tests.ops.ssd_step_cases import CASES, MAMBA2_CASES, MANY, Case, Mamba2Case, run_and_check
 
 CPU = 1  # DLPack's number
@@ -59,17 +59,7 @@ def main() -> None:
     step, mamba2 = natives(find)
     cuda_recurrent.direct = lambda: step.direct
     cuda_mamba2.direct = lambda: mamba2.direct
-    torch.use_deterministic_algorithms(True)  # with it, new tensors are filled with NaN
-    print(json.dumps({case.name: verdict(case) for case in ALL}))
-
-
-def verdict(case: Case) -> str:
-    """What is wrong, or nothing."""
-    try:
-        run_and_check(case, "cpu")
-    except (AssertionError, RuntimeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
+    report(ALL, run_and_check)
 
 
 if __name__ == "__main__":

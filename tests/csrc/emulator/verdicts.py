@@ -1,0 +1,37 @@
+"""What the scripts have in common that run cases on CPU tensors and the emulated driver, each in its own process."""
+
+import json
+from collections.abc import Callable, Iterable
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from hylo_ops import cubin
+from hylo_ops.common import chunk_inputs
+from tests.csrc.emulator.build import kernel_name
+
+
+def report(cases: Iterable[Any], run_and_check: Callable[[Any, str], object]) -> None:
+    """Prints what is wrong with each case, or nothing, as JSON."""
+    torch.use_deterministic_algorithms(True)  # with it, new tensors are filled with NaN
+    print(json.dumps({case.name: _verdict(case, run_and_check) for case in cases}))
+
+
+def emulate_chunked(module: ModuleType) -> None:
+    """Has the launches of a module's chunked kernels go to the emulated driver."""
+
+    def load(spec: cubin.Spec, kernel: str, device: int, *, shared_bytes: int, source: str | None) -> Any:
+        return cubin.native().Kernel(kernel_name(spec).encode(), kernel, 0, shared_bytes)
+
+    cubin.load = load
+    module._compile = lambda *_: None
+    chunk_inputs.stream = lambda device: 0
+
+
+def _verdict(case: Any, run_and_check: Callable[[Any, str], object]) -> str:
+    try:
+        run_and_check(case, "cpu")
+    except (AssertionError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
