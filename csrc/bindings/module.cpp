@@ -78,6 +78,8 @@ PYBIND11_MODULE(_C, m) {
       .def("set_gradients", &SsdCall::set_gradients)
       .def("begin", &SsdCall::begin, no_gil())
       .def("outputs", &SsdCall::outputs, no_gil())
+      .def("window_chunks", &SsdCall::window_chunks)
+      .def("owed_rows", &SsdCall::owed_rows)
       .def("states", &SsdCall::states, no_gil())
       .def("gradients", &SsdCall::gradients, no_gil())
       .def("vectors", &SsdCall::vectors, no_gil());

@@ -84,14 +84,7 @@ class Gates {
   // log2 of the decay from the chunk's start through each token.
   __device__ __forceinline__ float2 sums(float2 step) const {
     const float rate = kLog2E * this->rate();
-    const float2 each = make_float2(fmaxf(rate * step.x, kEmptiesState), fmaxf(rate * step.y, kEmptiesState));
-    float through = each.x + each.y;
-#pragma unroll
-    for (int back = 1; back < 32; back *= 2) {
-      const float other = __shfl_up_sync(kAllLanes, through, back);
-      if (lane() >= back) through += other;
-    }
-    return make_float2(through - each.y, through);
+    return running(make_float2(fmaxf(rate * step.x, kEmptiesState), fmaxf(rate * step.y, kEmptiesState)));
   }
 
   // Fills the factors up to kWritten.
@@ -117,11 +110,27 @@ class Gates {
     }
   }
 
+  static __device__ __forceinline__ void write_time(float2 step, float* factors) {
+    const float2 sum = running(step);
+    put(factors, kTime, sum.x, sum.y);
+  }
+
   static __device__ __forceinline__ void write_slopes(float2 slope, float* factors) {
     put(factors, kSlope, slope.x, slope.y);
   }
 
  private:
+  // The sum of all tokens' up to each of this lane's two.
+  static __device__ __forceinline__ float2 running(float2 each) {
+    float through = each.x + each.y;
+#pragma unroll
+    for (int back = 1; back < 32; back *= 2) {
+      const float other = __shfl_up_sync(kAllLanes, through, back);
+      if (lane() >= back) through += other;
+    }
+    return make_float2(through - each.y, through);
+  }
+
   // A limit that is met lets the gradient through, as torch.clamp does.
   __device__ __forceinline__ float slope(float raw) const {
     const float found = p_.softplus ? 1.0f / (1.0f + __expf(-raw)) : 1.0f;

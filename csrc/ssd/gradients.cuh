@@ -194,8 +194,8 @@ class GradientsBlock {
     Place at;
     at.turn = 0;
 #pragma unroll 1
-    for (int item = blockIdx.x; item < p_.common.chunks * p_.sets; item += gridDim.x) {
-      at.index = item / p_.sets;
+    for (int item = blockIdx.x; item < p_.chunks * p_.sets; item += gridDim.x) {
+      at.index = p_.common.window.chunk + item / p_.sets;
       at.chunk = chunk_at(p_.common, at.index);
       if (at.chunk.tokens <= 0) continue;
       const int first = item % p_.sets * p_.set;
@@ -270,7 +270,7 @@ class GradientsBlock {
       const int column = states ? tile % kWideK * kTile : tile * kTile;
       const int y = states ? tile / kWideK * kTile : at.head / slots.group;
       copy_box(to + tile * kTileSize, p_.tiles[kind], full, column, y, states ? at.head : at.chunk.begin,
-               states ? at.index : at.chunk.batch);
+               states ? at.index - p_.common.window.chunk : at.chunk.batch);
     }
   }
 
@@ -618,26 +618,29 @@ class GradientsBlock {
     whole *= factors.whole();
 
     // A gate decays what later tokens read of earlier ones and of the state, and what earlier ones add to the next state.
-    const float2 read = make_float2(below.x + of_state.x - step.x * above.x, below.y + of_state.y - step.y * above.y);
+    const float2 pairs = make_float2(below.x - step.x * above.x, below.y - step.y * above.y);
     const float2 added = make_float2(step.x * at_end.x, step.y * at_end.y);
-    float from_here = read.x + read.y, through = added.x + added.y;
+    float within = pairs.x + pairs.y, from_state = of_state.x + of_state.y, through = added.x + added.y;
 #pragma unroll
     for (int away = 1; away < 32; away *= 2) {
-      const float later = __shfl_down_sync(kAllLanes, from_here, away);
+      const float later_within = __shfl_down_sync(kAllLanes, within, away);
+      const float later_from_state = __shfl_down_sync(kAllLanes, from_state, away);
       const float earlier = __shfl_up_sync(kAllLanes, through, away);
-      if (lane() + away < 32) from_here += later;
+      if (lane() + away < 32) within += later_within, from_state += later_from_state;
       if (lane() >= away) through += earlier;
     }
-    const float before = through - added.x - added.y;
-    const float2 gate = make_float2(from_here + before + whole, from_here - read.x + before + added.x + whole);
+    const float2 of_pairs = make_float2(within, within - pairs.x);
+    const float others = whole + from_state + (through - added.x - added.y);
+    const float2 gate = make_float2(of_pairs.x + others, of_pairs.y + (others - of_state.x + added.x));
 
     const float2 ddt = make_float2(slope.x * (above.x + at_end.x + rate * gate.x),
                                    slope.y * (above.y + at_end.y + rate * gate.y));
     const float2 skipped = two(sums + kSkipped * kChunk);
     store_ddt(place, ddt);
-    float of_head[3] = {step.x * gate.x + step.y * gate.y, skipped.x + skipped.y, ddt.x + ddt.y};
+    // Of a only what passes between the chunk's tokens: the walks know the rest of it better (chain.cuh).
+    float of_head[kHeadParts] = {skipped.x + skipped.y, ddt.x + ddt.y, step.x * of_pairs.x + step.y * of_pairs.y};
 #pragma unroll
-    for (int which = 0; which < 3; ++which) {
+    for (int which = 0; which < kHeadParts; ++which) {
 #pragma unroll
       for (int away = 16; away > 0; away /= 2) of_head[which] += __shfl_xor_sync(kAllLanes, of_head[which], away);
       if (lane() == 0) *part(which, place) = of_head[which];

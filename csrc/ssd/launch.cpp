@@ -15,12 +15,14 @@ unsigned count(std::int64_t n) { return static_cast<unsigned>(n); }
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 // A tile is one for both chains of every block if no pair (2 n, 2 n + 1) of units, which count through the tiles of a
-// head and then the heads, belongs to two of what is read. Going back, a launch reads d_o and c for x and b.
+// head and then the heads, belongs to two of what is read. A launch that goes back, too, reads d_o and c
+// for x and b.
 Slots slots_of(bool back, int width, const Shape& shape) {
   const int each = chains(width);
   const std::int64_t tiles = ceil_div(shape[kV], kTile);
   const auto slots = [&](Dim heads) { return tiles * (shape[kH] / shape[heads]) % each == 0 ? 1 : each; };
-  if (back) return {each, std::max(slots(kGB), slots(kG)), 0};
+  const int either = std::max(slots(kGB), slots(kG));
+  if (back) return {each, either, either};
   return {tiles == 1 ? slots(kHX) : each, slots(kGB), slots(kG)};
 }
 
@@ -107,9 +109,28 @@ void ChunkCall::set_gradients(std::uintptr_t d_o, std::uintptr_t d_final_state) 
   params_.last_gradient = reinterpret_cast<const float*>(d_final_state);
 }
 
+int ChunkCall::owed_rows() const {
+  return static_cast<int>(2 * pieces() * ceil_div(shape_[kV], kTile) * kOwedParts);
+}
+
+int ChunkCall::window_chunks(int windows) const {
+  int most = 0;
+  for (int i = 0; i < windows; ++i) most = std::max(most, window(i + 1, windows).chunk - window(i, windows).chunk);
+  return most;
+}
+
+Window ChunkCall::window(int index, int windows) const {
+  const std::int64_t piece = pieces() * index / windows;
+  if (index == windows) return {static_cast<int>(piece), static_cast<int>(chunks_)};
+  const std::int64_t of_sequence = chunks_ / std::max<std::int64_t>(shape_[kN], 1);  // if there is more than one window
+  const std::int64_t each = ceil_div(of_sequence, params_.segments), segment = piece % params_.segments;
+  const std::int64_t chunk = piece / params_.segments * of_sequence + std::min(segment * each, of_sequence);
+  return {static_cast<int>(piece), static_cast<int>(chunk)};
+}
+
 void ChunkCall::begin(const Kernel& ends, const Kernel& carry, int directions) const {
   if (params_.segments == 1) return;
-  launch(kEnds, ends, directions, params_);
+  launch(kEnds, ends, directions, params_, pieces());
   PassParams params{params_, {}};
   const std::int64_t blocks = ceil_div(shape_[kV] * shape_[kK], kCarryThreads * kCarryEach);
   carry.launch_early({count(blocks), count(shape_[kH]), count(directions * shape_[kN])}, kCarryThreads, &params, stream_);
@@ -120,26 +141,33 @@ void ChunkCall::outputs(const Kernel& kernel, std::uintptr_t o, std::uintptr_t f
   if (chunks_ > 0) params.o = values_map(o);
   params.o_at = reinterpret_cast<void*>(o);
   params.last_state = reinterpret_cast<float*>(final_state);
-  launch(kOutputs, kernel, 1, params);
+  launch(kOutputs, kernel, 1, params, pieces());
 }
 
-void ChunkCall::states(const Kernel& kernel, std::uintptr_t states, std::uintptr_t dstates,
-                       std::uintptr_t d_initial_state) const {
+void ChunkCall::states(const Kernel& kernel, int index, int windows, std::uintptr_t states, std::uintptr_t dstates,
+                       std::uintptr_t d_initial_state, std::uintptr_t parts) const {
   Params params = params_;
+  const Window next = window(index + 1, windows);
+  params.window = window(index, windows);
   if (chunks_ > 0) {
-    params.states[kForth] = states_map(states);
-    params.states[kBack] = states_map(dstates);
+    params.states[kForth] = states_map(states, next.chunk - params.window.chunk);
+    params.states[kBack] = states_map(dstates, next.chunk - params.window.chunk);
   }
   params.first_gradient = reinterpret_cast<float*>(d_initial_state);
-  launch(kStates, kernel, 2, params);
+  params.owed = reinterpret_cast<float*>(parts) + kHeadParts * chunks_ * shape_[kH];
+  launch(kStates, kernel, 2, params, next.piece - params.window.piece);
 }
 
-void ChunkCall::gradients(const Kernel& kernel, int values, std::uintptr_t states, std::uintptr_t dstates,
-                          const std::array<std::uintptr_t, 4>& dx_db_dc_ddt, std::uintptr_t parts, int most_blocks) const {
+void ChunkCall::gradients(const Kernel& kernel, int values, int index, int windows, std::uintptr_t states,
+                          std::uintptr_t dstates, const std::array<std::uintptr_t, 4>& dx_db_dc_ddt,
+                          std::uintptr_t parts, int most_blocks) const {
   if (chunks_ == 0) return;
   GradientsParams params{};
   params.common = params_;
-  const TensorMap tiles[kTileKinds] = {params_.x, params_.b, params_.c, params_.d_o, states_map(states), states_map(dstates)};
+  params.common.window = window(index, windows);
+  params.chunks = window(index + 1, windows).chunk - params.common.window.chunk;
+  const TensorMap tiles[kTileKinds] = {params_.x,   params_.b, params_.c,
+                                       params_.d_o, states_map(states, params.chunks), states_map(dstates, params.chunks)};
   std::copy(std::begin(tiles), std::end(tiles), params.tiles);
   constexpr Dim dims[3][2] = {{kHX, kV}, {kGB, kK}, {kG, kK}};
   for (int i = 0; i < 3; ++i) {
@@ -151,20 +179,20 @@ void ChunkCall::gradients(const Kernel& kernel, int values, std::uintptr_t state
   params.set = std::lcm(std::lcm(params_.x_group, params_.b_group), params_.c_group);
   params.sets = params_.heads / params.set;
   place_gradients(values, width_, params);
-  const std::int64_t items = std::int64_t{chunks_} * params.sets;
+  const std::int64_t items = std::int64_t{params.chunks} * params.sets;
   kernel.launch_early({count(std::min<std::int64_t>(items, most_blocks))}, kGradientThreads, &params, stream_);
 }
 
 void ChunkCall::vectors(const Kernel& kernel, std::uintptr_t parts, const std::array<std::uintptr_t, 3>& sums,
                         const std::array<int, 3>& types) const {
-  VectorsParams params = vectors_params(parts, sums, types, params_);
+  VectorsParams params = vectors_params(parts, owed_rows(), sums, types, params_);
   kernel.launch_early({count(ceil_div(shape_[kH], 32)), 3}, 32 * kVectorWarps, &params, stream_);
 }
 
-void ChunkCall::launch(Pass pass, const Kernel& kernel, int directions, const Params& params) const {
+void ChunkCall::launch(Pass pass, const Kernel& kernel, int directions, const Params& params, std::int64_t pieces) const {
   PassParams all{params, slots_of(directions > 1, width_, shape_)};
   const std::int64_t units = shape_[kH] * ceil_div(shape_[kV], kTile);
-  const Grid grid{count(ceil_div(units, chains(width_))), count(shape_[kN] * params.segments), count(directions)};
+  const Grid grid{count(ceil_div(units, chains(width_))), count(pieces), count(directions)};
   kernel.launch_early(grid, count(pass_threads(pass, width_)), &all, stream_);
 }
 
@@ -182,9 +210,9 @@ TensorMap ChunkCall::contiguous_map(std::uintptr_t tensor, std::int64_t heads, s
 TensorMap ChunkCall::values_map(std::uintptr_t tensor) const { return contiguous_map(tensor, shape_[kH], shape_[kV]); }
 
 // Boxes of 64 rows of V x 64 columns of K of a contiguous [chunks, H, V, K].
-TensorMap ChunkCall::states_map(std::uintptr_t tensor) const {
+TensorMap ChunkCall::states_map(std::uintptr_t tensor, std::int64_t chunks) const {
   const std::int64_t H = shape_[kH], V = shape_[kV], K = shape_[kK];
-  return box_map(tensor, {size(K), size(V), size(H), size(chunks_)}, {1, K, V * K, H * V * K}, kTile, kTile, 1);
+  return box_map(tensor, {size(K), size(V), size(H), size(chunks)}, {1, K, V * K, H * V * K}, kTile, kTile, 1);
 }
 
 }  // namespace hylo::ssd

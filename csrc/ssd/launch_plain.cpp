@@ -100,7 +100,7 @@ void Call::ddt(const Kernel& kernel, std::uintptr_t ddt, std::uintptr_t parts) c
 
 void Call::vectors(const Kernel& kernel, std::uintptr_t parts, const std::array<std::uintptr_t, 3>& sums,
                         const std::array<int, 3>& types) const {
-  VectorsParams params = vectors_params(parts, sums, types, params_);
+  VectorsParams params = vectors_params(parts, 0, sums, types, params_);
   kernel.launch({count(ceil_div(shape_[kH], 32)), 3}, 32 * kVectorWarps, &params, stream_);
 }
 

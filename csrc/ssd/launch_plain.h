@@ -49,11 +49,11 @@ class Call {
   void gradients(const std::array<const Kernel*, 3>& dx_db_dc, const std::array<std::uintptr_t, 3>& results,
                  std::uintptr_t sums);
 
-  // The gradients of dt, and parts of those of a, d and dt_bias, [3, chunks, H], which are left as they are where a
+  // The gradients of dt, and parts of those of d, dt_bias and a, [3, chunks, H], which are left as they are where a
   // slot has no chunk.
   void ddt(const Kernel& kernel, std::uintptr_t ddt, std::uintptr_t parts) const;
 
-  // Sums those up, into the gradients of a, d and dt_bias: addresses, 0 where not wanted, and types.
+  // Sums those up, into the gradients of d, dt_bias and a: addresses, 0 where not wanted, and types.
   void vectors(const Kernel& kernel, std::uintptr_t parts, const std::array<std::uintptr_t, 3>& sums,
                const std::array<int, 3>& types) const;
 

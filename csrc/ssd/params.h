@@ -10,9 +10,16 @@ namespace hylo::ssd {
 enum Direction { kForth, kBack };
 
 // Tiles of a stage: those of the values and of the keys (x and b, or the gradient of o and c where a pass goes back), and
-// of c where outputs are wanted. Chains that read the same tile share it.
+// of what reads the state where outputs are wanted or in the backward: c, or back b. Chains that read the same tile share
+// it.
 struct Slots {
   int values, keys, queries;  // 1: one for all chains, 2: one for each
+};
+
+// What a launch of the backward takes, so that its states need not all be there at once: from a sequence's segment (of
+// all, one sequence after the other) and from that one's first chunk on.
+struct Window {
+  int piece, chunk;
 };
 
 struct Params {
@@ -21,8 +28,8 @@ struct Params {
   TensorMap c;              // [B, T, G, K], the same
   TensorMap d_o;            // [B, T, H, V], the same: the gradient of o
   TensorMap o;              // [B, T, H, V], the same
-  TensorMap states[2];      // [chunks, H, V, K], boxes of 64 rows of V x 64 columns: the state before each chunk, and the
-                            // gradient of the state after it
+  TensorMap states[2];      // [chunks of the window, H, V, K], boxes of 64 rows of V x 64 columns: the state before each
+                            // chunk, and the gradient of the state after it
   TokenScalar dt;
   Scalar a, d, dt_bias;     // of the heads alone; without memory: none
   void* o_at;               // of `o`, contiguous
@@ -31,6 +38,7 @@ struct Params {
   const float* first_state;  // [N, H, V, K] or null: the initial state
   const float* last_gradient;  // [N, H, V, K] or null: the gradient of the final state
   float* last_state;        // [N, H, V, K] or null: the final state
+  float* owed;              // [directions, N, segments, tiles of V, kOwedParts, H]: parts of the gradient of a
   float* first_gradient;    // [N, H, V, K] or null: the gradient of the initial state
   const int* cu_seqlens;    // [N + 1] or null
   int sequences;            // N
@@ -41,6 +49,7 @@ struct Params {
   int width;                // K
   int chunks;               // of all sequences; with cu_seqlens an upper bound
   int segments;             // that a sequence is cut into
+  Window window;
   int softplus;
   float least, greatest;    // step
 };
@@ -60,15 +69,20 @@ enum TileKind { kTilesX, kTilesB, kTilesC, kTilesDO, kTilesStates, kTilesDStates
 // Of the kernel that makes the gradients of what tokens have, and its parts of the heads' own.
 struct GradientsParams {
   Params common;
-  TensorMap tiles[kTileKinds];  // of x, b, c, d_o; then [chunks, H, V, K], boxes of 64 rows of V x 64 columns
+  TensorMap tiles[kTileKinds];  // of x, b, c, d_o; then `states`
   TensorMap maps[3];          // of dx, db, dc: boxes as of x, b, c
   void* gradients[3];         // the same tensors: contiguous, of the shapes and the type of x, b and c
   void* ddt;                  // [B, T, H], contiguous, of dt's type
-  float* parts;               // [3, chunks, H]: of a, d and dt_bias
+  float* parts;               // [kHeadParts, chunks, H]
+  int chunks;                 // of the window
   int set, sets;              // heads of a block: all that share one of x, b, c with one of them; and how many sets
   TileSlots slots[kTileKinds];
   int staging, pairs, factors, sums;  // where in shared memory
 };
+
+// What a head has one number of, and its gradient parts by chunk.
+enum HeadPart { kPartOfD, kPartOfBias, kPartOfRate, kHeadParts };
+constexpr int kOwedParts = 4;  // of the gradient of a, of each walk: by warp
 
 // What a head's numbers are summed into: of any floating type, contiguous; null: not wanted.
 struct HeadSums {
@@ -78,9 +92,9 @@ struct HeadSums {
 
 // Of the kernel that sums up the parts.
 struct VectorsParams {
-  const float* parts;  // [3, chunks, H]
-  HeadSums sums[3];    // [H], of a, d and dt_bias
-  int chunks, heads;
+  const float* parts;         // [kHeadParts, chunks, H], then of a `more` rows of [H]
+  HeadSums sums[kHeadParts];  // [H], of d, dt_bias and a
+  int chunks, more, heads;
 };
 
 }  // namespace hylo::ssd

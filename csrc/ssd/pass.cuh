@@ -1,7 +1,6 @@
-// A pass over the chunks of a sequence, forth or back. A block has one or two chains, a warpgroup each: 64 columns of V
-// of a head, whose state S [V, K] lives in registers as an accumulator. Beside them are a warp that loads and three that
-// make the gates' factors; and, where there are outputs, a warpgroup that makes the weights of the chunk's own tokens,
-// L * step * (C B^T), for all chains.
+// A pass over the chunks of a sequence, forth or back. A block has one or two chains (chain.cuh), a warpgroup each.
+// Beside them are a warp that loads and three that make the gates' factors; and, where there are outputs, a warpgroup
+// that makes the weights of the chunk's own tokens, L * step * (C B^T), for all chains.
 //
 //   forth:   S <- whole S + (to_end step X)^T B
 //   back:    S <- whole S + (from_start dO)^T C                    S: the gradient of the state
@@ -11,25 +10,10 @@
 // other way round, so that it is the values that decays are multiplied to, not the state.
 #pragma once
 
-#include "common/chunk_store.cuh"
 #include "common/dependent.cuh"
-#include "ssd/gates.cuh"
-#include "ssd/rows.cuh"
+#include "ssd/chain.cuh"
 
 namespace hylo::ssd {
-
-// 64 columns of V of a head.
-struct Unit {
-  int head, tile;
-  __device__ __forceinline__ int column() const { return tile * kTile; }
-};
-
-// Units count through the tiles of a head, then through the heads; past the last one the last one is done again.
-__device__ __forceinline__ Unit unit_at(const Params& p, int index) {
-  const int tiles = (p.values + kTile - 1) / kTile, last = p.heads * tiles - 1;
-  const int unit = index < last ? index : last;
-  return {unit / tiles, unit % tiles};
-}
 
 // The chunks of a segment, [begin, end), and where they lie.
 struct Segment {
@@ -60,259 +44,6 @@ struct Ring {
   Handover weights[2];  // of each chain
 };
 
-// One stage of the ring: tiles, and the factors of either chain.
-template <Pass kPass, int kK>
-struct Stage {
-  static constexpr int kWide = kK / kTile;
-
-  unsigned char* base;
-  const Slots& slots;
-
-  __device__ __forceinline__ unsigned char* values(int chain) const {
-    return base + (slots.values == 1 ? 0 : chain) * kTileSize;
-  }
-  __device__ __forceinline__ unsigned char* keys(int chain) const {
-    return base + (slots.values + (slots.keys == 1 ? 0 : chain) * kWide) * kTileSize;
-  }
-  __device__ __forceinline__ unsigned char* queries(int chain) const {
-    return base + (slots.values + (slots.keys + (slots.queries == 1 ? 0 : chain)) * kWide) * kTileSize;
-  }
-  __device__ __forceinline__ float* factors(int chain) const {
-    const int tiles = slots.values + kWide * (slots.keys + (kPass == kOutputs ? slots.queries : 0));
-    return reinterpret_cast<float*>(base + tiles * kTileSize + chain * kPassFactorsSize);
-  }
-};
-
-// d = queries b^T for tiles b of 64 rows x K.
-template <class T, int kK>
-__device__ __forceinline__ void multiply_queries(float (&d)[32], const unsigned char* queries, const unsigned char* b) {
-  const DoubleWord left = wgmma::descriptor_k_major(shared_address(queries));
-  const DoubleWord right = wgmma::descriptor_k_major(shared_address(b));
-#pragma unroll
-  for (int i = 0; i < kK / 16; ++i) {
-    const int next = i / 4 * (kTileSize >> 4) + i % 4 * wgmma::kNextKMajor;
-    wgmma::product_shared<T, wgmma::kAlongK, wgmma::kAlongK>(d, left + next, right + next, i > 0);
-  }
-}
-
-template <class T, Pass kPass, int kK>
-class Chain {
- public:
-  using Inputs = Stage<kPass, kK>;
-
-  // shared: chain_size bytes.
-  __device__ __forceinline__ Chain(const Params& p, int index, Unit unit, unsigned char* shared)
-      : p_(p), index_(index), unit_(unit), state_(shared), results_(shared + kK / kTile * kTileSize) {}
-
-  static __device__ __forceinline__ unsigned char* weights(unsigned char* shared) {
-    return shared + (kK / kTile + 1) * kTileSize;
-  }
-
-  // from: a head's [V, K], or null for zeros.
-  __device__ __forceinline__ void start(const float* from) {
-#pragma unroll
-    for (int i = 0; i < kK / 2; ++i) s_[i] = 0.0f;
-    if (from != nullptr) {
-      each_pair(from, [](float& low, float& high, const float* at) {
-        const float2 both = *reinterpret_cast<const float2*>(at);
-        low = both.x, high = both.y;
-      });
-    }
-    if constexpr (kPass == kOutputs) {
-      store_state();
-      fence_async();
-      sync();
-    }
-  }
-
-  __device__ __forceinline__ void finish(float* to) {
-    each_pair(to, [](float low, float high, float* at) { *reinterpret_cast<float2*>(at) = make_float2(low, high); });
-  }
-
-  // With the outputs of the chunk, its weights being ready when `ready` is in a phase. What the state gives, and the next
-  // state, are under way while those are made.
-  __device__ __forceinline__ void run_with_outputs(const Inputs& stage, const Chunk& chunk, float skip, Handover& ready,
-                                                   int phase) {
-    wgmma::wait<0>();  // again: ptxas does not see it at the end of the last turn, and would wait where the state is
-    wgmma::pin(s_);    // scaled
-    const Factors factors{stage.factors(index_)};
-    float o[32];
-    wgmma::fence();
-    read_state(o, stage);
-    update_state<true>(stage, factors);
-    wgmma::wait<1>();
-    wgmma::pin(o);
-    decay_outputs(o, factors);
-    ready.full.wait(phase);
-    wgmma::fence();
-    read_tokens(o, stage);
-    if (threadIdx.x % 128 == 0) await_copies_out<0>();
-    wgmma::wait<1>();
-    wgmma::pin(s_);
-    sync();  // all have read the state, and the outputs before are on their way
-    store_state();
-    wgmma::wait<0>();
-    wgmma::pin(o);
-    ready.empty.arrive();
-    store_outputs(o, stage.values(index_), skip);
-    fence_async();
-    sync();
-    store_tokens<T, 128>(p_.o, p_.o_at, p_.cu_seqlens != nullptr, chunk, p_.heads, unit_.head, p_.values,
-                         unit_.column(), results_, threadIdx.x % 128);
-  }
-
-  // The state alone.
-  template <bool kWrites>
-  __device__ __forceinline__ void run(const Inputs& stage) {
-    const Factors factors{stage.factors(index_)};
-    update_state<kWrites>(stage, factors);
-    passed_ *= factors.whole();
-    wgmma::wait<0>();
-    wgmma::pin(s_);
-  }
-
-  // Decay over all chunks so far.
-  __device__ __forceinline__ float passed() const { return passed_; }
-
-  // Sends the state, in 16 bits, to its place among a direction's.
-  __device__ __forceinline__ void leave_state(const TensorMap& states, int chunk) {
-    if (threadIdx.x % 128 == 0) await_copies_out<0>();
-    sync();
-    store_state();
-    fence_async();
-    sync();
-    if (threadIdx.x % 128 == 0) {
-#pragma unroll
-      for (int i = 0; i < kK / kTile; ++i) {
-        copy_box_out(states, state_ + i * kTileSize, i * kTile, unit_.column(), unit_.head, chunk);
-      }
-      commit_copies_out();
-    }
-  }
-
-  __device__ __forceinline__ void sync() const { sync_threads(1 + index_, 128); }
-
- private:
-  __device__ __forceinline__ void read_state(float (&o)[32], const Inputs& stage) const {
-    multiply_queries<T, kK>(o, stage.queries(index_), state_);
-    wgmma::commit();
-  }
-
-  // What the chunk's tokens give, added to o.
-  __device__ __forceinline__ void read_tokens(float (&o)[32], const Inputs& stage) const {
-    const DoubleWord weights = wgmma::descriptor_k_major(shared_address(Chain::weights(state_)));
-    const DoubleWord values = wgmma::descriptor_n_major(shared_address(stage.values(index_)), kTileSize);
-#pragma unroll
-    for (int i = 0; i < kChunk / 16; ++i) {
-      wgmma::product_shared<T, wgmma::kAlongK, wgmma::kAlongMN>(o, weights + i * wgmma::kNextKMajor,
-                                                                values + i * wgmma::kNextNMajor, true);
-    }
-    wgmma::commit();
-  }
-
-  static __device__ __forceinline__ void decay_outputs(float (&o)[32], const Factors& factors) {
-    const float decay[2] = {factors.row(kFromStart, row_token(0)), factors.row(kFromStart, row_token(1))};
-#pragma unroll
-    for (int i = 0; i < 32; ++i) o[i] *= decay[i / 2 % 2];
-    wgmma::pin(o);
-  }
-
-  // Calls f(element, the one behind it, their place in a head's [V, K]) for what this thread has of the state. Places are
-  // a fixed distance apart, so that they need no registers of their own.
-  template <class Number, class F>
-  __device__ __forceinline__ void each_pair(Number* matrix, const F& f) {
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      const int value = unit_.column() + 16 * warp_of_four() + lane() / 4 + 8 * row;
-      if (value >= p_.values) continue;
-      Number* const first = matrix + (static_cast<long long>(value) * p_.width + 2 * (lane() % 4));
-#pragma unroll
-      for (int block = 0; block < kK / 8; ++block) {
-        const int at = 4 * block + 2 * row;
-        if (8 * block < p_.width) f(s_[at], s_[at + 1], first + 8 * block);
-      }
-    }
-  }
-
-  // S <- whole S + (factors values)^T keys, under way on return: each token adds its part of the state at the chunk's end
-  // or, going back, of the gradient of the state at its start. Of a segment's end, S <- S + passed (factors values)^T keys.
-  template <bool kWrites>
-  __device__ __forceinline__ void update_state(const Inputs& stage, const Factors& factors) {
-    Word values[4][4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) load_transposed(values[i], stage.values(index_) + anew(transposed_row(i)));
-    scale_values(values, factors, kWrites ? kWritten : kFromStart);
-    if constexpr (kPass != kEnds) scale_state(factors.whole());
-    wgmma::fence();
-    const DoubleWord b = wgmma::descriptor_n_major(shared_address(stage.keys(index_)), kTileSize);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) wgmma::product<T, wgmma::kAlongMN>(s_, values[i], b + i * wgmma::kNextNMajor, true);
-    wgmma::commit();
-  }
-
-  __device__ __forceinline__ void scale_state(float decay) {
-#pragma unroll
-    for (int i = 0; i < kK / 2; ++i) s_[i] *= decay;
-    wgmma::pin(s_);
-  }
-
-  __device__ __forceinline__ void scale_values(Word (&values)[4][4], const Factors& factors, Factor which) const {
-#pragma unroll
-    for (int block = 0; block < 8; ++block) {
-      float2 factor = factors.columns(which, block);
-      if constexpr (kPass == kEnds) factor.x *= passed_, factor.y *= passed_;
-#pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        Word& both = values[block / 2][2 * (block % 2) + row];
-        float low, high;
-        wgmma::unpack<T>(both, low, high);
-        both = wgmma::pack<T>(factor.x * low, factor.y * high);
-      }
-    }
-  }
-
-  __device__ __forceinline__ void store_outputs(float (&o)[32], const unsigned char* values, float skip) const {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      Word skipped[4];
-      load_matrices(skipped, values + anew(straight_row(i)));
-#pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        float low, high;
-        wgmma::unpack<T>(skipped[r], low, high);
-        o[8 * i + 2 * r] += skip * low;
-        o[8 * i + 2 * r + 1] += skip * high;
-      }
-      Word packed[4];
-      wgmma::pack_operand<T>(packed, o, i);
-      store_matrices(results_ + anew(straight_row(i)), packed);
-    }
-  }
-
-  // An address within a tile, computed anew each time where there are no registers to keep it.
-  static __device__ __forceinline__ int anew(int offset) {
-    if constexpr (kK > 128) asm volatile("" : "+r"(offset));
-    return offset;
-  }
-
-  __device__ __forceinline__ void store_state() const {
-#pragma unroll
-    for (int i = 0; i < kK / 16; ++i) {
-      Word packed[4];
-      wgmma::pack_operand<T>(packed, s_, i);
-      store_matrices(state_ + i / 4 * kTileSize + anew(straight_row(i % 4)), packed);
-    }
-  }
-
-  const Params& p_;
-  const int index_;
-  const Unit unit_;
-  unsigned char* const state_;    // S in 16 bits: tiles of 64 rows of V x 64 columns of K
-  unsigned char* const results_;  // 64 tokens x 64 columns of V
-  float passed_ = 1.0f;
-  float s_[kK / 2];
-};
-
 template <class T, Pass kPass, int kK>
 class PassBlock {
  public:
@@ -325,11 +56,11 @@ class PassBlock {
   __device__ __forceinline__ PassBlock(const Params& p, const Slots& slots, unsigned char* shared, Ring& ring)
       : p_(p), slots_(slots), shared_(shared), ring_(ring), back_(kPass != kOutputs && blockIdx.z == kBack) {}
 
-  // A warp, of which each lane has a box of a stage's tiles: there are at most 10.
+  // A warp, of which each lane has a box of a stage's tiles: there are at most 12.
   __device__ __forceinline__ void load() const {
-    const int size = stage_size(kPass, kK, slots_) - kChains * kPassFactorsSize;
+    const int tiles = stage_tiles(kPass, kK, slots_), size = tiles * kTileSize;
     const Box box = box_at(lane());
-    const bool exists = lane() < size / kTileSize;
+    const bool exists = lane() < tiles;
     if (exists) prefetch_map(*box.map);
     if (comes_first(p_)) await_kernel_before();
     start_next_kernel();  // not before the inputs are there: those that follow read them without waiting
@@ -375,6 +106,7 @@ class PassBlock {
       float* const factors = this->stage(at).factors(unit % kChains);
       gates.write_ends(step, sum, factors);
       if constexpr (kPass == kOutputs) gates.template write_between<true>(step, sum, factors);
+      if constexpr (kPass == kStates) gates.write_time(step, factors);
       stage.full.arrive();
     }
   }
@@ -385,22 +117,23 @@ class PassBlock {
     await_kernel_before();  // which makes what segments begin with, or the inputs
     const float skip = kPass == kOutputs ? number_of_head(p_.d, unit.head) : 0.0f;
     const int ring = stages(kPass, kK, slots_);
-    chain.start(kPass == kEnds ? nullptr : begins_with(unit));
+    chain.start(kPass == kEnds ? nullptr : begins_with(unit, back_));
     each_chunk([&](int at, int turn, const Chunk& chunk, int c) {
       const Inputs inputs = stage(at);
-      if constexpr (kPass == kStates) chain.leave_state(p_.states[back_], ring_.segment.first + c);
+      if constexpr (kPass == kStates) chain.leave_state(p_.states[back_], ring_.segment.first + c - p_.window.chunk);
       ring_.stages[at].full.wait(turn & 1);
       if (p_.cu_seqlens != nullptr && chunk.tokens < kChunk) clear_tail(inputs, index, chunk.tokens);
       if constexpr (kPass == kOutputs) {
         chain.run_with_outputs(inputs, chunk, skip, ring_.weights[index], (turn * ring + at) & 1);
-      } else if (back_) {
-        chain.template run<false>(inputs);
+      } else if constexpr (kPass == kStates) {
+        back_ ? chain.template run_and_differentiate<false>(inputs) : chain.template run_and_differentiate<true>(inputs);
       } else {
-        chain.template run<true>(inputs);
+        back_ ? chain.template run<kFromStart>(inputs) : chain.template run<kWritten>(inputs);
       }
       ring_.stages[at].empty.arrive();
     });
-    if (kPass == kEnds && threadIdx.x % 128 == 0) p_.totals[piece() * p_.heads + unit.head] = chain.passed();
+    if (kPass == kEnds && threadIdx.x % 128 == 0) p_.totals[piece(back_) * p_.heads + unit.head] = chain.passed();
+    if constexpr (kPass == kStates) leave_owed(chain.all_owed(back_ ? nullptr : begins_with(unit, true)), unit);
     if (float* to = ends_in(unit)) chain.finish(to);
     await_copies_out<0>();
   }
@@ -447,16 +180,17 @@ class PassBlock {
   };
   __device__ __forceinline__ Box box_at(int index) const {
     constexpr int kWide = Inputs::kWide;
-    const int keys = index - slots_.values, queries = keys - slots_.keys * kWide;
-    const TensorMap* const of_keys = back_ ? &p_.c : &p_.b;
-    if (keys < 0) {
-      const Unit unit = this->unit(index);
-      return {back_ ? &p_.d_o : &p_.x, unit.column(), unit.head / (back_ ? 1 : p_.x_group)};
-    }
-    if (kPass != kOutputs || queries < 0) {
-      return {of_keys, keys % kWide * kTile, unit(keys / kWide).head / (back_ ? p_.c_group : p_.b_group)};
-    }
-    return {&p_.c, queries % kWide * kTile, unit(queries / kWide).head / p_.c_group};
+    const int keys = index - slots_.values, queries = keys - slots_.keys * kWide, others = queries - slots_.queries * kWide;
+    if (keys < 0) return values_box(unit(index), back_);
+    if (queries < 0) return keys_box(unit(keys / kWide), keys % kWide, back_);
+    if (others < 0) return keys_box(unit(queries / kWide), queries % kWide, !back_);
+    return values_box(unit(others), !back_);
+  }
+  __device__ __forceinline__ Box values_box(const Unit& unit, bool back) const {
+    return {back ? &p_.d_o : &p_.x, unit.column(), unit.head / (back ? 1 : p_.x_group)};
+  }
+  __device__ __forceinline__ Box keys_box(const Unit& unit, int tile, bool back) const {
+    return {back ? &p_.c : &p_.b, tile * kTile, unit.head / (back ? p_.c_group : p_.b_group)};
   }
 
   __device__ __forceinline__ Gates gates_of(int chain) const {
@@ -471,23 +205,31 @@ class PassBlock {
   }
 
   // Of all sequences, segments and directions.
-  __device__ __forceinline__ long long piece() const {
-    return static_cast<long long>(blockIdx.z) * gridDim.y + blockIdx.y;
+  __device__ __forceinline__ long long piece(bool back) const {
+    return static_cast<long long>(back) * p_.sequences * p_.segments + p_.window.piece + blockIdx.y;
   }
   __device__ __forceinline__ long long state(long long of, const Unit& unit) const {
     return (of * p_.heads + unit.head) * p_.values * p_.width;
   }
 
-  __device__ __forceinline__ const float* begins_with(const Unit& unit) const {
-    if (p_.segments > 1) return p_.ends + state(piece(), unit);
-    const float* given = back_ ? p_.last_gradient : p_.first_state;
+  // What the segment's chains begin with, forth or back.
+  __device__ __forceinline__ const float* begins_with(const Unit& unit, bool back) const {
+    if (p_.segments > 1) return p_.ends + state(piece(back), unit);
+    const float* given = back ? p_.last_gradient : p_.first_state;
     return given == nullptr ? nullptr : given + state(ring_.segment.sequence.index, unit);
   }
   __device__ __forceinline__ float* ends_in(const Unit& unit) const {
-    if constexpr (kPass == kEnds) return p_.ends + state(piece(), unit);
+    if constexpr (kPass == kEnds) return p_.ends + state(piece(back_), unit);
     float* wanted = back_ ? p_.first_gradient : kPass == kOutputs ? p_.last_state : nullptr;
     const bool last = ring_.segment.index == (back_ ? 0 : p_.segments - 1);
     return last && wanted != nullptr ? wanted + state(ring_.segment.sequence.index, unit) : nullptr;
+  }
+
+  // A warp's.
+  __device__ __forceinline__ void leave_owed(float owed, const Unit& unit) const {
+    const int tiles = (p_.values + kTile - 1) / kTile;
+    const long long row = (piece(back_) * tiles + unit.tile) * kOwedParts + warp_of_four();
+    if (lane() == 0) p_.owed[row * p_.heads + unit.head] = owed;
   }
 
   // The i-th that the block comes to.
@@ -512,6 +254,10 @@ class PassBlock {
       clear_words(inputs.values(index) + at);
 #pragma unroll
       for (int i = 0; i < Inputs::kWide; ++i) clear_words(inputs.keys(index) + i * kTileSize + at);
+      if constexpr (kPass != kStates) return;
+      clear_words(inputs.others(index) + at);
+#pragma unroll
+      for (int i = 0; i < Inputs::kWide; ++i) clear_words(inputs.queries(index) + i * kTileSize + at);
     });
     fence_async();
     await_clear();
@@ -531,11 +277,13 @@ template <class T, Pass kPass, int kK>
 __device__ __forceinline__ void pass(const Params& p, const Slots& slots, unsigned char* shared) {
   constexpr int kChains = chains(kK);
   constexpr bool kSplit = kChains + weighers(kPass) > 1;  // whether registers are dealt out anew
+  static_assert(kChains * chain_registers(kPass, kK) + weighers(kPass) * kWeigherRegisters + loader_registers(kPass) <= 504,
+                "warpgroups would wait forever for registers that none gives back");
   __shared__ Ring ring;
   using Block = PassBlock<T, kPass, kK>;
   if (threadIdx.x < 32) {
     if (p.cu_seqlens != nullptr && Block::comes_first(p)) await_kernel_before();
-    const Segment segment = segment_of(p, blockIdx.y);
+    const Segment segment = segment_of(p, p.window.piece + blockIdx.y);
     if (lane() == 0) {
       ring.segment = segment;
       for (Handover& stage : ring.stages) stage.init(1 + 32 * kChains, 128 * (kChains + weighers(kPass)));

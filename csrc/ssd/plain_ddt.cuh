@@ -46,9 +46,9 @@ __device__ __forceinline__ void finish_gates(const Params& p, int index, int hea
     const long long row = static_cast<long long>(chunk.batch) * p.tokens + chunk.begin + token + i;
     store_scalar(p.dt.type, p.ddt, row * p.heads + head, i == 0 ? ddt.x : ddt.y);
   }
-  const float of_head[3] = {factors.at(kStep, token) * gate.x + factors.at(kStep, token + 1) * gate.y,
-                            skipped.x + skipped.y, ddt.x + ddt.y};
-  for (int which = 0; which < 3; ++which) {
+  const float of_head[kHeadParts] = {skipped.x + skipped.y, ddt.x + ddt.y,
+                                     factors.at(kStep, token) * gate.x + factors.at(kStep, token + 1) * gate.y};
+  for (int which = 0; which < kHeadParts; ++which) {
     float sum = of_head[which];
 #pragma unroll
     for (int away = 16; away > 0; away /= 2) sum += __shfl_xor_sync(kAllLanes, sum, away);

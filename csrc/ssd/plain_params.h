@@ -28,7 +28,7 @@ struct Params {
   void* results[4];         // by Role: [B, T, H, V] and what x, b and c are, contiguous
   float* sums;              // [chunks, H, rows, 64]
   void* ddt;                // [B, T, H], contiguous, of dt's type
-  float* parts;             // [3, chunks, H]: of the gradients of a, d and dt_bias
+  float* parts;             // [kHeadParts, chunks, H]
   const int* cu_seqlens;    // [N + 1] or null
   int sequences;            // N
   int tokens;               // T

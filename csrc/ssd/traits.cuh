@@ -23,7 +23,8 @@ enum Factor {
   kToBlock3,
   kSlope,      // the step's derivative by dt
   kFactors,
-  kPassFactors = kSlope  // the passes need none
+  kPassFactors = kSlope,  // the passes need none
+  kTime = kStep  // the sum of steps from the chunk's start through the token, where a pass needs no kStep
 };
 constexpr int kFactorsSize = kFactors * kChunk * 4;
 constexpr int kPassFactorsSize = kPassFactors * kChunk * 4;
@@ -47,10 +48,12 @@ constexpr int kGateWarps = 3;
 constexpr int kPassRing = 8;         // stages, at most
 constexpr int kPassBarriers = 1024;  // bytes
 
+HYLO_HOST_DEVICE constexpr int stage_tiles(Pass pass, int width, const Slots& slots) {
+  const int queries = pass == kEnds ? 0 : slots.queries, others = pass == kStates ? chains(width) : 0;
+  return slots.values + width / kTile * (slots.keys + queries) + others;
+}
 HYLO_HOST_DEVICE constexpr int stage_size(Pass pass, int width, const Slots& slots) {
-  const int wide = width / kTile;
-  const int tiles = slots.values + wide * slots.keys + (pass == kOutputs ? wide * slots.queries : 0);
-  return tiles * kTileSize + chains(width) * kPassFactorsSize;
+  return stage_tiles(pass, width, slots) * kTileSize + chains(width) * kPassFactorsSize;
 }
 
 // Of a chain: what it leaves for the copy engine or for its own next chunk, the state in 16 bits and outputs; and weights.

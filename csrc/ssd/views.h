@@ -48,9 +48,9 @@ void set_gates(P& params, const ScalarView& dt, const ScalarView& a, const Scala
   params.greatest = greatest;
 }
 template <class P>
-VectorsParams vectors_params(std::uintptr_t parts, const std::array<std::uintptr_t, 3>& sums,
+VectorsParams vectors_params(std::uintptr_t parts, int more, const std::array<std::uintptr_t, 3>& sums,
                              const std::array<int, 3>& types, const P& of) {
-  VectorsParams params{reinterpret_cast<const float*>(parts), {}, of.chunks, of.heads};
+  VectorsParams params{reinterpret_cast<const float*>(parts), {}, of.chunks, more, of.heads};
   for (int i = 0; i < 3; ++i) params.sums[i] = {reinterpret_cast<void*>(sums[i]), types[i]};
   return params;
 }

@@ -28,6 +28,7 @@ _START = 2  # chunks that a block could have done before its first one is there
 _CUT_COST = 1.4  # of a walk with outputs, one without them before it included
 _VALUES = (64, 128)  # of V that the gradients' kernel is compiled for
 _MOST_BACK = 128  # of V and K
+_MOST_STATES = 64 << 20  # bytes of them that the backward has at a time, or twice what o takes
 _UNITS = {
     "ends": "kernel",
     "carry": "kernel",
@@ -89,7 +90,11 @@ class _Call:
         self.sizes = sizes = _Sizes(B, T, HX, GB, G, H, V, K, N)
         self.device, self.dtype, self.source, self.directions = x.get_device(), x.dtype, source, directions
         self.chunks = chunk_inputs.most_chunks(B, T, cu_seqlens)
-        segments = 1 if fixed_split else _segments(sizes, self.chunks, directions, _multiprocessors(self.device))
+        windows = _windows(sizes, self.chunks) if directions == 2 and cu_seqlens is None else 1
+        segments = 1
+        if not fixed_split:
+            segments = _segments(sizes, self.chunks, directions, windows, _multiprocessors(self.device))
+        self.windows = min(windows, max(1, N * segments))
         ends = totals = None  # room for what each segment adds, which becomes what it begins with
         if segments > 1:
             ends = x.new_empty((directions, N, segments, H, V, K), dtype=torch.float32)
@@ -162,18 +167,19 @@ def backward(grads: list[Tensor], *inputs: Any, cubin_source: str | None = None)
     d_o, d_final_state = grads[0].to(x.dtype).contiguous(), grads[1].float().contiguous()
     call.native.set_gradients(d_o.data_ptr(), d_final_state.data_ptr())
     found = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, b, c, dt)]
-    parts = cuda_inputs.room_for_parts(x, call.chunks, sizes.H, cu_seqlens)
-    states = x.new_empty((2, call.chunks, sizes.H, sizes.V, sizes.K))
+    parts = cuda_inputs.room_for_parts(x, call.chunks, sizes.H, cu_seqlens, call.native.owed_rows())
+    states = x.new_empty((2, call.native.window_chunks(call.windows), sizes.H, sizes.V, sizes.K))
     d_initial_state = None if initial_state is None else torch.empty_like(d_final_state)
     if d_final_state.numel():
         call.begin()
-        before, after = states[0].data_ptr(), states[1].data_ptr()
-        call.native.states(call.kernel("states"), before, after, chunk_inputs.pointer(d_initial_state))
-        gradients = call.kernel("gradients")
-        addresses = [t.data_ptr() for t in found]
-        blocks = _multiprocessors(call.device)
-        call.native.gradients(gradients, sizes.most_values, before, after, addresses, parts.data_ptr(), blocks)
-    da, *others = cuda_inputs.sum_parts(call.native, call.kernel("vectors"), parts, (a, d, dt_bias))
+        to_states = [t.data_ptr() for t in states]
+        of_states, addresses, of_parts = chunk_inputs.pointer(d_initial_state), [t.data_ptr() for t in found], parts.data_ptr()
+        kernels, blocks = [call.kernel(name) for name in ("states", "gradients")], _multiprocessors(call.device)
+        for window in range(call.windows):
+            at = window, call.windows, *to_states
+            call.native.states(kernels[0], *at, of_states, of_parts)
+            call.native.gradients(kernels[1], sizes.most_values, *at, addresses, of_parts, blocks)
+    *others, da = cuda_inputs.sum_parts(call.native, call.kernel("vectors"), parts, (d, dt_bias, a))
     if d_initial_state is not None:
         d_initial_state = d_initial_state.to(initial_state.dtype)
     dx, db, dc, ddt = found
@@ -209,19 +215,29 @@ def _width(K: int) -> int:
 
 
 @functools.cache
-def _segments(sizes: _Sizes, chunks: int, directions: int, multiprocessors: int) -> int:
+def _windows(sizes: _Sizes, chunks: int) -> int:
+    """Parts that the backward goes through one after the other, for room: two tensors of states are there at once."""
+    of_states, of_o = 4 * chunks * sizes.H * sizes.V * sizes.K, 2 * sizes.B * sizes.T * sizes.H * sizes.V
+    return max(1, -(-of_states // max(_MOST_STATES, 2 * of_o)))
+
+
+@functools.cache
+def _segments(sizes: _Sizes, chunks: int, directions: int, windows: int, multiprocessors: int) -> int:
     """Parts that a sequence is cut into: as many as end soonest where blocks run in full waves.
 
     A cut sequence is walked twice, first for what each segment begins with.
     """
-    blocks, each = directions * sizes.blocks, chunks // max(1, sizes.N)
+    sequences = max(1, sizes.N)
+    blocks, each = directions * sizes.blocks // sequences, chunks // sequences
 
     def chunks_run(segments: int) -> float:
-        waves = -(-blocks * segments // multiprocessors)
+        of_window = -(-sequences * segments // windows)
+        waves = windows * -(-blocks * of_window // multiprocessors)
         return waves * (-(-each // segments) + _START) * (_CUT_COST if segments > 1 else 1.0)
 
-    most = max(1, min(_MAX_SEGMENTS, each // _LEAST_SEGMENT, cuda_inputs.MAX_GRID // max(1, sizes.N)))
-    return min(range(1, most + 1), key=chunks_run)
+    most = max(1, min(_MAX_SEGMENTS, each // _LEAST_SEGMENT, cuda_inputs.MAX_GRID // sequences))
+    least = min(most, -(-windows // sequences))
+    return min(range(least, most + 1), key=chunks_run)
 
 
 def spec(dtype: str, width: int, values: int | None, unit: str) -> cubin.Spec:

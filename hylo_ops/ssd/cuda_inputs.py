@@ -31,14 +31,15 @@ def of_heads(numbers: Tensor | None) -> tuple[int, int, int, int, int]:
     return _NONE if numbers is None else (numbers.data_ptr(), NUMBERS[numbers.dtype], 0, 0, numbers.stride(0))
 
 
-def room_for_parts(x: Tensor, chunks: int, heads: int, cu_seqlens: Tensor | None) -> Tensor:
-    """Of the gradients of a, d and dt_bias by chunk. Packed sequences may have fewer chunks than there are places."""
+def room_for_parts(x: Tensor, chunks: int, heads: int, cu_seqlens: Tensor | None, more: int = 0) -> Tensor:
+    """Of the gradients of d, dt_bias and a by chunk, and so many more of the latter. Packed sequences may have fewer
+    chunks than there are places."""
     make = x.new_empty if cu_seqlens is None else x.new_zeros
-    return make((3, chunks, heads), dtype=torch.float32)
+    return make((3 * chunks + more, heads), dtype=torch.float32)
 
 
 def sum_parts(native: Any, kernel: Any, parts: Tensor, given: tuple[Tensor | None, ...]) -> list[Tensor | None]:
-    """Those gradients, of what of the three is given, by either call's `vectors`."""
+    """Those gradients, of what of the three (d, dt_bias, a) is given, by either call's `vectors`."""
     sums = [None if t is None else torch.empty_like(t) for t in given]
     types = [0 if t is None else NUMBERS[t.dtype] for t in sums]
     native.vectors(kernel, parts.data_ptr(), [chunk_inputs.pointer(t) for t in sums], types)

@@ -143,7 +143,7 @@ def backward(grads: list[Tensor], *inputs: Any, cubin_source: str | None = None)
         call.native.set_gradient(d_o.data_ptr())
         call.states(x, [call.first_state, d_final_state], [None, d_initial_state])
         call.gradients(dx, ddt, db, dc, parts)
-    da, *others = cuda_inputs.sum_parts(call.native, call.kernel("vectors"), parts, (a, d, dt_bias))
+    *others, da = cuda_inputs.sum_parts(call.native, call.kernel("vectors"), parts, (d, dt_bias, a))
     if d_initial_state is not None:
         d_initial_state = d_initial_state.to(initial_state.dtype)
     return [result for result in (dx, ddt, da, db, dc, *others, d_initial_state) if result is not None]
