@@ -68,6 +68,7 @@ PYBIND11_MODULE(_C, m) {
 
   using SsdCall = hylo::ssd::ChunkCall;
   m.def("ssd_chains", &hylo::ssd::chains);
+  m.def("ssd_most_windows", &hylo::ssd::most_windows);
   m.def("ssd_chunk_shared_bytes", &hylo::ssd::chunk_shared_bytes);
   m.def("ssd_gradients_shared_bytes", &hylo::ssd::gradients_shared_bytes);
   py::class_<SsdCall>(m, "SsdChunkCall")
@@ -78,7 +79,7 @@ PYBIND11_MODULE(_C, m) {
       .def("set_gradients", &SsdCall::set_gradients)
       .def("begin", &SsdCall::begin, no_gil())
       .def("outputs", &SsdCall::outputs, no_gil())
-      .def("window_chunks", &SsdCall::window_chunks)
+      .def("window_heads", &SsdCall::window_heads)
       .def("owed_rows", &SsdCall::owed_rows)
       .def("states", &SsdCall::states, no_gil())
       .def("gradients", &SsdCall::gradients, no_gil())

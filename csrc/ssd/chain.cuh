@@ -20,11 +20,11 @@ struct Unit {
   __device__ __forceinline__ int column() const { return tile * kTile; }
 };
 
-// Units count through the tiles of a head, then through the heads; past the last one the last one is done again.
+// Units count through the tiles of a head, then through the window's heads; past the last one the last one is done again.
 __device__ __forceinline__ Unit unit_at(const Params& p, int index) {
-  const int tiles = (p.values + kTile - 1) / kTile, last = p.heads * tiles - 1;
+  const int tiles = (p.values + kTile - 1) / kTile, last = p.window.count * tiles - 1;
   const int unit = index < last ? index : last;
-  return {unit / tiles, unit % tiles};
+  return {p.window.first + unit / tiles, unit % tiles};
 }
 
 // One stage of the ring: tiles, and the factors of either chain.
@@ -206,7 +206,7 @@ class Chain {
     if (threadIdx.x % 128 == 0) {
 #pragma unroll
       for (int i = 0; i < kK / kTile; ++i) {
-        copy_box_out(states, state_ + i * kTileSize, i * kTile, unit_.column(), unit_.head, chunk);
+        copy_box_out(states, state_ + i * kTileSize, i * kTile, unit_.column(), unit_.head - p_.window.first, chunk);
       }
       commit_copies_out();
     }

@@ -22,7 +22,7 @@ struct alignas(16) HeadTiles {
   int places[kTileKinds];
   unsigned first, last;
   Chunk chunk;
-  int head;
+  int index, head;  // of the chunk among all
 };
 
 // What a block's warps share beside the tiles. The barriers of the heads, in a ring: `ready` when tiles of tokens and
@@ -46,9 +46,9 @@ class TileTurns {
   __device__ __forceinline__ int size() const { return slots_.size; }
   // Whether the tiles are new with this head, or serve it as the last one.
   __device__ __forceinline__ bool first() const { return within_ == 0; }
-  __device__ __forceinline__ bool last() const { return within_ == slots_.group - 1; }
+  __device__ __forceinline__ bool last() const { return within_ == slots_.turns - 1; }
   // Heads that must be done before the slot is free.
-  __device__ __forceinline__ int before(int turn) const { return turn - (slots_.depth - 1) * slots_.group; }
+  __device__ __forceinline__ int before(int turn) const { return turn - (slots_.depth - 1) * slots_.turns; }
 
   // On to the next head.
   __device__ __forceinline__ void advance() {
@@ -100,6 +100,7 @@ class GradientsBlock {
         shared_.heads[slot].first = first;
         shared_.heads[slot].last = last;
         shared_.heads[slot].chunk = at.chunk;
+        shared_.heads[slot].index = at.index;
         shared_.heads[slot].head = at.head;
       }
       const int bytes = __reduce_add_sync(kAllLanes, states ? 0 : size);
@@ -174,7 +175,13 @@ class GradientsBlock {
       const Tiles tiles = begin(at);
       add_db_or_dc(role, tiles, Factors{factors_at(slot)}, sums_at(slot), d);
       shared_.done[slot].arrive();
-      if (tiles.last(role)) flush(role, d, shared_.heads[slot]);
+      if (!tiles.last(role)) return;
+      if (p_.earlier >> role & 1) add_earlier(role, shared_.heads[slot].index, d);
+      if (p_.later >> role & 1) {
+        leave_sums(role, shared_.heads[slot].index, d);
+      } else {
+        flush(role, d, shared_.heads[slot]);
+      }
     });
     finish_copies();
   }
@@ -194,11 +201,11 @@ class GradientsBlock {
     Place at;
     at.turn = 0;
 #pragma unroll 1
-    for (int item = blockIdx.x; item < p_.chunks * p_.sets; item += gridDim.x) {
-      at.index = p_.common.window.chunk + item / p_.sets;
+    for (int item = blockIdx.x; item < p_.common.chunks * p_.sets; item += gridDim.x) {
+      at.index = item / p_.sets;
       at.chunk = chunk_at(p_.common, at.index);
       if (at.chunk.tokens <= 0) continue;
-      const int first = item % p_.sets * p_.set;
+      const int first = p_.common.window.first + item % p_.sets * p_.set;
 #pragma unroll 1
       for (at.head = first; at.head < first + p_.set; ++at.head, ++at.turn) f(at);
     }
@@ -269,8 +276,8 @@ class GradientsBlock {
       const bool states = kind >= kTilesStates;
       const int column = states ? tile % kWideK * kTile : tile * kTile;
       const int y = states ? tile / kWideK * kTile : at.head / slots.group;
-      copy_box(to + tile * kTileSize, p_.tiles[kind], full, column, y, states ? at.head : at.chunk.begin,
-               states ? at.index - p_.common.window.chunk : at.chunk.batch);
+      copy_box(to + tile * kTileSize, p_.tiles[kind], full, column, y,
+               states ? at.head - p_.common.window.first : at.chunk.begin, states ? at.index : at.chunk.batch);
     }
   }
 
@@ -657,6 +664,35 @@ class GradientsBlock {
       const long long row = static_cast<long long>(chunk.batch) * p.tokens + chunk.begin + token;
       store_number(p.dt.type, p_.ddt, row * p.heads + place.head, which == 0 ? ddt.x : ddt.y);
     }
+  }
+
+  // Calls f(its sums so far, of two neighbours) for all of this thread's.
+  template <class F>
+  __device__ __forceinline__ void each_sum(int role, int chunk, float (&d)[kWideK][32], const F& f) const {
+    const long long of_chunk = static_cast<long long>(role - kMakesDB) * p_.common.chunks + chunk;
+    float2* const sums = reinterpret_cast<float2*>(p_.sums_so_far) + of_chunk * (kWideK * 16 * 128) + threadIdx.x % 128;
+#pragma unroll
+    for (int tile = 0; tile < kWideK; ++tile) {
+#pragma unroll
+      for (int i = 0; i < 16; ++i) {
+        f(d[tile][2 * i], d[tile][2 * i + 1], sums + (tile * 16 + i) * 128);
+        if (i % 4 == 3) asm volatile("" ::: "memory");  // all loads at once would take registers that are not there
+      }
+    }
+  }
+
+  // Adds what the windows before have summed up; leaves that for the next one, and starts anew.
+  __device__ __forceinline__ void add_earlier(int role, int chunk, float (&d)[kWideK][32]) const {
+    each_sum(role, chunk, d, [](float& low, float& high, const float2* at) {
+      const float2 sum = *at;
+      low += sum.x, high += sum.y;
+    });
+  }
+  __device__ __forceinline__ void leave_sums(int role, int chunk, float (&d)[kWideK][32]) const {
+    each_sum(role, chunk, d, [](float& low, float& high, float2* at) {
+      *at = make_float2(low, high);
+      low = high = 0.0f;
+    });
   }
 
   // Sends gradients of a chunk's tokens to their place, and starts anew.

@@ -14,7 +14,7 @@ constexpr int kGradientGates = 2;
 constexpr int kMostGradientTiles = 2;  // of V and of K: wider ones leave no registers for sums over heads
 
 // Of a thread; 512 for a thread of each warpgroup.
-constexpr int kDXRegisters = 168, kDKeyRegisters = 152, kGradientLoaderRegisters = 40;
+constexpr int kDXRegisters = 152, kDKeyRegisters = 160, kGradientLoaderRegisters = 40;
 
 constexpr int kHeadRing = 4;   // heads that warps are apart, at most
 constexpr int kMostDepth = 3;  // of tiles, below that

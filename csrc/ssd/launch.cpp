@@ -33,6 +33,17 @@ Pass pass_named(const std::string& kernel) {
   throw std::invalid_argument("there is no chunked kernel '" + kernel + "'");
 }
 
+// Heads one after the other that are all which share one of x, b, c with one of them.
+int set_of(const Params& p) { return std::lcm(std::lcm(p.x_group, p.b_group), p.c_group); }
+
+// Heads that windows do not divide. A set; but where all heads are one set since they share b or c, those that share what
+// is left: sums over the others can go on in the next window.
+int indivisible(const Params& p) {
+  const auto unless_all = [&](int group) { return group == p.heads ? 1 : group; };
+  const int set = set_of(p);
+  return set < p.heads ? set : std::lcm(std::lcm(p.x_group, unless_all(p.b_group)), unless_all(p.c_group));
+}
+
 // Places of everything in shared memory, in bytes, where tiles of the tokens and of the states have so many slots, but
 // those that serve several heads only one. Returns the end.
 int place_gradients(int values, int width, int of_tokens, int of_states, GradientsParams& p) {
@@ -42,7 +53,7 @@ int place_gradients(int values, int width, int of_tokens, int of_states, Gradien
   int end = 0;
   for (int i = 0; i < kTileKinds; ++i) {
     const int depth = i >= kTilesStates ? of_states : groups[i] > 1 ? 1 : of_tokens;
-    p.slots[i] = {end, depth, sizes[i], groups[i]};
+    p.slots[i] = {end, depth, sizes[i], groups[i], std::min(groups[i], std::max(p.common.window.count, 1))};
     end += depth * sizes[i];
   }
   p.staging = end;
@@ -74,6 +85,12 @@ int chunk_shared_bytes(const std::string& kernel, int width, const Shape& shape)
                   pass_shared(pass, width, slots_of(true, width, shape)));
 }
 
+int most_windows(const Shape& shape) {
+  Params params{};
+  set_shape(params, shape);
+  return std::max(params.heads / indivisible(params), 1);
+}
+
 int gradients_shared_bytes(int values, int width, const Shape& shape) {
   GradientsParams params{};
   params.common.x_group = static_cast<int>(shape[kH] / shape[kHX]);
@@ -101,6 +118,7 @@ ChunkCall::ChunkCall(const std::array<std::uintptr_t, 3>& x_b_c, const std::arra
   params_.cu_seqlens = reinterpret_cast<const int*>(cu_seqlens);
   set_shape(params_, shape);
   params_.chunks = chunks;
+  params_.window = {0, params_.heads};
   params_.segments = segments;
 }
 
@@ -110,27 +128,24 @@ void ChunkCall::set_gradients(std::uintptr_t d_o, std::uintptr_t d_final_state) 
 }
 
 int ChunkCall::owed_rows() const {
-  return static_cast<int>(2 * pieces() * ceil_div(shape_[kV], kTile) * kOwedParts);
-}
-
-int ChunkCall::window_chunks(int windows) const {
-  int most = 0;
-  for (int i = 0; i < windows; ++i) most = std::max(most, window(i + 1, windows).chunk - window(i, windows).chunk);
-  return most;
+  return static_cast<int>(2 * shape_[kN] * params_.segments * ceil_div(shape_[kV], kTile) * kOwedParts);
 }
 
 Window ChunkCall::window(int index, int windows) const {
-  const std::int64_t piece = pieces() * index / windows;
-  if (index == windows) return {static_cast<int>(piece), static_cast<int>(chunks_)};
-  const std::int64_t of_sequence = chunks_ / std::max<std::int64_t>(shape_[kN], 1);  // if there is more than one window
-  const std::int64_t each = ceil_div(of_sequence, params_.segments), segment = piece % params_.segments;
-  const std::int64_t chunk = piece / params_.segments * of_sequence + std::min(segment * each, of_sequence);
-  return {static_cast<int>(piece), static_cast<int>(chunk)};
+  const int each = indivisible(params_), count = params_.heads / each;
+  const int first = count * index / windows, end = count * (index + 1) / windows;
+  return {first * each, (end - first) * each};
+}
+
+int ChunkCall::window_heads(int windows) const {
+  int most = 0;
+  for (int i = 0; i < windows; ++i) most = std::max(most, window(i, windows).count);
+  return most;
 }
 
 void ChunkCall::begin(const Kernel& ends, const Kernel& carry, int directions) const {
   if (params_.segments == 1) return;
-  launch(kEnds, ends, directions, params_, pieces());
+  launch(kEnds, ends, directions, params_);
   PassParams params{params_, {}};
   const std::int64_t blocks = ceil_div(shape_[kV] * shape_[kK], kCarryThreads * kCarryEach);
   carry.launch_early({count(blocks), count(shape_[kH]), count(directions * shape_[kN])}, kCarryThreads, &params, stream_);
@@ -141,33 +156,33 @@ void ChunkCall::outputs(const Kernel& kernel, std::uintptr_t o, std::uintptr_t f
   if (chunks_ > 0) params.o = values_map(o);
   params.o_at = reinterpret_cast<void*>(o);
   params.last_state = reinterpret_cast<float*>(final_state);
-  launch(kOutputs, kernel, 1, params, pieces());
+  launch(kOutputs, kernel, 1, params);
 }
 
 void ChunkCall::states(const Kernel& kernel, int index, int windows, std::uintptr_t states, std::uintptr_t dstates,
                        std::uintptr_t d_initial_state, std::uintptr_t parts) const {
   Params params = params_;
-  const Window next = window(index + 1, windows);
   params.window = window(index, windows);
   if (chunks_ > 0) {
-    params.states[kForth] = states_map(states, next.chunk - params.window.chunk);
-    params.states[kBack] = states_map(dstates, next.chunk - params.window.chunk);
+    params.states[kForth] = states_map(states, params.window.count);
+    params.states[kBack] = states_map(dstates, params.window.count);
   }
   params.first_gradient = reinterpret_cast<float*>(d_initial_state);
   params.owed = reinterpret_cast<float*>(parts) + kHeadParts * chunks_ * shape_[kH];
-  launch(kStates, kernel, 2, params, next.piece - params.window.piece);
+  launch(kStates, kernel, 2, params);
 }
 
 void ChunkCall::gradients(const Kernel& kernel, int values, int index, int windows, std::uintptr_t states,
                           std::uintptr_t dstates, const std::array<std::uintptr_t, 4>& dx_db_dc_ddt,
-                          std::uintptr_t parts, int most_blocks) const {
+                          std::uintptr_t parts, std::uintptr_t sums_so_far, int most_blocks) const {
   if (chunks_ == 0) return;
   GradientsParams params{};
   params.common = params_;
   params.common.window = window(index, windows);
-  params.chunks = window(index + 1, windows).chunk - params.common.window.chunk;
-  const TensorMap tiles[kTileKinds] = {params_.x,   params_.b, params_.c,
-                                       params_.d_o, states_map(states, params.chunks), states_map(dstates, params.chunks)};
+  const int heads = params.common.window.count;
+  const TensorMap tiles[kTileKinds] = {params_.x,   params_.b,
+                                       params_.c,   params_.d_o,
+                                       states_map(states, heads), states_map(dstates, heads)};
   std::copy(std::begin(tiles), std::end(tiles), params.tiles);
   constexpr Dim dims[3][2] = {{kHX, kV}, {kGB, kK}, {kG, kK}};
   for (int i = 0; i < 3; ++i) {
@@ -176,10 +191,16 @@ void ChunkCall::gradients(const Kernel& kernel, int values, int index, int windo
   }
   params.ddt = reinterpret_cast<void*>(dx_db_dc_ddt[3]);
   params.parts = reinterpret_cast<float*>(parts);
-  params.set = std::lcm(std::lcm(params_.x_group, params_.b_group), params_.c_group);
-  params.sets = params_.heads / params.set;
+  params.sums_so_far = reinterpret_cast<float*>(sums_so_far);
+  params.set = std::min(set_of(params_), heads);
+  params.sets = heads / params.set;
   place_gradients(values, width_, params);
-  const std::int64_t items = std::int64_t{params.chunks} * params.sets;
+  for (int i = kTilesB; i <= kTilesC; ++i) {
+    if (params.slots[i].turns == params.slots[i].group) continue;
+    params.earlier |= (index > 0) << i;
+    params.later |= (index + 1 < windows) << i;
+  }
+  const std::int64_t items = std::int64_t{chunks_} * params.sets;
   kernel.launch_early({count(std::min<std::int64_t>(items, most_blocks))}, kGradientThreads, &params, stream_);
 }
 
@@ -189,10 +210,10 @@ void ChunkCall::vectors(const Kernel& kernel, std::uintptr_t parts, const std::a
   kernel.launch_early({count(ceil_div(shape_[kH], 32)), 3}, 32 * kVectorWarps, &params, stream_);
 }
 
-void ChunkCall::launch(Pass pass, const Kernel& kernel, int directions, const Params& params, std::int64_t pieces) const {
+void ChunkCall::launch(Pass pass, const Kernel& kernel, int directions, const Params& params) const {
   PassParams all{params, slots_of(directions > 1, width_, shape_)};
-  const std::int64_t units = shape_[kH] * ceil_div(shape_[kV], kTile);
-  const Grid grid{count(ceil_div(units, chains(width_))), count(pieces), count(directions)};
+  const std::int64_t units = params.window.count * ceil_div(shape_[kV], kTile);
+  const Grid grid{count(ceil_div(units, chains(width_))), count(shape_[kN] * params.segments), count(directions)};
   kernel.launch_early(grid, count(pass_threads(pass, width_)), &all, stream_);
 }
 
@@ -209,10 +230,10 @@ TensorMap ChunkCall::contiguous_map(std::uintptr_t tensor, std::int64_t heads, s
 }
 TensorMap ChunkCall::values_map(std::uintptr_t tensor) const { return contiguous_map(tensor, shape_[kH], shape_[kV]); }
 
-// Boxes of 64 rows of V x 64 columns of K of a contiguous [chunks, H, V, K].
-TensorMap ChunkCall::states_map(std::uintptr_t tensor, std::int64_t chunks) const {
-  const std::int64_t H = shape_[kH], V = shape_[kV], K = shape_[kK];
-  return box_map(tensor, {size(K), size(V), size(H), size(chunks)}, {1, K, V * K, H * V * K}, kTile, kTile, 1);
+// Boxes of 64 rows of V x 64 columns of K of a contiguous [chunks, heads, V, K].
+TensorMap ChunkCall::states_map(std::uintptr_t tensor, std::int64_t H) const {
+  const std::int64_t V = shape_[kV], K = shape_[kK];
+  return box_map(tensor, {size(K), size(V), size(H), size(chunks_)}, {1, K, V * K, H * V * K}, kTile, kTile, 1);
 }
 
 }  // namespace hylo::ssd

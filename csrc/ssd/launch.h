@@ -17,6 +17,9 @@ namespace hylo::ssd {
 int chunk_shared_bytes(const std::string& kernel, int width, const Shape& shape);
 int gradients_shared_bytes(int values, int width, const Shape& shape);
 
+// Parts that a shape's heads come in at most, of the backward.
+int most_windows(const Shape& shape);
+
 // One call of the op, launch by launch: what all of its kernels share is said once. Pointers are of the tensors in
 // params.h, 0 stands for an absent one; all launches are asynchronous, on the caller's stream.
 class ChunkCall {
@@ -40,37 +43,37 @@ class ChunkCall {
   // o and the final state.
   void outputs(const Kernel& kernel, std::uintptr_t o, std::uintptr_t final_state) const;
 
-  // The backward may go through its chunks in windows, one after the other, so that not all states are there at once: at
-  // most the product of N and segments, one only where sequences are packed. The chunks of the largest.
-  int window_chunks(int windows) const;
+  // The backward may go through the heads in windows, one after the other, so that not all states are there at once: at
+  // most most_windows(). The heads of the largest.
+  int window_heads(int windows) const;
 
   // Rows of [H] that `states` leaves: parts of the gradient of a.
   int owed_rows() const;
 
-  // Of a window the states before every chunk, the gradients of those after it, [its chunks, H, V, K]; the gradient of the
-  // initial state; and owed_rows() behind the parts that `gradients` leaves.
+  // Of a window the states before every chunk, the gradients of those after it, [chunks, its heads, V, K]; the gradient of
+  // the initial state; and owed_rows() behind the parts that `gradients` leaves.
   void states(const Kernel& kernel, int index, int windows, std::uintptr_t states, std::uintptr_t dstates,
               std::uintptr_t d_initial_state, std::uintptr_t parts) const;
 
   // Everything else of the window: the gradients of x, b, c and dt, and parts of those of d, dt_bias and a,
   // [3, chunks, H], whose sums over the chunks are meant and which are left as they are where a slot has no chunk.
-  // values: HYLO_V of the kernel.
+  // values: HYLO_V of the kernel. sums_so_far: room for 2 * chunks * 64 * width fp32, where there are more windows than
+  // one and all heads share b or c.
   void gradients(const Kernel& kernel, int values, int index, int windows, std::uintptr_t states, std::uintptr_t dstates,
-                 const std::array<std::uintptr_t, 4>& dx_db_dc_ddt, std::uintptr_t parts, int most_blocks) const;
+                 const std::array<std::uintptr_t, 4>& dx_db_dc_ddt, std::uintptr_t parts, std::uintptr_t sums_so_far,
+                 int most_blocks) const;
 
   // Sums all of those up, into the gradients of d, dt_bias and a: addresses, 0 where not wanted, and types.
   void vectors(const Kernel& kernel, std::uintptr_t parts, const std::array<std::uintptr_t, 3>& sums,
                const std::array<int, 3>& types) const;
 
  private:
-  std::int64_t pieces() const { return shape_[kN] * params_.segments; }
-  // Where a window begins; the one behind the last begins where all end.
   Window window(int index, int windows) const;
-  void launch(Pass pass, const Kernel& kernel, int directions, const Params& params, std::int64_t pieces) const;
+  void launch(Pass pass, const Kernel& kernel, int directions, const Params& params) const;
   TensorMap tokens_map(std::uintptr_t tensor, std::int64_t heads, std::int64_t width, const Strides& strides) const;
   TensorMap contiguous_map(std::uintptr_t tensor, std::int64_t heads, std::int64_t width) const;
   TensorMap values_map(std::uintptr_t tensor) const;
-  TensorMap states_map(std::uintptr_t tensor, std::int64_t chunks) const;
+  TensorMap states_map(std::uintptr_t tensor, std::int64_t heads) const;
 
   Params params_{};
   Shape shape_;

@@ -16,10 +16,9 @@ struct Slots {
   int values, keys, queries;  // 1: one for all chains, 2: one for each
 };
 
-// What a launch of the backward takes, so that its states need not all be there at once: from a sequence's segment (of
-// all, one sequence after the other) and from that one's first chunk on.
+// The heads that a launch takes; in the backward not all, so that their states need not all be there at once.
 struct Window {
-  int piece, chunk;
+  int first, count;
 };
 
 struct Params {
@@ -28,8 +27,8 @@ struct Params {
   TensorMap c;              // [B, T, G, K], the same
   TensorMap d_o;            // [B, T, H, V], the same: the gradient of o
   TensorMap o;              // [B, T, H, V], the same
-  TensorMap states[2];      // [chunks of the window, H, V, K], boxes of 64 rows of V x 64 columns: the state before each
-                            // chunk, and the gradient of the state after it
+  TensorMap states[2];      // [chunks, heads of the window, V, K], boxes of 64 rows of V x 64 columns: the state before
+                            // each chunk, and the gradient of the state after it
   TokenScalar dt;
   Scalar a, d, dt_bias;     // of the heads alone; without memory: none
   void* o_at;               // of `o`, contiguous
@@ -60,9 +59,10 @@ struct PassParams {
   Slots slots;
 };
 
-// Where tiles are in shared memory that serve `group` heads one after the other: so many slots of so many bytes.
+// Where tiles are in shared memory: so many slots of so many bytes. `group` heads have one tile in common, and `turns` of
+// them take it one after the other.
 struct TileSlots {
-  int offset, depth, size, group;
+  int offset, depth, size, group, turns;
 };
 enum TileKind { kTilesX, kTilesB, kTilesC, kTilesDO, kTilesStates, kTilesDStates, kTileKinds };
 
@@ -74,8 +74,10 @@ struct GradientsParams {
   void* gradients[3];         // the same tensors: contiguous, of the shapes and the type of x, b and c
   void* ddt;                  // [B, T, H], contiguous, of dt's type
   float* parts;               // [kHeadParts, chunks, H]
-  int chunks;                 // of the window
-  int set, sets;              // heads of a block: all that share one of x, b, c with one of them; and how many sets
+  float* sums_so_far;         // [2, chunks, K / 64, 16, 128, 2]: accumulators of db and dc, where a window has only some of
+                              // the heads that share b or c
+  int earlier, later;         // kinds of tiles, a bit each, whose gradients other windows add to, before and after this
+  int set, sets;              // heads of a block: all of the window that share one of x, b, c; and how many sets
   TileSlots slots[kTileKinds];
   int staging, pairs, factors, sums;  // where in shared memory
 };

@@ -120,7 +120,7 @@ class PassBlock {
     chain.start(kPass == kEnds ? nullptr : begins_with(unit, back_));
     each_chunk([&](int at, int turn, const Chunk& chunk, int c) {
       const Inputs inputs = stage(at);
-      if constexpr (kPass == kStates) chain.leave_state(p_.states[back_], ring_.segment.first + c - p_.window.chunk);
+      if constexpr (kPass == kStates) chain.leave_state(p_.states[back_], ring_.segment.first + c);
       ring_.stages[at].full.wait(turn & 1);
       if (p_.cu_seqlens != nullptr && chunk.tokens < kChunk) clear_tail(inputs, index, chunk.tokens);
       if constexpr (kPass == kOutputs) {
@@ -206,7 +206,7 @@ class PassBlock {
 
   // Of all sequences, segments and directions.
   __device__ __forceinline__ long long piece(bool back) const {
-    return static_cast<long long>(back) * p_.sequences * p_.segments + p_.window.piece + blockIdx.y;
+    return static_cast<long long>(back) * gridDim.y + blockIdx.y;
   }
   __device__ __forceinline__ long long state(long long of, const Unit& unit) const {
     return (of * p_.heads + unit.head) * p_.values * p_.width;
@@ -283,7 +283,7 @@ __device__ __forceinline__ void pass(const Params& p, const Slots& slots, unsign
   using Block = PassBlock<T, kPass, kK>;
   if (threadIdx.x < 32) {
     if (p.cu_seqlens != nullptr && Block::comes_first(p)) await_kernel_before();
-    const Segment segment = segment_of(p, p.window.piece + blockIdx.y);
+    const Segment segment = segment_of(p, blockIdx.y);
     if (lane() == 0) {
       ring.segment = segment;
       for (Handover& stage : ring.stages) stage.init(1 + 32 * kChains, 128 * (kChains + weighers(kPass)));

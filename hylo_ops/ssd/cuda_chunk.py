@@ -90,11 +90,9 @@ class _Call:
         self.sizes = sizes = _Sizes(B, T, HX, GB, G, H, V, K, N)
         self.device, self.dtype, self.source, self.directions = x.get_device(), x.dtype, source, directions
         self.chunks = chunk_inputs.most_chunks(B, T, cu_seqlens)
-        windows = _windows(sizes, self.chunks) if directions == 2 and cu_seqlens is None else 1
-        segments = 1
-        if not fixed_split:
-            segments = _segments(sizes, self.chunks, directions, windows, _multiprocessors(self.device))
-        self.windows = min(windows, max(1, N * segments))
+        self.windows = _windows(sizes, self.chunks) if directions == 2 else 1
+        multiprocessors = _multiprocessors(self.device)
+        segments = 1 if fixed_split else _segments(sizes, self.chunks, directions, self.windows, multiprocessors)
         ends = totals = None  # room for what each segment adds, which becomes what it begins with
         if segments > 1:
             ends = x.new_empty((directions, N, segments, H, V, K), dtype=torch.float32)
@@ -168,17 +166,20 @@ def backward(grads: list[Tensor], *inputs: Any, cubin_source: str | None = None)
     call.native.set_gradients(d_o.data_ptr(), d_final_state.data_ptr())
     found = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, b, c, dt)]
     parts = cuda_inputs.room_for_parts(x, call.chunks, sizes.H, cu_seqlens, call.native.owed_rows())
-    states = x.new_empty((2, call.native.window_chunks(call.windows), sizes.H, sizes.V, sizes.K))
+    states = x.new_empty((2, call.chunks, call.native.window_heads(call.windows), sizes.V, sizes.K))
+    sums_so_far = None  # of db and dc, where windows go through the heads that share b and c
+    if call.windows > 1 and sizes.H in (sizes.H // sizes.GB, sizes.H // sizes.G):
+        sums_so_far = x.new_empty((2, call.chunks, _COLUMNS, sizes.width), dtype=torch.float32)
     d_initial_state = None if initial_state is None else torch.empty_like(d_final_state)
     if d_final_state.numel():
         call.begin()
         to_states = [t.data_ptr() for t in states]
-        of_states, addresses, of_parts = chunk_inputs.pointer(d_initial_state), [t.data_ptr() for t in found], parts.data_ptr()
-        kernels, blocks = [call.kernel(name) for name in ("states", "gradients")], _multiprocessors(call.device)
+        addresses = [t.data_ptr() for t in found]
+        others = parts.data_ptr(), chunk_inputs.pointer(sums_so_far), _multiprocessors(call.device)
         for window in range(call.windows):
             at = window, call.windows, *to_states
-            call.native.states(kernels[0], *at, of_states, of_parts)
-            call.native.gradients(kernels[1], sizes.most_values, *at, addresses, of_parts, blocks)
+            call.native.states(call.kernel("states"), *at, chunk_inputs.pointer(d_initial_state), others[0])
+            call.native.gradients(call.kernel("gradients"), sizes.most_values, *at, addresses, *others)
     *others, da = cuda_inputs.sum_parts(call.native, call.kernel("vectors"), parts, (d, dt_bias, a))
     if d_initial_state is not None:
         d_initial_state = d_initial_state.to(initial_state.dtype)
@@ -216,9 +217,10 @@ def _width(K: int) -> int:
 
 @functools.cache
 def _windows(sizes: _Sizes, chunks: int) -> int:
-    """Parts that the backward goes through one after the other, for room: two tensors of states are there at once."""
+    """Parts of the heads that the backward takes one after the other, for room: two tensors of states are there at once."""
     of_states, of_o = 4 * chunks * sizes.H * sizes.V * sizes.K, 2 * sizes.B * sizes.T * sizes.H * sizes.V
-    return max(1, -(-of_states // max(_MOST_STATES, 2 * of_o)))
+    most = cubin.native().ssd_most_windows(sizes)
+    return max(1, min(most, -(-of_states // max(_MOST_STATES, 2 * of_o))))
 
 
 @functools.cache
@@ -228,16 +230,14 @@ def _segments(sizes: _Sizes, chunks: int, directions: int, windows: int, multipr
     A cut sequence is walked twice, first for what each segment begins with.
     """
     sequences = max(1, sizes.N)
-    blocks, each = directions * sizes.blocks // sequences, chunks // sequences
+    blocks, each = directions * -(-sizes.blocks // windows), chunks // sequences
 
     def chunks_run(segments: int) -> float:
-        of_window = -(-sequences * segments // windows)
-        waves = windows * -(-blocks * of_window // multiprocessors)
+        waves = windows * -(-blocks * segments // multiprocessors)
         return waves * (-(-each // segments) + _START) * (_CUT_COST if segments > 1 else 1.0)
 
     most = max(1, min(_MAX_SEGMENTS, each // _LEAST_SEGMENT, cuda_inputs.MAX_GRID // sequences))
-    least = min(most, -(-windows // sequences))
-    return min(range(least, most + 1), key=chunks_run)
+    return min(range(1, most + 1), key=chunks_run)
 
 
 def spec(dtype: str, width: int, values: int | None, unit: str) -> cubin.Spec:
