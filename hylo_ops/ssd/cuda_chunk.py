@@ -166,25 +166,30 @@ def backward(grads: list[Tensor], *inputs: Any, cubin_source: str | None = None)
     call.native.set_gradients(d_o.data_ptr(), d_final_state.data_ptr())
     found = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, b, c, dt)]
     parts = cuda_inputs.room_for_parts(x, call.chunks, sizes.H, cu_seqlens, call.native.owed_rows())
-    states = x.new_empty((2, call.chunks, call.native.window_heads(call.windows), sizes.V, sizes.K))
-    sums_so_far = None  # of db and dc, where windows go through the heads that share b and c
-    if call.windows > 1 and sizes.H in (sizes.H // sizes.GB, sizes.H // sizes.G):
-        sums_so_far = x.new_empty((2, call.chunks, _COLUMNS, sizes.width), dtype=torch.float32)
     d_initial_state = None if initial_state is None else torch.empty_like(d_final_state)
     if d_final_state.numel():
         call.begin()
-        to_states = [t.data_ptr() for t in states]
-        addresses = [t.data_ptr() for t in found]
-        others = parts.data_ptr(), chunk_inputs.pointer(sums_so_far), _multiprocessors(call.device)
-        for window in range(call.windows):
-            at = window, call.windows, *to_states
-            call.native.states(call.kernel("states"), *at, chunk_inputs.pointer(d_initial_state), others[0])
-            call.native.gradients(call.kernel("gradients"), sizes.most_values, *at, addresses, *others)
+        _run_windows(call, found, parts, d_initial_state)
     *others, da = cuda_inputs.sum_parts(call.native, call.kernel("vectors"), parts, (d, dt_bias, a))
     if d_initial_state is not None:
         d_initial_state = d_initial_state.to(initial_state.dtype)
     dx, db, dc, ddt = found
     return [result for result in (dx, ddt, da, db, dc, *others, d_initial_state) if result is not None]
+
+
+def _run_windows(call: _Call, found: list[Tensor], parts: Tensor, d_initial_state: Tensor | None) -> None:
+    """States and gradients, one part of the heads after the other in the same room."""
+    x, sizes, kernel = found[0], call.sizes, call.kernel
+    states = x.new_empty((2, call.chunks, call.native.window_heads(call.windows), sizes.V, sizes.K))
+    sums_so_far = None  # of db and dc, where windows go through the heads that share b or c
+    if call.windows > 1 and 1 in (sizes.GB, sizes.G):
+        sums_so_far = x.new_empty((2, call.chunks, _COLUMNS, sizes.width), dtype=torch.float32)
+    addresses, blocks = [t.data_ptr() for t in found], _multiprocessors(call.device)
+    of_parts, of_sums = parts.data_ptr(), chunk_inputs.pointer(sums_so_far)
+    for window in range(call.windows):
+        at = window, call.windows, states[0].data_ptr(), states[1].data_ptr()
+        call.native.states(kernel("states"), *at, chunk_inputs.pointer(d_initial_state), of_parts)
+        call.native.gradients(kernel("gradients"), sizes.most_values, *at, addresses, of_parts, of_sums, blocks)
 
 
 def why_not(
@@ -217,7 +222,7 @@ def _width(K: int) -> int:
 
 @functools.cache
 def _windows(sizes: _Sizes, chunks: int) -> int:
-    """Parts of the heads that the backward takes one after the other, for room: two tensors of states are there at once."""
+    """Parts of the heads that the backward takes one after the other, for room: two tensors of states are there."""
     of_states, of_o = 4 * chunks * sizes.H * sizes.V * sizes.K, 2 * sizes.B * sizes.T * sizes.H * sizes.V
     most = cubin.native().ssd_most_windows(sizes)
     return max(1, min(most, -(-of_states // max(_MOST_STATES, 2 * of_o))))

@@ -199,8 +199,11 @@ def check_gradients(inputs, backend, units=5, **options):
     for name, gradient in found.items():
         assert gradient.dtype == inputs[name].dtype
         assert torch.equal(gradient, again[name]), name
-        # Few numbers, in each of which much cancels: 27 roundings of `a` at 8192 tokens whose gates are slow.
+        # Few numbers, in each of which much cancels: 27 roundings of `a` at 8192 tokens whose gates are slow, if it is
+        # made of states in 16 bits, as on `cuda` it is not.
         factor = 8 if name in VECTORS else 1
+        if name == "a" and backend == "cuda" and dtype != FP32:
+            factor = 0.1
         limit = 1e-5 if dtype == FP32 else units * relative_error(exact[name].to(dtype), exact[name])
         error = relative_error(gradient, exact[name])
         assert error <= factor * limit, f"{name}: {error:.2e}, limit {factor * limit:.2e}"
