@@ -20,7 +20,7 @@ from rich.table import Table
 from bench import record, timing
 from bench.contest import Roofs
 
-STEMS = ["causal_conv1d", "gated_delta_rule", "gated_rms_norm", "mamba2", "ssd"]
+STEMS = ["causal_conv1d", "gated_delta_rule", "gated_rms_norm", "mamba2", "mla_absorb", "ssd"]
 HERE = Path(__file__).parent
 _LOG_WIDTH = 160  # of the table where nobody watches: a log of 80 columns cuts its numbers
 
@@ -111,6 +111,7 @@ def main(arguments: list[str] | None = None) -> None:
         reached = {
             "copy_bytes_per_second": timing.copy_bandwidth(),
             "product_flop_per_second": timing.product_flop_rate(),
+            **getattr(module, "ceilings", dict)(),
         }
         result = {"meta": {**record.meta(options.commit), **reached}, "rows": []}
     roofs = Roofs(result["meta"]["copy_bytes_per_second"], result["meta"]["product_flop_per_second"])

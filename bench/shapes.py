@@ -226,3 +226,83 @@ MAMBA2 = [
     *(MixerCase(f"{name}-8k", 1, 8192, *dims) for name, dims in _MIXERS),
     *(MixerCase(f"{name}-decode-{B}", B, 1, *dims) for name, dims in _MIXERS for B in (1, 32, 256)),
 ]
+
+
+@dataclass(frozen=True)
+class LatentCase:
+    """One new token of each sequence over a paged cache of rows latent | rope, [pages, page, R + E].
+
+    Args:
+        S: cached tokens of each sequence, the new one included; of the longest, where lengths are skewed.
+        nope: width of a head's other part before the key up-projection, which gives the scale.
+        v: width of a head's value after the value up-projection.
+        HK: heads of the up-projections.
+        skewed: lengths from 100 to S, log-uniform.
+        scope: what is timed: the "attention" on latents, the whole "step" of a layer, or a "block" of expanded
+            attention, S tokens against S others, that a prefill is made of.
+    """
+
+    name: str
+    B: int
+    S: int
+    H: int
+    R: int
+    E: int
+    nope: int
+    v: int
+    HK: int = 8
+    skewed: bool = False
+    scope: str = "attention"
+    page: int = 64
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def shape(self) -> dict[str, int | str]:
+        return {"B": self.B, "S": "skewed" if self.skewed else self.S, "H": self.H, "R": self.R, "E": self.E}
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each sequence; skewed ones in an order that is neither rising nor falling."""
+        if not self.skewed:
+            return (self.S,) * self.B
+        order = (i * _STRIDE % self.B for i in range(self.B))
+        return tuple(round(_SHORTEST * (self.S / _SHORTEST) ** (i / (self.B - 1))) for i in order)
+
+
+_SHORTEST, _STRIDE = 100, 29  # the stride has no divisor in common with 64
+# H, R, E, nope, v
+_LATENTS = {
+    "hylo-1b": (32, 128, 32, 32, 64),
+    "hylo-3b": (24, 128, 64, 64, 128),
+    "qwen": (16, 256, 64, 64, 128),
+    "r256-e32": (32, 256, 32, 64, 64),
+    "deepseek-h16": (16, 512, 64, 128, 128),
+    "deepseek-h128": (128, 512, 64, 128, 128),
+}
+_K = 1024
+_LATENT_GRID = [
+    *((1, n * _K) for n in (4, 32, 128, 1024, 2048)),
+    *((32, n * _K) for n in (4, 32, 128)),
+    *((128, n * _K) for n in (4, 32)),
+]
+
+# A cache of "128k" tokens is what the bar calls 131K: 131072.
+MLA_ABSORB = [
+    *(
+        case
+        for name, dims in _LATENTS.items()
+        for case in (
+            *(LatentCase(f"{name}-{B}x{S // _K}k", B, S, *dims) for B, S in _LATENT_GRID),
+            LatentCase(f"{name}-64-skewed", 64, 32 * _K, *dims, skewed=True),
+        )
+    ),
+    *(
+        LatentCase(f"{name}-step-{B}", B, 4 * _K, *_LATENTS[name], scope="step")
+        for name in ("hylo-1b", "hylo-3b")
+        for B in (1, 32)
+    ),
+    LatentCase("hylo-1b-block-64k", 1, 64 * _K, *_LATENTS["hylo-1b"], scope="block"),
+]
+
+# 5 to 19 GB of cache, and as much again for each layout that a peer wants. Run by name only.
+MLA_ABSORB_LARGE = [LatentCase(f"{name}-128x128k", 128, 128 * _K, *dims) for name, dims in _LATENTS.items()]

@@ -4,9 +4,10 @@ A graph is captured on the current stream, which must not be the default one: au
 its forward, and only there can it be captured.
 """
 
+import itertools
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -16,6 +17,23 @@ ROUNDS, FEWEST_ROUNDS = 20, 5
 CALLS_A_ROUND = 20
 HOST_CALLS = 10_000
 _DRAIN_EVERY = 200  # launches; well under the launch queue's depth, so that a call never waits for the device
+
+
+class Rotation:
+    """Calls that take turns, each on memory of its own: with enough of it, none finds in the L2 what it reads.
+
+    `rotate` times whole turns of them.
+    """
+
+    def __init__(self, calls: Sequence[Call]) -> None:
+        self._count = len(calls)
+        self._next = itertools.cycle(calls)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __call__(self) -> object:
+        return next(self._next)()
 
 
 def device_us(call: Call, calls: int) -> float:
@@ -54,7 +72,8 @@ def rotate(calls: Mapping[str, Call], seconds: float) -> dict[str, dict[str, flo
         return results
     for call in calls.values():
         call()  # compiles, autotunes
-    rounds, calls_a_round = plan(sum(device_us(call, 3) for call in calls.values()), seconds)
+    turns = max(len(call) if isinstance(call, Rotation) else 1 for call in calls.values())
+    rounds, calls_a_round = plan(sum(device_us(call, 3) for call in calls.values()), seconds, turns)
     for name, call in calls.items():
         device_us(call, calls_a_round)  # warms up
         results[name] = {"us": None, "graph_us": None}
@@ -93,10 +112,14 @@ def fit_beside(calls: Mapping[str, Call], calls_a_round: int) -> bool:
     return True
 
 
-def plan(sweep_us: float, seconds: float) -> tuple[int, int]:
-    """(rounds, calls a round) that fit the time, where one call of every contestant takes `sweep_us` together."""
+def plan(sweep_us: float, seconds: float, turns: int = 1) -> tuple[int, int]:
+    """(rounds, calls a round) that fit the time, where one call of every contestant takes `sweep_us` together.
+
+    Args:
+        turns: what the calls a round are a multiple of, however many that makes.
+    """
     sweeps = int(seconds * 1e6 / (2 * sweep_us))  # each is run eager and as a graph
-    calls_a_round = min(max(sweeps // ROUNDS, 1), CALLS_A_ROUND)
+    calls_a_round = -(-min(max(sweeps // ROUNDS, 1), CALLS_A_ROUND) // turns) * turns
     return min(max(sweeps // calls_a_round, FEWEST_ROUNDS), ROUNDS), calls_a_round
 
 
@@ -132,6 +155,13 @@ def copy_bandwidth() -> float:
     target = torch.empty_like(source)
     rate = statistics.median(device_us(lambda: target.copy_(source), 5) for _ in range(5))
     return 2 * source.numel() / (rate * 1e-6)
+
+
+def read_bandwidth() -> float:
+    """Bytes a second of a sum over 4 GiB: what a kernel that reads much and writes little has for a roof."""
+    source = torch.ones(1 << 30, dtype=torch.float32, device="cuda")
+    rate = statistics.median(device_us(source.sum, 5) for _ in range(5))
+    return source.nbytes / (rate * 1e-6)
 
 
 def product_flop_rate() -> float:

@@ -34,6 +34,36 @@ class GatedDeltaRuleStep:
     ) -> Tensor | str: ...
     def why_not(self, tensors: tuple[Tensor | None, ...], /) -> str | None: ...
 
+class MlaAbsorb:
+    """Absorbed latent attention, from tensors to its results. What it does not take it answers with the reason.
+
+    The seven tensors are q_nope, q_rope, kv_cache, cache_seqlens, cache_starts, block_table, key_scale; the last three
+    may be None.
+    """
+
+    def __init__(
+        self,
+        torch: ModuleType,
+        load: Callable[[int, str, int, int, int, bool, int, int], Kernel | str],
+        floats: Callable[[int], Tensor],
+        tickets: Callable[[int, int], Tensor],
+        device_type: int = 2,
+    ) -> None: ...
+    def run(
+        self,
+        tensors: tuple[Tensor | None, ...],
+        scale: float,
+        causal: bool,
+        fixed_split: bool,
+        spread: tuple[int, int, int] | None,
+        /,
+    ) -> tuple[Tensor, Tensor] | str: ...
+    @property
+    def direct(self) -> Callable[..., tuple[Tensor, Tensor] | str]:
+        """As below: of the tensors one by one, scale, causal and fixed_split."""
+
+    def why_not(self, tensors: tuple[Tensor | None, ...], /) -> str | None: ...
+
 class SsdStep:
     """The decode step of the scan, from tensors to its result. What it does not take it answers with the reason.
 

@@ -57,6 +57,7 @@ struct Driver {
   int (*cuLaunchKernel)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**,
                         void**);
   int (*cuLaunchKernelEx)(const LaunchConfig*, void*, void**, void**);
+  int (*cuOccupancyMaxActiveClusters)(int*, void*, const LaunchConfig*);
 };
 
 template <class Function>
@@ -84,6 +85,7 @@ Driver open_driver() {
   find(library, "cuTensorMapEncodeTiled", driver.cuTensorMapEncodeTiled);
   find(library, "cuLaunchKernel", driver.cuLaunchKernel);
   find(library, "cuLaunchKernelEx", driver.cuLaunchKernelEx);
+  find(library, "cuOccupancyMaxActiveClusters", driver.cuOccupancyMaxActiveClusters);
   return driver;
 }
 
@@ -182,6 +184,15 @@ void Kernel::launch_clusters(const Grid& grid, unsigned cluster, unsigned thread
   const LaunchAttribute attributes[] = {{kClusterDims, 0, {cluster, 1, 1}}, {kEarly, 0, {1}}};
   const LaunchConfig config{{grid.x, grid.y, grid.z}, {threads, 1, 1}, shared_bytes, stream, attributes, 2};
   check(driver().cuLaunchKernelEx(&config, function_, arguments, nullptr), "cuLaunchKernelEx");
+}
+
+int Kernel::resident_clusters(unsigned cluster, unsigned threads, unsigned shared_bytes) const {
+  const CurrentContext scope(context_);
+  const LaunchAttribute size{kClusterDims, 0, {cluster, 1, 1}};
+  const LaunchConfig config{{cluster, 1, 1}, {threads, 1, 1}, shared_bytes, nullptr, &size, 1};
+  int clusters = 0;
+  check(driver().cuOccupancyMaxActiveClusters(&clusters, function_, &config), "cuOccupancyMaxActiveClusters");
+  return clusters;
 }
 
 int Kernel::registers() const { return attribute(kRegisters); }

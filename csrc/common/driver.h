@@ -33,6 +33,9 @@ class Kernel {
   void launch_clusters(const Grid& grid, unsigned cluster, unsigned threads, unsigned shared_bytes, void* params,
                        void* stream) const;
 
+  // How many such clusters the GPU holds at once while it does nothing else.
+  int resident_clusters(unsigned cluster, unsigned threads, unsigned shared_bytes) const;
+
   int registers() const;    // per thread
   int local_bytes() const;  // per thread: spills and stack
 

@@ -41,6 +41,7 @@ def launch(
     numbers: tuple[Number | tuple[Number, ...], ...],
     constants: tuple[Hashable, ...],
     num_warps: int,
+    num_stages: int | None = None,
 ) -> None:
     """`kernel[grid](*tensors, *numbers, *constants, num_warps=num_warps)` on the current device and stream.
 
@@ -50,16 +51,18 @@ def launch(
         tensors: on the current device; the first is not None.
         numbers: the other arguments that are no constants.
         constants: the kernel's `tl.constexpr` arguments.
+        num_stages: of loops with products; Triton's default if None.
     """
+    options = {"num_warps": num_warps} if num_stages is None else {"num_warps": num_warps, "num_stages": num_stages}
     if _ALWAYS_BIND:
-        kernel[grid](*tensors, *numbers, *constants, num_warps=num_warps)
+        kernel[grid](*tensors, *numbers, *constants, **options)
         return
     kinds = [None if t is None else (t.dtype, t.data_ptr() % _ALIGNMENT == 0) for t in tensors]
     device = tensors[0].device  # type: ignore[union-attr]
-    key = (kernel, device, num_warps, constants, *kinds, *map(_kind_of_number, numbers))
+    key = (kernel, device, num_warps, num_stages, constants, *kinds, *map(_kind_of_number, numbers))
     compiled = _compiled.get(key)
     if compiled is None:
-        _compiled[key] = kernel[grid](*tensors, *numbers, *constants, num_warps=num_warps)
+        _compiled[key] = kernel[grid](*tensors, *numbers, *constants, **options)
     else:
         compiled[grid](*tensors, *numbers, *constants)
 

@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from hylo_ops import checks
+from hylo_ops.backend import Backend
 from hylo_ops.common.sequences import working_dtype
-from hylo_ops.library import define_op, reference_backend
-from hylo_ops.mla_absorb import reference
+from hylo_ops.library import define_op, may_skip_dispatcher, reference_backend
+from hylo_ops.mla_absorb import cuda, reference, triton
 
 
 def mla_absorb(
@@ -57,8 +58,12 @@ def mla_absorb(
         not; deterministic: yes.
     Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1.2 and appendix C.
     """
-    _check(q_nope, q_rope, kv_cache, cache_seqlens, cache_starts, block_table, key_scale)
     tensors = (q_nope, q_rope, kv_cache, cache_seqlens, cache_starts, block_table, key_scale)
+    if (backend is None or backend == "cuda") and may_skip_dispatcher():
+        results = cuda.direct()(*tensors, scale, causal, fixed_split)
+        if not isinstance(results, str):
+            return results if return_lse else results[0]
+    _check(*tensors)
     o, lse = _forward(*tensors, scale, causal, fixed_split, backend)
     return (o, lse) if return_lse else o
 
@@ -100,12 +105,19 @@ def _fake_forward(q_nope: Tensor, q_rope: Tensor, kv_cache: Tensor, *_: object) 
 
 _DIFFERENTIABLE = ("q_nope", "q_rope", "kv_cache", "key_scale")
 
+# Gradients of an inference op are for checks and short distillation runs: every backend's are the reference's.
+_REFERENCE = reference_backend(reference.mla_absorb, _DIFFERENTIABLE)
+
 _forward = define_op(
     "mla_absorb",
     "(Tensor q_nope, Tensor q_rope, Tensor kv_cache, Tensor cache_seqlens, Tensor? cache_starts, "
     "Tensor? block_table, Tensor? key_scale, float scale, bool causal, bool fixed_split, str? backend) "
     "-> (Tensor, Tensor)",
-    backends=[reference_backend(reference.mla_absorb, _DIFFERENTIABLE)],
+    backends=[
+        Backend("cuda", cuda.why_not, cuda.forward, _REFERENCE.backward),
+        Backend("triton", triton.why_not, triton.forward, _REFERENCE.backward),
+        _REFERENCE,
+    ],
     fake=_fake_forward,
     differentiable=_DIFFERENTIABLE,
 )

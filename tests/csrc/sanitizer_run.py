@@ -6,11 +6,13 @@ import torch
 
 from hylo_ops.gated_delta_rule import cuda_chunk, cuda_recurrent
 from hylo_ops.gated_rms_norm import cuda as gated_rms_norm
+from hylo_ops.mla_absorb import cuda as mla_absorb
 from hylo_ops.ssd import cuda_chunk as ssd_chunk
 from tests.csrc import gated_rms_norm_cases
 from tests.ops import (
     gated_delta_rule_cases,
     gated_delta_rule_fp32_cases,
+    mla_absorb_cuda_cases,
     ssd_cases,
     ssd_plain_cases,
     ssd_step_cases,
@@ -104,9 +106,23 @@ def run_ssd_steps() -> int:
     return len(cases)
 
 
+def run_mla_absorb() -> int:
+    """Sequences cut between blocks, clusters and pieces, and whole; every number of query rows a tile."""
+    cases = [*mla_absorb_cuda_cases.EMULATED]
+    cases += [mla_absorb_cuda_cases.Case(128, 32, H, (500, 3, 0, 2200)) for H in (8, 16, 24, 32, 48, 64, 128)]
+    for case in cases:
+        x = case.inputs("cuda")
+        inputs = [x[name] for name in mla_absorb_cuda_cases.NAMES]
+        o, _ = mla_absorb.forward(
+            *inputs, mla_absorb_cuda_cases.SCALE, case.causal, case.fixed_split, spread=case.spread
+        )
+        assert torch.isfinite(o.cpu()).all(), case.name
+    return len(cases)
+
+
 def main() -> None:
     of_gated_delta_rule = run_gated_delta_rule, run_gated_delta_rule_in_fp32
-    runs = run_gated_rms_norm, *of_gated_delta_rule, run_ssd, run_ssd_on_cuda_cores, run_ssd_steps
+    runs = run_gated_rms_norm, *of_gated_delta_rule, run_ssd, run_ssd_on_cuda_cores, run_ssd_steps, run_mla_absorb
     print(f"{sum(run() for run in runs)} cases launched")
 
 

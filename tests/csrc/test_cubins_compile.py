@@ -12,6 +12,7 @@ import torch
 from hylo_ops import cubin
 from hylo_ops.cubin import Spec
 from hylo_ops.gated_rms_norm.cuda import BACKWARD_KERNELS, DWEIGHT_KERNEL, KERNEL, MAX_WIDTH
+from hylo_ops.mla_absorb import cuda as mla_absorb
 from hylo_ops.ssd import cuda_chunk, cuda_mamba2, cuda_plain, cuda_recurrent
 from tests.csrc.emulator.run_ssd_step import spec_of
 from tests.ops.ssd_step_cases import Case, Mamba2Case
@@ -185,6 +186,23 @@ OTHER_MAMBA2_STEPS = [
         ("bf16", "bf16", "fp32", "bf16", 16, 4, 512, 8),
     )
 ]
+MLA_ABSORB = [
+    mla_absorb.spec(dtype, *dims)
+    for dtype in HALVES
+    for dims in (
+        (128, 32, 32, False),
+        (128, 64, 24, False),
+        (256, 32, 32, False),
+        (256, 64, 16, False),
+        (256, 64, 16, True),
+        (512, 64, 16, False),
+        (512, 64, 32, False),
+    )
+]
+# Where each number of query rows takes most registers.
+OTHER_MLA_ABSORB = [
+    mla_absorb.spec("bf16", *dims) for dims in ((128, 64, 64, True), (256, 64, 48, True), (448, 64, 32, True))
+]
 PUBLISHED_BLOCKS = [  # heads, V, K; of x, b and c; norms: HyLo's, then Mamba2's
     (32, 64, 64, (8, 8, 32), 32),
     (24, 128, 128, (8, 8, 24), 24),
@@ -308,6 +326,26 @@ def test_the_build_packaged_the_decode_steps_of_ssd(tmp_path):
         assert {f.name for f in packaged.glob(f"ssd-{unit}-*")} == {cubin.packaged_path(s).name for s in listed}
         for spec in listed:
             check_ssd_step(spec, cubin.packaged_path(spec).read_bytes(), tmp_path)
+
+
+def check_mla_absorb(code: bytes, folder: Path) -> None:
+    used = resources(code, folder, mla_absorb.KERNEL)
+    assert used["STACK"] == used["LOCAL"] == 0
+    assert used["REG"] == 168  # all that 384 threads have, to be dealt out anew
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("listed", OTHER_MLA_ABSORB, ids=lambda s: s.file_name("nvrtc"))
+def test_nvrtc_compiles_mla_absorb(listed, tmp_path):
+    check_mla_absorb(cubin.compile_nvrtc(listed), tmp_path)
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed, so no cubin is packaged")
+def test_the_build_packaged_mla_absorb(tmp_path):
+    packaged = cubin.packaged_path(MLA_ABSORB[0]).parent
+    assert {f.name for f in packaged.glob("mla_absorb-*")} == {cubin.packaged_path(s).name for s in MLA_ABSORB}
+    for spec in MLA_ABSORB:
+        check_mla_absorb(cubin.packaged_path(spec).read_bytes(), tmp_path)
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed, so no cubin is packaged")

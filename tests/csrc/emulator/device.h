@@ -38,6 +38,7 @@ void emulated_cluster_arrive();
 void emulated_cluster_wait();
 void emulated_await_zero(const unsigned long long* number);
 unsigned char* emulated_dynamic_shared(int block);
+unsigned emulated_cluster_size();
 
 // The value of another lane, or this one's where there is no such lane. Whole warps call it.
 unsigned long long emulated_shuffle(unsigned long long value, int from);
@@ -55,6 +56,11 @@ To same_bits(From from) {
 inline unsigned __umulhi(unsigned x, unsigned y) { return static_cast<unsigned long long>(x) * y >> 32; }
 inline int max(int x, int y) { return x > y ? x : y; }
 inline int min(int x, int y) { return x < y ? x : y; }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline float __fmul_rn(float x, float y) { return x * y; }
+inline float __fadd_rn(float x, float y) { return x + y; }
+inline void __syncwarp() {}
+inline float __int_as_float(int x) { return same_bits<float>(x); }
 inline float __uint_as_float(unsigned x) { return same_bits<float>(x); }
 inline unsigned __float_as_uint(float x) { return same_bits<unsigned>(x); }
 

@@ -9,6 +9,8 @@
 
 #include "device.h"
 
+#include "common/copy_engine.cuh"
+
 namespace {
 
 using Run = void (*)(const void*);
@@ -28,6 +30,7 @@ struct LaunchConfig {
 };
 constexpr size_t kStackBytes = 64 * 1024;
 constexpr unsigned kNever = ~0u;
+constexpr int kResident = 3;  // clusters
 
 using Kernels = std::map<std::string, Run>;  // of a cubin, by symbol
 
@@ -203,6 +206,8 @@ unsigned char* emulated_dynamic_shared(int block) {
   return shared_of_blocks[block < 0 ? fibers[current].block : block].data();
 }
 
+unsigned emulated_cluster_size() { return static_cast<unsigned>(shared_of_blocks.size()); }
+
 unsigned long long emulated_shuffle(unsigned long long value, int from) {
   fibers[current].exchanged = value;
   meet_warp();
@@ -228,7 +233,17 @@ int cuCtxPushCurrent_v2(void* context) { return current_context = context, 0; }
 int cuCtxPopCurrent_v2(void** out) { return *out = current_context, current_context = nullptr, 0; }
 int cuFuncGetAttribute(int* out, int, void*) { return *out = 0, 0; }
 int cuFuncSetAttribute(void*, int, int) { return 0; }
-int cuTensorMapEncodeTiled() { return kNotFound; }  // there is no copy engine here
+int cuTensorMapEncodeTiled(hylo::TensorMap* out, int, unsigned, void* tensor, const unsigned long long* sizes,
+                           const unsigned long long* strides, const unsigned* box, const unsigned*, int, int, int, int) {
+  hylo::EmulatedMap map{static_cast<const unsigned short*>(tensor), {}, {1}, {}};
+  for (int i = 0; i < 4; ++i) {
+    map.sizes[i] = static_cast<long long>(sizes[i]);
+    map.box[i] = static_cast<int>(box[i]);
+    if (i > 0) map.strides[i] = static_cast<long long>(strides[i - 1]) / 2;
+  }
+  memcpy(out, &map, sizeof(map));
+  return 0;
+}
 int cuModuleLoadData(void** out, const void* image) {
   const auto found = cubins().find(static_cast<const char*>(image));
   if (found == cubins().end()) return kNotFound;
@@ -255,5 +270,8 @@ int cuLaunchKernelEx(const LaunchConfig* launch, void* function, void** argument
   if (grid.x % cluster != 0) return kInvalid;
   return run_grid(reinterpret_cast<Run>(function), grid, cluster, launch->threads[0], launch->shared_bytes,
                   arguments[0]);
+}
+int cuOccupancyMaxActiveClusters(int* clusters, void*, const LaunchConfig*) {
+  return *clusters = kResident, 0;
 }
 }

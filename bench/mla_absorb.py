@@ -1,0 +1,267 @@
+"""Absorbed latent attention alone, inside a whole decode step of a layer, and the block that a prefill is made of."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+import hylo_ops
+from bench import contest, timing
+from bench.contest import Contestant, Results, Roofs, Work
+from bench.peers import mla_absorb as peers
+from bench.peers.mla_absorb import Attention, AttentionForm, LatentCache, Step, StepInputs
+from bench.shapes import MLA_ABSORB, MLA_ABSORB_LARGE, LatentCase
+from bench.timing import Call, Rotation
+from hylo_ops.testing import DTYPE_NAMES, relative_error
+
+CASES = {case.name: case for case in MLA_ABSORB}
+EXTRA_CASES = {case.name: case for case in MLA_ABSORB_LARGE}
+PEERS = [*peers.FORMS, "torch_cudnn"]
+BACKENDS = ["cuda", "triton"]
+PASSES = {"attention": "decode", "step": "layer", "block": "forward"}
+SECONDS = 0.6  # of the clocks, a row
+# Further from float64 than this is another function: fused kernels leave 2e-3 to 3e-3, eager ones up to 1e-2.
+MAX_ERROR = 5e-2
+COLD_BYTES = 256 << 20  # of copies of the cache, that calls take in turn; an H200's L2 has 50 MB
+HOST_TOKENS = 4096  # up to so many cached tokens a call's time on the host is of interest
+CHECKED_QUERIES = 128  # of a block of expanded attention
+
+
+def ceilings() -> dict[str, float]:
+    """For the result file, beside the roofs that every stem has."""
+    return {"read_bytes_per_second": timing.read_bandwidth()}
+
+
+def draw_cache(case: LatentCase, generator: torch.Generator) -> LatentCache:
+    """Copies of one cache, whose pages lie in random order; what lies behind a sequence's end is drawn, too."""
+    device = generator.device
+    counts = [-(-length // case.page) for length in case.lengths]
+    order = torch.randperm(sum(counts), generator=generator, device=device).int()
+    block_table = torch.zeros(case.B, max(counts), dtype=torch.int32, device=device)
+    for pages, found in zip(block_table, order.split(counts), strict=True):
+        pages[: len(found)] = found
+    shape = sum(counts), case.page, case.R + case.E
+    first = normal_numbers(case, generator)(shape)
+    return LatentCache(
+        copies=(first, *(first.clone() for _ in range(-(-COLD_BYTES // first.nbytes) - 1))),
+        lengths=case.lengths,
+        cache_seqlens=torch.tensor(case.lengths, dtype=torch.int32, device=device),
+        block_table=block_table,
+        H=case.H,
+        R=case.R,
+        E=case.E,
+        scale=(case.nope + case.E) ** -0.5,
+    )
+
+
+def seeded(device: str = "cuda") -> torch.Generator:
+    return torch.Generator(device=device).manual_seed(0)
+
+
+def normal_numbers(case: LatentCase, generator: torch.Generator) -> Callable[..., Tensor]:
+    """What draws a tensor of a shape."""
+    return partial(torch.randn, generator=generator, dtype=case.dtype, device=generator.device)
+
+
+def work(case: LatentCase) -> Work:
+    """The counts of the agreed cost model ("MLA kernels on Hopper", section 2), without partial results.
+
+    A multiply and an add are 2 FLOP. Of a cached token: 2 H (2 R + E) FLOP, R + E numbers read once for all heads. Of a
+    sequence: H (2 R + E) numbers of queries and output. A step has instead those before and behind the up-projections,
+    both of these once, 2 H R (nope + v) FLOP, cos and sin, and the new row read and written. Bytes are the true ones,
+    also for those who read padding.
+    """
+    size, tokens, row = case.dtype.itemsize, sum(case.lengths), case.R + case.E
+    flop = 2 * tokens * case.H * (case.R + row)
+    if case.scope == "block":
+        width = case.nope + case.E
+        moved = size * case.B * case.S * case.H * 2 * (width + case.v)
+        return Work(bytes=moved, flop=2 * case.B * case.H * case.S**2 * (width + case.v))
+    if case.scope == "attention":
+        return Work(bytes=size * (tokens * row + case.B * case.H * (case.R + row)), flop=flop)
+    weights = case.HK * case.R * (case.nope + case.v)
+    of_sequence = case.H * (case.nope + case.E + case.v) + 2 * row + 2 * case.E
+    old_rows = (tokens - case.B) * row
+    return Work(
+        bytes=size * (old_rows + weights + case.B * of_sequence),
+        flop=flop + 2 * case.B * case.H * case.R * (case.nope + case.v),
+    )
+
+
+def our_attention(backend: str, cache: LatentCache) -> Attention:
+    lengths: dict[str, Any] = {"cache_seqlens": cache.cache_seqlens, "block_table": cache.block_table}
+
+    def attend(queries: tuple[Tensor, Tensor], copy: Tensor) -> Tensor:
+        o = hylo_ops.mla_absorb(*queries, copy, **lengths, scale=cache.scale, backend=backend)
+        assert isinstance(o, Tensor)
+        return o
+
+    return Attention(cache.copies, cache.slots, lambda *queries: queries, attend)
+
+
+def our_step(backend: str, inputs: StepInputs) -> Step:
+    i, cache = inputs, inputs.cache
+    options: dict[str, Any] = {"cache_seqlens": cache.cache_seqlens, "block_table": cache.block_table}
+    options |= {"position": cache.position, "cos": i.cos, "sin": i.sin, "scale": cache.scale, "backend": backend}
+
+    def call(copy: Tensor) -> Tensor:
+        return hylo_ops.fused.mla_step(i.q_nope, i.q_rope, i.kv_new, i.w_uk, i.w_uv, copy, **options)
+
+    return Step(cache.copies, cache.slots, call)
+
+
+def eager_step(form: AttentionForm, inputs: StepInputs) -> Step:
+    attention = form(inputs.cache)
+    return Step(attention.copies, attention.slots, partial(peers.eager_step, attention, inputs))
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Who takes part in a scope, ours by backend and the peers by name, and what float64 gives."""
+
+    ours: Callable[[str], Contestant]
+    peers: Mapping[str, Contestant]
+    exact: Results
+
+
+def attention_sides(case: LatentCase) -> Sides:
+    generator = seeded()
+    cache, normal = draw_cache(case, generator), normal_numbers(case, generator)
+    queries = normal(case.B, 1, case.H, case.R), normal(case.B, 1, case.H, case.E)
+
+    def contestant(form: AttentionForm) -> Contestant:
+        def check() -> Results:
+            attention = form(cache)
+            return {"o": attention.attend(attention.pack(*queries), attention.copies[0])}
+
+        def start() -> Call:
+            attention = form(cache)
+            packed = attention.pack(*queries)
+            return Rotation([partial(attention.attend, packed, copy) for copy in attention.copies])
+
+        return Contestant(check=check, start=start)
+
+    # queries in float64 make the reference compute so, slice by slice of the cache as it is: 2M tokens fit
+    exact = our_attention("reference", cache).attend((queries[0].double(), queries[1].double()), cache.copies[0])
+    return Sides(
+        ours=lambda name: contestant(partial(our_attention, name)),
+        peers={name: contestant(form) for name, form in peers.FORMS.items()},
+        exact={"o": exact},
+    )
+
+
+def draw_step(case: LatentCase) -> StepInputs:
+    generator = seeded()
+    cache, normal = draw_cache(case, generator), normal_numbers(case, generator)
+    angle = normal(case.B, 1, case.E // 2).float().repeat(1, 1, 2) * torch.pi
+    return StepInputs(
+        cache=cache,
+        q_nope=normal(case.B, 1, case.H, case.nope),
+        q_rope=normal(case.B, 1, case.H, case.E),
+        kv_new=normal(case.B, 1, case.R + case.E),
+        w_uk=normal(case.HK, case.nope, case.R) * case.nope**-0.5,
+        w_uv=normal(case.HK, case.v, case.R) * case.R**-0.5,
+        cos=angle.cos().to(case.dtype),
+        sin=angle.sin().to(case.dtype),
+    )
+
+
+def step_sides(case: LatentCase) -> Sides:
+    inputs = draw_step(case)
+
+    def contestant(begin: Callable[[], Step]) -> Contestant:
+        def start() -> Call:
+            step = begin()
+            return Rotation([partial(step.call, copy) for copy in step.copies])
+
+        return Contestant(check=lambda: step_results(begin(), case.R + case.E), start=start)
+
+    doubles = inputs.double()
+    return Sides(
+        ours=lambda name: contestant(partial(our_step, name, inputs)),
+        peers={name: contestant(partial(eager_step, form, inputs)) for name, form in peers.FORMS.items()},
+        exact=step_results(our_step("reference", doubles), case.R + case.E),
+    )
+
+
+def step_results(step: Step, width: int) -> Results:
+    """What a step gives, and the row it writes to its first copy, where NaN stood."""
+    rows = step.copies[0].flatten(0, 1)[:, :width]
+    rows[step.slots] = torch.nan
+    return {"o": step.call(step.copies[0]), "row": rows[step.slots]}
+
+
+def block_sides(case: LatentCase) -> Sides:
+    """Expanded attention of a chunk of queries over a slice of keys as long, all before it: nothing is masked."""
+    normal = normal_numbers(case, seeded())
+    widths = case.nope + case.E, case.nope + case.E, case.v
+    q, k, v = (normal(case.B, case.H, case.S, width) for width in widths)
+    scale = (case.nope + case.E) ** -0.5
+    checked = q[:, :, :CHECKED_QUERIES].double()
+    exact = torch.cat(
+        [
+            (scale * checked[:, h] @ k[:, h].double().mT).softmax(-1) @ v[:, h].double()  # [B, queries, v]
+            for h in range(case.H)
+        ],
+        dim=1,
+    ).view(case.B, case.H, -1, case.v)
+
+    def check() -> Results:
+        return {"o": peers.cudnn_attention(q, k, v, scale)()[:, :, :CHECKED_QUERIES]}
+
+    def absent() -> NoReturn:
+        raise NotImplementedError("hylo_ops.fused has no function for a slice of a prefill")
+
+    return Sides(
+        ours=lambda name: Contestant(check=absent, start=absent),
+        peers={"torch_cudnn": Contestant(check=check, start=lambda: peers.cudnn_attention(q, k, v, scale))},
+        exact={"o": exact},
+    )
+
+
+SCOPES = {"attention": attention_sides, "step": step_sides, "block": block_sides}
+
+
+def run(case: LatentCase, backends: list[str], chosen_peers: list[str], roofs: Roofs) -> Iterator[dict[str, Any]]:
+    """One row for each backend; correctness first, then the clocks.
+
+    Raises:
+        AssertionError: a backend of ours computes something else than the float64 reference.
+    """
+    sides = SCOPES[case.scope](case)
+
+    def accept(results: Results) -> None:
+        for name, result in results.items():
+            error = relative_error(result, sides.exact[name])
+            assert error <= MAX_ERROR, f"{case.name}: error {error:.1e} of {name}"
+
+    ours = contest.prepare_ours({name: sides.ours(name) for name in backends}, sides.exact, accept)
+    chosen = {name: contestant for name, contestant in sides.peers.items() if name in chosen_peers}
+    others = contest.prepare_peers(chosen, sides.exact, MAX_ERROR)
+    common = {
+        "case": case.name,
+        "shape": case.shape,
+        "dtype": DTYPE_NAMES[case.dtype],
+        "state_dtype": DTYPE_NAMES[case.dtype],
+        "gates": "-",
+        "pass": PASSES[case.scope],
+        "scope": case.scope,
+        "tokens": sum(case.lengths),
+        "page": case.page,
+    }
+    host = case.B == 1 and case.S <= HOST_TOKENS
+    needed = work(case)
+    for row in contest.rows(common, ours, others, needed, roofs, seconds=SECONDS, host=host):
+        entries = {name: with_rates(entry, needed) for name, entry in row["peers"].items()}
+        yield with_rates({**row, "peers": entries}, needed)
+
+
+def with_rates(entry: dict[str, Any], needed: Work) -> dict[str, Any]:
+    """With bytes and FLOP a second of what was timed, by the same counts for all."""
+    if "missing" in entry:
+        return entry
+    seconds = 1e-6 * contest.best_us(entry)
+    return {**entry, "bytes_per_second": needed.bytes / seconds, "flop_per_second": needed.flop / seconds}

@@ -1,0 +1,147 @@
+#include "bindings/mla_absorb.h"
+
+#include <tuple>
+#include <utility>
+
+#include "bindings/positional.h"
+
+namespace py = pybind11;
+
+namespace hylo {
+namespace {
+
+using mla_absorb::Dims;
+using mla_absorb::Inputs;
+using mla_absorb::Kind;
+using mla_absorb::Plan;
+using mla_absorb::Spread;
+
+constexpr const char* kUnseen = "a tensor has no memory to be seen";
+
+bool read_scale(py::handle from, float& out) {
+  if (!PyFloat_Check(from.ptr()) && !PyLong_Check(from.ptr())) return false;
+  const double number = PyFloat_AsDouble(from.ptr());
+  if (number == -1.0 && PyErr_Occurred()) throw py::error_already_set();
+  out = static_cast<float>(number);
+  return true;
+}
+
+Spread read_spread(py::handle from) {
+  if (from.is_none()) return {};
+  const auto [cluster, alone, least] = from.cast<std::tuple<int, int, int>>();
+  const bool power = cluster > 0 && (cluster & (cluster - 1)) == 0;
+  if (!power || cluster > mla_absorb::kMaxCluster || alone < 0 || least < 1) {
+    throw py::value_error("spread must be a power of two up to 16, and numbers of tiles");
+  }
+  return {cluster, alone, least};
+}
+
+}  // namespace
+
+MlaAbsorb::MlaAbsorb(const py::module_& torch, py::object load, py::object floats, py::object tickets, int device_type)
+    : torch_(torch),
+      load_(std::move(load)),
+      make_floats_(std::move(floats)),
+      tickets_(std::move(tickets)),
+      device_type_(device_type) {}
+
+py::object MlaAbsorb::run(const py::tuple& tensors, py::handle scale, bool causal, bool fixed_split,
+                          py::handle spread) {
+  return launch(TorchTensors::items<kTensors>(tensors), scale, causal, fixed_split, read_spread(spread), false);
+}
+
+py::object MlaAbsorb::direct(PyObject* const* arguments, Py_ssize_t count) {
+  if (count != kTensors + 3) throw py::type_error("ten arguments are expected");
+  PyObject* const* const options = arguments + kTensors;
+  if (!PyBool_Check(options[1]) || !PyBool_Check(options[2])) return py::str("causal or fixed_split is no bool");
+  return launch(arguments, options[0], options[1] == Py_True, options[2] == Py_True, {}, true);
+}
+
+py::object MlaAbsorb::launch(PyObject* const* tensors, py::handle scale, bool causal, bool fixed_split, Spread spread,
+                             bool direct) {
+  Inputs inputs{};
+  mla_absorb::Options options{0.0f, causal, fixed_split};
+  const std::string reason = view(tensors, direct, inputs);
+  if (!reason.empty()) return py::str(reason);
+  if (!read_scale(scale, options.scale)) return py::str("scale is no number");
+  const Kind kind = kind_of(inputs);
+  const Kernels::Loaded& found = loaded(kind);
+  if (found.kernel == nullptr) return found.found;
+
+  const Tensor& q = inputs.q_nope;
+  const py::handle fp32 = floats(q.device);
+  py::object o = torch_.empty_like(tensors[0], q), partial, tickets;
+  py::object lse = torch_.empty(fp32, {q.shape[0], q.shape[1], q.shape[2]});
+  if (q.shape[0] == 0 || q.shape[1] == 0 || q.shape[2] == 0) return py::make_tuple(o, lse);
+  if (spread.cluster == 0) spread = spread_of(inputs, fixed_split);
+  int clusters = resident(*found.kernel, kind.dims, spread.cluster);
+  // The GPU may have no group of multiprocessors that large.
+  for (; clusters == 0 && spread.cluster > 1; clusters = resident(*found.kernel, kind.dims, spread.cluster)) {
+    spread.cluster /= 2;
+  }
+  const Plan plan = plan_of(inputs, spread, clusters, fixed_split);
+
+  Tensor seen_o, seen_lse, seen_partial{}, seen_tickets{};
+  bool seen = torch_.view(o, seen_o) && torch_.view(lse, seen_lse);
+  if (plan.numbers > 0) {
+    partial = torch_.empty(fp32, {plan.numbers});
+    tickets = tickets_(plan.tickets, q.device);
+    seen = seen && torch_.view(partial, seen_partial) && torch_.view(tickets, seen_tickets);
+  }
+  if (!seen) return py::str("what torch allocates cannot be seen");
+  mla_absorb::launch(*found.kernel, inputs, options, plan, seen_o.data, seen_lse.data, seen_partial.data,
+                     seen_tickets.data, torch_.stream(q));
+  return py::make_tuple(std::move(o), std::move(lse));
+}
+
+py::object MlaAbsorb::why_not(const py::tuple& tensors) {
+  Inputs inputs{};
+  const std::string reason = view(TorchTensors::items<kTensors>(tensors), false, inputs);
+  if (!reason.empty()) return py::str(reason);
+  const Kernels::Loaded& found = loaded(kind_of(inputs));
+  return found.kernel == nullptr ? found.found : py::none();
+}
+
+std::string MlaAbsorb::view(PyObject* const* tensors, bool direct, Inputs& x) const {
+  Tensor* const views[] = {&x.q_nope, &x.q_rope, &x.cache, &x.lengths, &x.starts, &x.table, &x.scales};
+  constexpr int kAlways = 4;
+  bool there[kTensors];
+  if (!torch_.view(tensors, direct, kAlways, views, there)) return kUnseen;
+  x.has_starts = there[4];
+  x.paged = there[5];
+  x.scaled = there[6];
+  return mla_absorb::why_not(x, device_type_);
+}
+
+const MlaAbsorb::Kernels::Loaded& MlaAbsorb::loaded(const Kind& kind) {
+  return kernels_.find(kind, [this](const Kind& of) {
+    const Dims& d = of.dims;
+    return load_(of.device, build_name(of.type), d.R, d.E, d.N, d.scaled, shared_size(d), mla_absorb::kMaxCluster);
+  });
+}
+
+int MlaAbsorb::resident(const Kernel& kernel, const Dims& dims, int cluster) {
+  for (const Resident& known : resident_) {
+    if (known.kernel == &kernel && known.cluster == cluster) return known.clusters;
+  }
+  const auto shared = static_cast<unsigned>(shared_size(dims));
+  const int clusters = kernel.resident_clusters(static_cast<unsigned>(cluster), mla_absorb::kThreads, shared);
+  resident_.push_back({&kernel, cluster, clusters});
+  return clusters;
+}
+
+py::handle MlaAbsorb::floats(int device) {
+  const auto known = floats_.find(device);
+  return known != floats_.end() ? known->second : floats_.emplace(device, make_floats_(device)).first->second;
+}
+
+void define_mla_absorb(py::module_& m) {
+  py::class_<MlaAbsorb>(m, "MlaAbsorb")
+      .def(py::init<const py::module_&, py::object, py::object, py::object, int>(), py::arg("torch"), py::arg("load"),
+           py::arg("floats"), py::arg("tickets"), py::arg("device_type") = kCuda)
+      .def("run", &MlaAbsorb::run)
+      .def_property_readonly("direct", &positional_function<MlaAbsorb, &MlaAbsorb::direct>)
+      .def("why_not", &MlaAbsorb::why_not);
+}
+
+}  // namespace hylo

@@ -1,0 +1,115 @@
+// Absorbed latent attention of few new tokens, one launch. A translation unit of its own: the build passes HYLO_T (type
+// of queries, cache and o: bf16, fp16), HYLO_R, HYLO_E, HYLO_N (query rows of a tile) and HYLO_SCALED (key scales in
+// the rows of the cache).
+//
+// Blocks along x are clusters that share the cached tokens, those along y have tiles of query rows of their own.
+#include "common/cluster.cuh"
+#include "common/dependent.cuh"
+#include "mla_absorb/loaders.cuh"
+#include "mla_absorb/merge.cuh"
+
+namespace hylo::mla_absorb {
+
+template <class T, int kR, int kE, int kN, bool kScaled>
+class Block {
+ public:
+  static constexpr Dims kDims{kR, kE, kN, kScaled};
+  static constexpr Room kRoom = room(kDims);
+  static_assert(kRoom.stages > 0, "too wide for shared memory");
+  static_assert(sizeof(Shared<kN>) <= kSmallShared, "more than is kept free");
+
+  __device__ __forceinline__ Block(const Params& p, unsigned char* shared)
+      : p_(p),
+        stages_(shared),
+        queries_(stages_ + kRoom.stages * stage_size(kDims)),
+        weights_(queries_ + kRoom.queries * queries_size(kDims)),
+        results_(reinterpret_cast<float*>(weights_ + kGroups * weights_size(kDims))),
+        shared_(*reinterpret_cast<Shared<kN>*>(shared + tiles_size(kDims))) {}
+
+  __device__ __forceinline__ void run() const {
+    if (threadIdx.x == 0) {
+      for (Handover& stage : shared_.stages) stage.init(1, 128);
+      for (Handover& queries : shared_.queries) queries.init(32 * kQueryWarps, kAttending);
+      shared_.merged.init(cluster_size());
+      shared_.read.init(cluster_size());
+      fence_barrier_init();
+      prefetch_map(p_.cache);
+    }
+    __syncthreads();
+    cluster_arrive();
+    await_kernel_before();
+    prefetch_table();
+    const Run run = p_.batch <= 32 ? find_run_of_few(p_) : find_run_of_many(p_, shared_);
+    const int group = uniform(threadIdx.x / 128);
+    if (group < kGroups) {
+      claim_registers<kAttendingRegisters>();
+      attend(run, group);
+    } else {
+      release_registers<kLoadingRegisters>();
+      const int warp = uniform(threadIdx.x / 32 % 4);
+      if (warp == kQueryWarps) {
+        CacheLoader<kR, kE, kN, kScaled>(p_, stages_, shared_).run(run);
+      } else {
+        QueryLoader<kR, kE, kN>(p_, warp, kRoom.queries, queries_, shared_).run(run);
+      }
+      __syncwarp();
+      cluster_wait();
+    }
+  }
+
+ private:
+  // The tables of few sequences, while their lengths are still on the way: which part of them is needed is not known yet.
+  __device__ __forceinline__ void prefetch_table() const {
+    if (p_.table.data == nullptr) return;
+    constexpr int kLine = 128;
+    const int bytes = p_.table.wide ? 8 : 4, lines = cut(p_.pages * bytes, kLine);
+    const int b = static_cast<int>(threadIdx.x) / lines, line = static_cast<int>(threadIdx.x) % lines;
+    if (p_.batch * static_cast<long long>(lines) > kThreads || b >= p_.batch) return;
+    prefetch(static_cast<const char*>(p_.table.data) + p_.table.stride * b * bytes + line * kLine);
+  }
+
+  __device__ __forceinline__ void attend(const Run& run, int group) const {
+    Attention<T, kR, kE, kN, kScaled> attention(p_, group, weights_ + group * weights_size(kDims), shared_);
+    Merger<T, kR, kE, kN, kScaled> merger(p_, group, results_, shared_);
+    unsigned tiles = 0;  // of the block, so far
+    each_piece(p_, run, [&](const Piece& piece, int index) {
+      const int buffer = uniform(index % kRoom.queries);
+      Handover& queries = shared_.queries[buffer];
+      const Turns turns = turns_of(piece, cluster_rank(), cluster_size());
+      attention.start();
+      queries.full.wait(index / kRoom.queries & 1);
+      // Warpgroups take turns by the block's tiles, not by a piece's: each has stages of its own then, and never waits
+      // for a phase while the one before it is still to come.
+      for (int i = (tiles ^ group) & 1; i < turns.count; i += kGroups) {
+        const unsigned tile = tiles + i, turn = tile / kRoom.stages;
+        const int at = uniform(static_cast<int>(tile % kRoom.stages));  // so that no lane computes descriptors
+        Handover& stage = shared_.stages[at];
+        stage.full.wait(turn & 1);
+        attention.run(piece, token_of(piece, turns, i), stages_ + at * stage_size(kDims),
+                      queries_ + buffer * queries_size(kDims));
+        stage.empty.arrive();
+      }
+      tiles += turns.count;
+      queries.empty.arrive();
+      merger.run(attention, piece);
+    });
+    merger.finish();
+  }
+
+  const Params& p_;
+  unsigned char* const stages_;
+  unsigned char* const queries_;
+  unsigned char* const weights_;
+  float* const results_;
+  Shared<kN>& shared_;
+};
+
+}  // namespace hylo::mla_absorb
+
+extern "C" __global__ void __launch_bounds__(hylo::mla_absorb::kThreads, 1)
+    mla_absorb_fwd_kernel_decode(const __grid_constant__ hylo::mla_absorb::Params p) {
+  using Block = hylo::mla_absorb::Block<hylo::HYLO_T, HYLO_R, HYLO_E, HYLO_N, HYLO_SCALED != 0>;
+  hylo::start_next_kernel();
+  const Block block(p, hylo::aligned(hylo::dynamic_shared()));
+  block.run();
+}

@@ -1,0 +1,251 @@
+#include "mla_absorb/launch.h"
+
+#include <algorithm>
+#include <initializer_list>
+#include <numeric>
+
+#include "common/divider.h"
+#include "common/tensor_checks.h"
+#include "mla_absorb/params.h"
+#include "mla_absorb/work.cuh"
+
+namespace hylo::mla_absorb {
+namespace {
+
+constexpr const char* kWrongShapes = "the shapes are not the op's";
+constexpr std::int64_t kMaxR = 576, kMaxE = 64, kWidthUnit = 16;
+constexpr std::int64_t kLeastBox = 8;        // rows that swizzled tiles are made of
+constexpr std::int64_t kMaxRowTiles = 16;    // each reads the cache once more
+constexpr std::int64_t kMaxTokens = 1 << 30;
+constexpr std::int64_t kMaxStride = std::int64_t{1} << 39;  // elements
+constexpr int kRowsOfTile[] = {8, 16, 24, 32, 48, 64};
+constexpr double kLog2E = 1.4426950408889634;
+
+bool is_integer(const Tensor& tensor) { return tensor.type == kInt32 || tensor.type == kInt64; }
+
+const Tensor* if_there(bool there, const Tensor& tensor) { return there ? &tensor : nullptr; }
+
+std::int64_t rows_of(const Inputs& x) { return x.q_nope.shape[1] * x.q_nope.shape[2]; }
+std::int64_t page_of(const Inputs& x) { return x.cache.shape[1]; }
+std::int64_t capacity_of(const Inputs& x) { return x.paged ? x.table.shape[1] * page_of(x) : x.cache.shape[1]; }
+
+// The rows of a page that one copy brings, a power of two: no page ends within.
+std::int64_t box_rows(const Inputs& x) { return x.paged ? std::gcd(page_of(x), std::int64_t{kTokens}) : kTokens; }
+
+bool fits(const Dims& dims) { return dims.N <= most_rows(dims.R) && room(dims).stages > 0; }
+
+// As few tiles of rows as there can be, and those as small as can be. N is 0 where none fits.
+Dims find_dims(int R, int E, bool scaled, std::int64_t rows) {
+  Dims dims{R, E, 0, scaled};
+  int most = 0;
+  for (const int of_tile : kRowsOfTile) {
+    dims.N = of_tile;
+    if (fits(dims)) most = of_tile;
+  }
+  dims.N = most;
+  if (most == 0) return dims;
+  const std::int64_t tiles = (rows + most - 1) / most;
+  for (const int of_tile : kRowsOfTile) {
+    dims.N = of_tile;
+    if (of_tile * tiles >= rows && fits(dims)) return dims;
+  }
+  return dims;
+}
+
+// Calls ask for the same again and again, and some hundred divisions take a microsecond.
+Dims dims_of(const Inputs& x) {
+  struct Found {
+    std::int64_t R, E, rows;
+    bool scaled;
+    Dims dims;
+  };
+  thread_local Found last{};
+  const std::int64_t R = x.q_nope.shape[3], E = x.q_rope.shape[3], rows = rows_of(x);
+  if (last.R != R || last.E != E || last.rows != rows || last.scaled != x.scaled) {
+    last = {R, E, rows, x.scaled, find_dims(static_cast<int>(R), static_cast<int>(E), x.scaled, rows)};
+  }
+  return last.dims;
+}
+
+bool has_shapes(const Inputs& x) {
+  if (x.q_nope.dims != 4 || x.q_rope.dims != 4 || x.cache.dims != 3) return false;
+  const auto B = x.q_nope.shape[0], T = x.q_nope.shape[1], H = x.q_nope.shape[2];
+  const auto width = x.q_nope.shape[3] + x.q_rope.shape[3];
+  if (!has_shape(x.q_rope, B, T, H, x.q_rope.shape[3]) || !has_shape(x.lengths, B)) return false;
+  if (x.has_starts && !has_shape(x.starts, B)) return false;
+  if (x.cache.shape[2] < width || (!x.paged && x.cache.shape[0] != B)) return false;
+  if (x.paged && (x.table.dims != 2 || x.table.shape[0] != B)) return false;
+  if (!x.scaled) return true;
+  if (x.scales.dims != 3) return false;
+  const auto HK = x.scales.shape[2];
+  return has_shape(x.scales, x.cache.shape[0], x.cache.shape[1], HK) && HK > 0 && H % HK == 0;
+}
+
+// Key scales come with the rows of the cache, or not at all.
+std::string wrong_scales(const Inputs& x) {
+  if (!x.scaled) return "";
+  const auto HK = x.scales.shape[2], at = x.q_nope.shape[3] + x.q_rope.shape[3];
+  const auto* const expected = static_cast<const char*>(x.cache.data) + at * x.cache.bytes();
+  bool view = x.scales.type == x.cache.type && x.scales.data == expected && at + HK <= x.cache.shape[2];
+  for (int i = 0; i < 2; ++i) view = view && (x.cache.shape[i] == 1 || x.scales.strides[i] == x.cache.strides[i]);
+  if (!view || (HK > 1 && x.scales.strides[2] != 1)) return "key_scale is no view of the rows of kv_cache, behind rope";
+  if (HK > kMaxScales) return "key_scale has " + std::to_string(HK) + " heads, more than 16";
+  return "";
+}
+
+std::string wrong_layout(const Inputs& x) {
+  struct Named {
+    const char* name;
+    const Tensor* tensor;
+  };
+  const bool has_rope = x.q_rope.shape[3] > 0;
+  for (const Named& of : {Named{"q_nope", &x.q_nope}, Named{"q_rope", if_there(has_rope, x.q_rope)},
+                          Named{"kv_cache", &x.cache}}) {
+    if (of.tensor != nullptr && !has_aligned_rows(*of.tensor)) {
+      return std::string("the last dim of ") + of.name +
+             " is not contiguous, or does not start at 16-byte multiples";
+    }
+  }
+  for (int i = 0; i < 2; ++i) {
+    const bool any = x.cache.shape[i] == 1 || (x.cache.strides[i] > 0 && x.cache.strides[i] < kMaxStride);
+    if (!any) return "the strides of kv_cache are not positive, or too long";
+  }
+  if (x.paged && x.table.shape[1] > 1 && x.table.strides[1] != 1) return "the last dim of block_table is not contiguous";
+  return "";
+}
+
+std::string wrong_sizes(const Inputs& x) {
+  const auto R = x.q_nope.shape[3], E = x.q_rope.shape[3];
+  if (R % kWidthUnit != 0 || R == 0 || R > kMaxR) return "R is " + std::to_string(R) + ", not a multiple of 16 up to 576";
+  if (E % kWidthUnit != 0 || E > kMaxE) return "E is " + std::to_string(E) + ", not a multiple of 16 up to 64";
+  if (x.cache.shape[0] == 0 || x.cache.shape[1] == 0) return "kv_cache is empty";
+  if (x.q_nope.shape[0] > kMaxBatch) return "there are more than 8192 sequences";
+  if (x.paged && box_rows(x) < kLeastBox) {
+    return "pages of " + std::to_string(page_of(x)) + " tokens are not of a multiple of 8";
+  }
+  // The kernel divides by multiplying, which is exact up to 2^32.
+  const auto capacity = capacity_of(x);
+  if (capacity > kMaxTokens || (x.paged && capacity * page_of(x) >= std::int64_t{1} << 32)) {
+    return "a sequence has room for " + std::to_string(capacity) + " tokens, too many";
+  }
+  const Dims dims = dims_of(x);
+  if (dims.N == 0) return "R and E are too wide for shared memory";
+  if (rows_of(x) > kMaxRowTiles * dims.N) {
+    return "T H is " + std::to_string(rows_of(x)) + ", more query rows than it serves well (" +
+           std::to_string(kMaxRowTiles * dims.N) + ")";
+  }
+  return "";
+}
+
+// Columns of the cache that are read.
+std::int64_t read_width(const Inputs& x) {
+  return x.q_nope.shape[3] + x.q_rope.shape[3] + (x.scaled ? x.scales.shape[2] : 0);
+}
+
+TensorMap cache_map(const Inputs& x) {
+  const auto of = [](std::int64_t size) { return static_cast<std::uint64_t>(size); };
+  const Tensor& cache = x.cache;
+  const std::uint64_t sizes[4] = {of(read_width(x)), of(cache.shape[1]), of(cache.shape[0]), 1};
+  const std::int64_t strides[4] = {1, cache.strides[1], cache.strides[0], 0};
+  return box_map(reinterpret_cast<std::uintptr_t>(cache.data), sizes, strides, kTile,
+                 static_cast<unsigned>(box_rows(x)), 1);
+}
+
+Queries queries_of(const Tensor& q) { return {q.data, q.strides[0], q.strides[1], q.strides[2]}; }
+
+Integers integers_of(bool there, const Tensor& tensor) {
+  return there ? Integers{tensor.data, tensor.strides[0], tensor.type == kInt64} : Integers{};
+}
+
+}  // namespace
+
+std::string why_not(const Inputs& x, int device_type) {
+  if (x.q_nope.device_type != device_type) return "q_nope is not on a CUDA device";
+  if (!are_on_one_device({&x.q_nope, &x.q_rope, &x.cache, &x.lengths, if_there(x.has_starts, x.starts),
+                          if_there(x.paged, x.table), if_there(x.scaled, x.scales)},
+                         device_type)) {
+    return "the tensors are not on one device";
+  }
+  if (!has_shapes(x)) return kWrongShapes;
+  const ElementType& type = x.q_nope.type;
+  if ((type != kBf16 && type != kFp16) || x.q_rope.type != type || x.cache.type != type) {
+    return "q_nope, q_rope and kv_cache are not of one dtype, bfloat16 or float16";
+  }
+  if (!is_integer(x.lengths) || (x.has_starts && !is_integer(x.starts)) || (x.paged && !is_integer(x.table))) {
+    return "cache_seqlens, cache_starts or block_table are not int32 or int64";
+  }
+  for (const auto& wrong : {&wrong_sizes, &wrong_layout, &wrong_scales}) {
+    if (std::string reason = wrong(x); !reason.empty()) return reason;
+  }
+  return "";
+}
+
+Kind kind_of(const Inputs& x) { return {x.q_nope.device, x.q_nope.type, dims_of(x)}; }
+
+Spread spread_of(const Inputs& x, bool fixed) {
+  constexpr int kFixedCluster = 4, kAlone = 8, kLeast = 2;  // the last two of a block
+  if (fixed) return {kFixedCluster, 0, 1};
+  // Few sequences are cut between many blocks, which merge fastest within a cluster; many are better left whole.
+  const auto B = x.q_nope.shape[0];
+  int cluster = B <= 16 ? 8 : B <= 128 ? 4 : B <= 256 ? 2 : 1;
+  while (cluster > 1 && cluster * kTokens > capacity_of(x)) cluster /= 2;
+  return {cluster, cluster * kAlone, cluster * kLeast};
+}
+
+Plan plan_of(const Inputs& x, const Spread& spread, int resident, bool fixed) {
+  const Dims dims = dims_of(x);
+  const auto B = static_cast<int>(x.q_nope.shape[0]), capacity = static_cast<int>(capacity_of(x));
+  Plan plan{};
+  plan.spread = spread;
+  plan.row_tiles = static_cast<int>((rows_of(x) + dims.N - 1) / dims.N);
+  const long long tiles = static_cast<long long>(B) * std::max(cut(capacity, kTokens), 1);
+  const long long most = fixed ? slots_of(B, capacity, 0, true) : (tiles + spread.least - 1) / spread.least;
+  plan.clusters = static_cast<int>(std::min<long long>(std::max(resident / plan.row_tiles, 1), most));
+  plan.slots = slots_of(B, capacity, plan.clusters, fixed);
+  const bool is_cut = fixed ? plan.slots > B : plan.clusters > 1;
+  if (is_cut) {
+    plan.tickets = plan.row_tiles * plan.slots * spread.cluster;
+    plan.numbers = plan.row_tiles * plan.slots * partial_size(dims, spread.cluster);
+  }
+  return plan;
+}
+
+void launch(const Kernel& kernel, const Inputs& x, const Options& options, const Plan& plan, void* o, void* lse,
+            void* partial, void* tickets, void* stream) {
+  const auto H = x.q_nope.shape[2];
+  const auto by = [](std::int64_t number) { return divider(static_cast<Word>(number)); };
+  Params params{};
+  params.cache = cache_map(x);
+  params.latent = queries_of(x.q_nope);
+  params.rope = queries_of(x.q_rope);
+  params.lengths = integers_of(true, x.lengths);
+  params.starts = integers_of(x.has_starts, x.starts);
+  params.table = integers_of(x.paged, x.table);
+  params.o = o;
+  params.lse = static_cast<float*>(lse);
+  params.partial = static_cast<float*>(partial);
+  params.tickets = static_cast<int*>(tickets);
+  params.batch = static_cast<int>(x.q_nope.shape[0]);
+  params.heads = static_cast<int>(H);
+  params.tokens = static_cast<int>(x.q_nope.shape[1]);
+  params.capacity = static_cast<int>(capacity_of(x));
+  params.page = static_cast<int>(page_of(x));
+  params.pages = x.paged ? static_cast<int>(x.table.shape[1]) : 0;
+  while ((std::int64_t{1} << params.box_shift) < box_rows(x)) ++params.box_shift;
+  params.clusters = plan.clusters;
+  params.alone = plan.spread.alone;
+  params.least = plan.spread.least;
+  params.slots = static_cast<int>(plan.slots);
+  params.fixed = options.fixed;
+  params.causal = options.causal;
+  params.scale = static_cast<float>(options.scale * kLog2E);
+  params.by_heads = by(H);
+  params.by_page = by(params.page);
+  params.by_group = by(x.scaled ? H / x.scales.shape[2] : 1);
+  const auto cluster = static_cast<unsigned>(plan.spread.cluster);
+  const Grid grid{cluster * static_cast<unsigned>(plan.clusters), static_cast<unsigned>(plan.row_tiles), 1};
+  const auto shared = static_cast<unsigned>(shared_size(dims_of(x)));
+  kernel.launch_clusters(grid, cluster, kThreads, shared, &params, stream);
+}
+
+}  // namespace hylo::mla_absorb

@@ -1,0 +1,126 @@
+// The warps that bring the cache and the queries into shared memory.
+#pragma once
+
+#include "common/async_copy.cuh"
+#include "common/wgmma.cuh"
+#include "mla_absorb/block.cuh"
+
+namespace hylo::mla_absorb {
+
+// A warp that has the copy engine bring tiles of the cache. A tile comes in boxes, one for each 64 columns and each run
+// of rows that no page ends in; those without a token that counts stay away, and nobody asks for their page.
+template <int kR, int kE, int kN, bool kScaled>
+class CacheLoader {
+ public:
+  static constexpr Dims kDims{kR, kE, kN, kScaled};
+  static constexpr Room kRoom = room(kDims);
+
+  __device__ __forceinline__ CacheLoader(const Params& p, unsigned char* stages, Shared<kN>& shared)
+      : p_(p), stages_(stages), shared_(shared), parts_(kTokens >> p.box_shift), tables_(32 / parts_) {}
+
+  __device__ __forceinline__ void run(const Run& run) {
+    each_piece(p_, run, [&](const Piece& piece, int) {
+      const Turns turns = turns_of(piece, cluster_rank(), cluster_size());
+      int pages = look_up(piece, turns, 0), next_pages = look_up(piece, turns, tables_);
+      for (int i = 0, at = 0; i < turns.count; ++i, ++at) {
+        if (at == tables_) {
+          at = 0;
+          pages = next_pages;
+          next_pages = look_up(piece, turns, i + tables_);
+        }
+        load(piece, token_of(piece, turns, i), pages, at * parts_);
+      }
+    });
+  }
+
+ private:
+  // A page for each lane: of the parts of as many tiles as a warp has lanes for, from the i-th on.
+  __device__ __forceinline__ int look_up(const Piece& piece, const Turns& turns, int i) const {
+    const int tile = i + lane() / parts_, token = token_of(piece, turns, tile) + (lane() % parts_ << p_.box_shift);
+    if (p_.table.data == nullptr) return piece.b;
+    if (tile >= turns.count || !counts(piece, token)) return 0;
+    const Integers row{table_row(piece.b), 1, p_.table.wide};
+    return static_cast<int>(integer(row, token / p_.by_page));
+  }
+  __device__ __forceinline__ const void* table_row(int b) const {
+    const long long at = p_.table.stride * b;
+    if (p_.table.wide) return static_cast<const long long*>(p_.table.data) + at;
+    return static_cast<const int*>(p_.table.data) + at;
+  }
+
+  // Whether any token of the box at `token` does.
+  __device__ __forceinline__ bool counts(const Piece& piece, int token) const {
+    return token < piece.end && token + (1 << p_.box_shift) > piece.start;
+  }
+
+  __device__ __forceinline__ void load(const Piece& piece, int token, int pages, int first_lane) {
+    const int at = loaded_ % kRoom.stages, turn = loaded_ / kRoom.stages;
+    ++loaded_;
+    Handover& stage = shared_.stages[at];
+    if (turn > 0) stage.empty.wait((turn - 1) & 1);
+    const int part_token = token + (lane() % parts_ << p_.box_shift);
+    const int parts = __popc(__ballot_sync(kAllLanes, lane() < parts_ && counts(piece, part_token)));
+    if (lane() == 0) stage.full.arrive_expecting(parts * key_tiles(kDims) * (128 << p_.box_shift));
+    __syncwarp();
+    unsigned char* const to = stages_ + at * stage_size(kDims);
+    for (int first = 0; first < key_tiles(kDims) * parts_; first += 32) {
+      const int box = first + lane(), part = box % parts_, tile = box / parts_;
+      const int page = __shfl_sync(kAllLanes, pages, first_lane + part);
+      const int box_token = token + (part << p_.box_shift);
+      if (tile >= key_tiles(kDims) || !counts(piece, box_token)) continue;
+      const int row = p_.table.data == nullptr ? box_token : box_token - box_token / p_.by_page * p_.page;
+      copy_box(to + tile * kTileSize + (part * 128 << p_.box_shift), p_.cache, stage.full, tile * kTile, row, page, 0);
+    }
+  }
+
+  const Params& p_;
+  unsigned char* const stages_;
+  Shared<kN>& shared_;
+  const int parts_;   // of a tile
+  const int tables_;  // tiles whose pages are looked up at once
+  unsigned loaded_ = 0;
+};
+
+// Warps that bring the query rows of sequences: latent | rope, in tiles of 64 columns; zeros past the last row.
+template <int kR, int kE, int kN>
+class QueryLoader {
+ public:
+  __device__ __forceinline__ QueryLoader(const Params& p, int warp, int buffers, unsigned char* tiles,
+                                         Shared<kN>& shared)
+      : p_(p), first_(32 * warp + lane()), buffers_(buffers), tiles_(tiles), shared_(shared) {}
+
+  __device__ __forceinline__ void run(const Run& run) const {
+    each_piece(p_, run, [&](const Piece& piece, int i) {
+      const int at = i % buffers_, turn = i / buffers_;
+      Handover& queries = shared_.queries[at];
+      if (turn > 0) queries.empty.wait((turn - 1) & 1);
+      load(piece.b, tiles_ + at * queries_size({kR, kE, kN, false}));
+      await_copies();
+      fence_async();
+      queries.full.arrive();
+    });
+  }
+
+ private:
+  __device__ __forceinline__ void load(int b, unsigned char* to) const {
+    constexpr int kPieces = (kR + kE) / 8;  // of 16 bytes, in a row
+    for (int i = first_; i < kN * kPieces; i += 32 * kQueryWarps) {
+      const int n = i / kPieces, piece = i % kPieces, row = static_cast<int>(blockIdx.y) * kN + n;
+      const bool exists = row < p_.tokens * p_.heads;
+      const int token = exists ? row / p_.by_heads : 0, head = exists ? row - token * p_.heads : 0;
+      const bool of_rope = piece >= kR / 8;
+      const Queries& from = of_rope ? p_.rope : p_.latent;
+      const long long at = from.stride_b * b + from.stride_t * token + from.stride_h * head;
+      const int column = 8 * (of_rope ? piece - kR / 8 : piece);
+      copy_async(to + piece / 8 * (kN * 128) + wgmma::swizzled(n, piece % 8),
+                 static_cast<const unsigned short*>(from.data) + at + column, exists);
+    }
+  }
+
+  const Params& p_;
+  const int first_, buffers_;
+  unsigned char* const tiles_;
+  Shared<kN>& shared_;
+};
+
+}  // namespace hylo::mla_absorb

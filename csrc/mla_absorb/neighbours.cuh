@@ -1,0 +1,118 @@
+// What warps and blocks tell each other: votes of a warpgroup, barriers and numbers in the shared memory of the blocks
+// of a cluster, tickets and numbers in global memory.
+#pragma once
+
+#include "common/chunks.cuh"
+#include "common/copy_engine.cuh"
+
+namespace hylo::mla_absorb {
+
+// sync_threads that also says whether the answer of any of the threads is yes.
+__device__ __forceinline__ bool any_of_threads(int barrier, int threads, bool answer) {
+  int any;
+  asm volatile(
+      "{ .reg .pred mine, all; setp.ne.b32 mine, %1, 0; bar.red.or.pred all, %2, %3, mine; selp.b32 %0, 1, 0, all; }"
+      : "=r"(any)
+      : "r"(static_cast<int>(answer)), "r"(barrier), "r"(threads)
+      : "memory");
+  return any != 0;
+}
+
+// Of a block in its cluster, along x, and how many blocks the cluster has.
+__device__ __forceinline__ int cluster_rank() {
+  Word rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return static_cast<int>(rank);
+}
+__device__ __forceinline__ int cluster_size() {
+  Word size;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+  return static_cast<int>(size);
+}
+
+// The address, in a neighbour, of what lies at `shared` here.
+__device__ __forceinline__ Word there(const void* shared, int rank) {
+  Word mapped;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(shared_address(shared)), "r"(rank));
+  return mapped;
+}
+
+__device__ __forceinline__ float load_there(Word address) {
+  float value;
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
+  return value;
+}
+__device__ __forceinline__ float4 load_four_there(Word address) {
+  float4 v;
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
+}
+
+// A barrier that the blocks of a cluster arrive at, each once for every phase. It sees what a block wrote before it
+// arrived.
+class Meeting {
+ public:
+  __device__ __forceinline__ void init(int blocks) { barrier_.init(blocks); }
+
+  // For the block of this thread, at the barrier of another; after a barrier of all threads that this is to be told of.
+  __device__ __forceinline__ void arrive_at(int rank) {
+    asm volatile("fence.acq_rel.cluster;" ::: "memory");
+    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(there(this, rank)) : "memory");
+  }
+  __device__ __forceinline__ void wait(int phase) {
+    asm volatile(
+        "{ .reg .pred done; "
+        "again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1; "
+        "@!done bra again; }" ::"r"(barrier_.address()),
+        "r"(phase)
+        : "memory");
+  }
+
+ private:
+  Barrier barrier_;
+};
+
+// Has the line of an address come as far as the second cache.
+__device__ __forceinline__ void prefetch(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+
+// Numbers that blocks of other multiprocessors wrote: past the first cache, which does not know of that.
+__device__ __forceinline__ float load_written(const float* address) {
+  float value;
+  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(value) : "l"(address) : "memory");
+  return value;
+}
+__device__ __forceinline__ float4 load_four_written(const float* address) {
+  float4 v;
+  asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "l"(address)
+               : "memory");
+  return v;
+}
+
+// Whether all others of `count` have drawn before. The last one leaves zero behind, for the next launch. One thread
+// draws, after a barrier of all threads whose writes the last one is to see, and before one of those that are to see
+// the others' writes.
+__device__ __forceinline__ bool draws_last(int* ticket, int count) {
+  int before;
+  __threadfence();
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(ticket) : "memory");
+  const bool last = before == count - 1;
+  if (last) *ticket = 0;
+  __threadfence();
+  return last;
+}
+
+// store_transposed of two matrices: lane 8 i + n gives the address of row n of matrix i, for i below 2.
+__device__ __forceinline__ void store_two_transposed(void* row, Word first, Word second) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared::cta.b16 [%0], {%1, %2};" ::"r"(shared_address(row)),
+               "r"(first), "r"(second)
+               : "memory");
+}
+
+}  // namespace hylo::mla_absorb

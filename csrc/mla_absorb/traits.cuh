@@ -1,0 +1,87 @@
+// Tiles, roles and shared memory of the decode kernel: constexpr functions of the dims, for host and kernel alike.
+#pragma once
+
+#include "common/portable.h"
+
+namespace hylo::mla_absorb {
+
+constexpr int kTokens = 64;               // cached tokens of a tile
+constexpr int kTile = 64;                 // columns that lie side by side
+constexpr int kTileSize = kTokens * 128;  // bytes of 64 tokens x 64 columns; 16-bit types only
+constexpr int kGroups = 2;                // warpgroups that attend, each to tiles of its own
+constexpr int kAttending = 128 * kGroups;
+constexpr int kQueryWarps = 3;                // that load queries, beside the one that loads the cache
+constexpr int kThreads = kAttending + 128;
+constexpr int kAttendingRegisters = 224, kLoadingRegisters = 56;  // of a thread: at most 504 for one of each warpgroup
+constexpr int kMaxBatch = 8192;
+constexpr int kMaxScales = 16;  // of a token
+constexpr int kMaxStages = 16;
+constexpr int kMaxCluster = 16;
+
+constexpr int kSharedLimit = 227 * 1024;
+constexpr int kSmallShared = 8 * 1024;  // of it, what is no tile
+constexpr int kWantedStages = 4;
+
+// Fixed split: a sequence is cut into so many pieces at most, and none is shorter but the last.
+constexpr int kFixedTiles = 32, kFixedUnits = 32;
+
+struct Dims {
+  int R, E;
+  int N;        // query rows of a tile, a multiple of 8
+  bool scaled;  // whether key scales follow in the rows of the cache
+};
+
+HYLO_HOST_DEVICE constexpr int tiles_of(int columns) { return (columns + kTile - 1) / kTile; }
+HYLO_HOST_DEVICE constexpr int query_tiles(Dims d) { return tiles_of(d.R + d.E); }
+HYLO_HOST_DEVICE constexpr int key_tiles(Dims d) { return tiles_of(d.R + d.E + (d.scaled ? kMaxScales : 0)); }
+
+HYLO_HOST_DEVICE constexpr int stage_size(Dims d) { return key_tiles(d) * kTileSize; }
+HYLO_HOST_DEVICE constexpr int queries_size(Dims d) { return query_tiles(d) * d.N * 128; }
+HYLO_HOST_DEVICE constexpr int weights_size(Dims d) { return d.N * 128; }
+
+// Rows of merged results are padded, so that eight latents of four query rows meet no bank twice.
+HYLO_HOST_DEVICE constexpr int merged_stride(Dims d) { return d.R + 4; }
+
+// How shared memory is dealt out.
+struct Room {
+  int stages;   // tiles of the cache, an even number: each warpgroup has its own
+  int queries;  // sequences whose query rows are there
+  int merged;   // query rows that are merged at once
+};
+
+HYLO_HOST_DEVICE constexpr Room room_with(Dims d, int queries, int merged) {
+  const int others = queries * queries_size(d) + kGroups * weights_size(d) + merged * merged_stride(d) * 4;
+  const int left = kSharedLimit - kSmallShared - 1024 - others;
+  const int fit = left < 0 ? 0 : left / stage_size(d) / kGroups * kGroups;
+  return {fit < kMaxStages ? fit : kMaxStages, queries, merged};
+}
+
+// As much as leaves enough stages, else as leaves any.
+HYLO_HOST_DEVICE constexpr Room room(Dims d) {
+  const int half = d.N % 16 == 0 ? d.N / 2 : 8;
+  const Room all[] = {room_with(d, 2, d.N), room_with(d, 2, half), room_with(d, 1, d.N), room_with(d, 1, half),
+                      room_with(d, 1, 8)};
+  for (int i = 0; i < 5; ++i) {
+    if (all[i].stages >= kWantedStages) return all[i];
+  }
+  for (int i = 0; i < 5; ++i) {
+    if (all[i].stages > 0) return all[i];
+  }
+  return all[4];
+}
+
+HYLO_HOST_DEVICE constexpr int tiles_size(Dims d) {
+  const Room r = room(d);
+  return r.stages * stage_size(d) + r.queries * queries_size(d) + kGroups * weights_size(d) +
+         r.merged * merged_stride(d) * 4;
+}
+HYLO_HOST_DEVICE constexpr int shared_size(Dims d) { return tiles_size(d) + kSmallShared + 1024; }
+
+// Numbers of a partial result: its rows, and the maximum and the sum of each, once more for every block of a cluster,
+// since each of them merges a part of its own.
+HYLO_HOST_DEVICE constexpr int partial_size(Dims d, int cluster) { return d.N * d.R + cluster * 2 * d.N; }
+
+// The most query rows of a tile: accumulators take R / 64 N / 2 registers of a thread.
+HYLO_HOST_DEVICE constexpr int most_rows(int R) { return R <= 128 ? 64 : R <= 256 ? 48 : R <= 512 ? 32 : 24; }
+
+}  // namespace hylo::mla_absorb

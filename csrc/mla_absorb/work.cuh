@@ -1,0 +1,106 @@
+// How the work is cut. The unit is a tile of cached tokens or, with a fixed split, a number of them that depends on the
+// sequence alone. All sequences' units stand in a row, and every cluster takes an equal run; where a run holds a part of
+// a sequence, that part is a piece. Blocks of a cluster take turns at its tiles.
+#pragma once
+
+#include "mla_absorb/traits.cuh"
+
+namespace hylo::mla_absorb {
+
+HYLO_HOST_DEVICE constexpr int least_of(long long a, long long b) { return static_cast<int>(a < b ? a : b); }
+HYLO_HOST_DEVICE constexpr int cut(int number, int by) { return (number + by - 1) / by; }
+
+struct Sequence {
+  int first;       // token that tiles are counted from
+  int start, end;  // tokens that count
+  int tiles;
+  int unit, units;  // tiles of a unit. One of no tokens has a unit too, which writes its zeros.
+};
+
+HYLO_HOST_DEVICE inline Sequence sequence_of(long long length, long long start, int capacity, bool fixed) {
+  Sequence s{};
+  s.end = length < 0 ? 0 : least_of(length, capacity);
+  s.start = start < 0 ? 0 : least_of(start, s.end);
+  s.first = s.start / kTokens * kTokens;
+  s.tiles = s.start < s.end ? cut(s.end - s.first, kTokens) : 0;
+  const int by_length = cut(s.tiles, kFixedUnits);
+  s.unit = !fixed ? 1 : by_length > kFixedTiles ? by_length : kFixedTiles;
+  s.units = s.tiles == 0 ? 1 : cut(s.tiles, s.unit);
+  return s;
+}
+
+// Units of a cluster's run. What one cluster can do `alone` it does: clusters merge slower than its own blocks.
+HYLO_HOST_DEVICE inline int share_of(int total, int clusters, int alone, int least, bool fixed) {
+  const int share = cut(total, clusters);
+  if (fixed || total <= 0) return share;
+  return total <= alone ? total : share > least ? share : least;
+}
+
+// A cluster's run, and how far it has come.
+struct Run {
+  int unit, last;     // the next one, and the end
+  int b, first_unit;  // the sequence that has it, and that one's first
+  int begin, share;   // where the run began, and units of a run
+};
+
+struct Piece {
+  int b;
+  int first, start, end;  // of the sequence
+  int tile, tiles;        // the first one and how many
+  int turn;               // the block of a cluster that takes the first one
+  int index, pieces;      // of the sequence
+  int first_slot, slots_apart, slot_ahead;
+
+  // Of a piece's partial result, among all: a cluster has two, for a sequence that began before its run, and for one that
+  // goes on after it.
+  HYLO_HOST_DEVICE int slot(int of) const { return first_slot + (of == 0 ? slot_ahead : of * slots_apart); }
+};
+
+// The run's next piece, given the sequence that it has come to.
+HYLO_HOST_DEVICE inline Piece take(Run& run, const Sequence& s, int cluster_size, bool fixed) {
+  const int end = run.first_unit + s.units;
+  const int next = fixed ? run.unit + 1 : end < run.last ? end : run.last;
+  const int stop = least_of(static_cast<long long>(next - run.first_unit) * s.unit, s.tiles);
+  Piece piece{};
+  piece.b = run.b;
+  piece.first = s.first;
+  piece.start = s.start;
+  piece.end = s.end;
+  piece.tile = (run.unit - run.first_unit) * s.unit;
+  piece.tiles = stop > piece.tile ? stop - piece.tile : 0;
+  if (fixed) {
+    piece.index = run.unit - run.first_unit;
+    piece.pieces = s.units;
+    piece.first_slot = run.first_unit;
+    piece.slots_apart = 1;
+  } else {
+    const int first_run = run.first_unit / run.share;
+    piece.turn = (run.unit - run.begin) % cluster_size;
+    piece.index = run.begin / run.share - first_run;
+    piece.pieces = (end - 1) / run.share - first_run + 1;
+    piece.first_slot = 2 * first_run;
+    piece.slots_apart = 2;
+    piece.slot_ahead = 1;
+  }
+  if (next == end) ++run.b, run.first_unit = next;
+  run.unit = next;
+  return piece;
+}
+
+// Tiles of a piece that one block of a cluster takes: `first`, and every cluster_size-th from there.
+struct Turns {
+  int first, count;
+};
+HYLO_HOST_DEVICE inline Turns turns_of(const Piece& piece, int rank, int cluster_size) {
+  const int ahead = rank - piece.turn, first = ahead < 0 ? ahead + cluster_size : ahead;
+  return {piece.tile + first, first < piece.tiles ? cut(piece.tiles - first, cluster_size) : 0};
+}
+
+// Partial results that a launch may have, for each tile of query rows.
+HYLO_HOST_DEVICE inline long long slots_of(int batch, int capacity, int clusters, bool fixed) {
+  if (!fixed) return 2LL * clusters;
+  const int most = cut(cut(capacity, kTokens), kFixedTiles);
+  return static_cast<long long>(batch) * (most < 1 ? 1 : most < kFixedUnits ? most : kFixedUnits);
+}
+
+}  // namespace hylo::mla_absorb

@@ -1,0 +1,68 @@
+"""The Triton backend of absorbed latent attention: which inputs it takes, and its kernel, imported on first use."""
+
+import functools
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_MAX_R, _MAX_E = 576, 128
+
+
+def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+    """`mla_absorb` for inputs that `why_not` lets pass; never synchronises.
+
+    A length beyond what the cache holds counts as what it holds.
+    """
+    from hylo_ops.mla_absorb import triton_decode
+
+    with torch.cuda.device_of(inputs[0]):
+        return triton_decode.forward(*inputs)
+
+
+def why_not(
+    q_nope: Tensor,
+    q_rope: Tensor,
+    kv_cache: Tensor,
+    cache_seqlens: Tensor,
+    cache_starts: Tensor | None,
+    block_table: Tensor | None,
+    key_scale: Tensor | None,
+    **_: Any,
+) -> str | None:
+    """The reason why the kernel cannot take these inputs, or None. Shapes are taken to be the op's."""
+    if not _has_triton():
+        return "triton is not installed"
+    if not q_nope.is_cuda and not _interpreting():
+        return f"q_nope is on {q_nope.device}, not on a CUDA device"
+    for name, tensor in (("q_nope", q_nope), ("kv_cache", kv_cache), ("key_scale", key_scale)):
+        if tensor is not None and tensor.dtype not in _DTYPES:
+            return f"{name} is {tensor.dtype}, not bfloat16, float16 or float32"
+    for name, tensor in (("q_nope", q_nope), ("q_rope", q_rope), ("kv_cache", kv_cache)):
+        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+            return f"the last dim of {name} is not contiguous: its strides are {tensor.stride()}"
+    for name, tensor in (("cache_seqlens", cache_seqlens), ("cache_starts", cache_starts)):
+        if tensor is not None and not tensor.is_contiguous():
+            return f"{name} is not contiguous"
+    if block_table is not None and block_table.stride(1) != 1 and block_table.shape[1] > 1:
+        return f"the last dim of block_table is not contiguous: its strides are {block_table.stride()}"
+    R, E = q_nope.shape[3], q_rope.shape[3]
+    if R % 16 or not 0 < R <= _MAX_R:
+        return f"R is {R}, not a multiple of 16 up to {_MAX_R}"
+    if E % 16 or E > _MAX_E:
+        return f"E is {E}, not a multiple of 16 up to {_MAX_E}"
+    return None
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _interpreting() -> bool:
+    from hylo_ops.common.triton_math import INTERPRETING
+
+    return INTERPRETING

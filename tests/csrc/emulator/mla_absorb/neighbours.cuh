@@ -1,0 +1,57 @@
+// What csrc/mla_absorb/neighbours.cuh and the numbers of csrc/common/chunks.cuh write in PTX, in C++. An address in a
+// neighbour's shared memory has the block above 24 bits of distance.
+#pragma once
+
+#include "common/copy_engine.cuh"
+
+namespace hylo {
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+inline int lane() { return threadIdx.x & 31; }
+inline int uniform(int value) { return __shfl_sync(kAllLanes, value, 0); }
+inline float exp2_fast(float x) { return exp2f(x); }
+
+}  // namespace hylo
+
+namespace hylo::mla_absorb {
+
+inline bool any_of_threads(int barrier, int threads, bool answer) {
+  return emulated_barrier(barrier).meet(threads, answer, true);
+}
+
+inline int cluster_size() { return static_cast<int>(emulated_cluster_size()); }
+inline int cluster_rank() { return static_cast<int>(blockIdx.x) % cluster_size(); }
+
+inline Word there(const void* shared, int rank) { return shared_address(shared) | static_cast<Word>(rank) << 24; }
+inline unsigned char* emulated_place(Word address) {
+  return emulated_dynamic_shared(static_cast<int>(address >> 24)) + (address & 0xffffff);
+}
+inline float load_there(Word address) { return *reinterpret_cast<const float*>(emulated_place(address)); }
+inline float4 load_four_there(Word address) { return *reinterpret_cast<const float4*>(emulated_place(address)); }
+
+class Meeting {
+ public:
+  void init(int blocks) { barrier_.init(blocks); }
+  void arrive_at(int rank) { reinterpret_cast<Meeting*>(emulated_place(there(this, rank)))->barrier_.arrive(); }
+  void wait(int phase) { barrier_.wait(phase); }
+
+ private:
+  Barrier barrier_;
+};
+
+inline void prefetch(const void*) {}
+inline float load_written(const float* address) { return *address; }
+inline float4 load_four_written(const float* address) { return *reinterpret_cast<const float4*>(address); }
+
+inline bool draws_last(int* ticket, int count) {
+  const bool last = (*ticket)++ == count - 1;
+  if (last) *ticket = 0;
+  return last;
+}
+
+inline void store_two_transposed(void* row, Word first, Word second) {
+  const Word both[2] = {first, second};
+  emulated_store_transposed(row, both);
+}
+
+}  // namespace hylo::mla_absorb
