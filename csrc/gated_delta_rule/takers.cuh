@@ -32,7 +32,7 @@ class Storer {
     handing.arrive(handing.kStateFree);
     handing.sync(handing.kResultReady);
     if (counts) {
-      store_tokens<T, kThreads>(p_.out, p_.o, p_.cu_seqlens != nullptr, chunk, p_.heads, head_, p_.values,
+      store_tokens<T, kThreads>(p_.out, p_.o, p_.cu_seqlens != nullptr, chunk, contiguous_stride(p_), head_, p_.values,
                                 first_value_, results_, lane());
     }
   }
@@ -75,7 +75,7 @@ class Outputs {
       handing.sync_takers();  // all have read Vn
       stage_outputs(o);
       handing.sync_takers();
-      store_tokens<T, kThreads>(p_.out, p_.o, p_.cu_seqlens != nullptr, chunk, p_.heads, head_, p_.values,
+      store_tokens<T, kThreads>(p_.out, p_.o, p_.cu_seqlens != nullptr, chunk, contiguous_stride(p_), head_, p_.values,
                                 first_value_, results_, threadIdx.x % 128);
     }
   }

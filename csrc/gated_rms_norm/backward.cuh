@@ -1,5 +1,6 @@
 // Gated RMS norm, backward. A translation unit of its own, built with the same -DHYLO_ names as kernel.cuh. The
 // formulas are derived in docs/gated_rms_norm.md.
+#include "common/dependent.cuh"
 #include "common/dtype.cuh"
 #include "common/global_access.cuh"
 #include "common/reduce.cuh"
@@ -305,6 +306,8 @@ __device__ __forceinline__ void backward(const BackwardParams& p) {
   using Rows = Walk<T, W, kV, backward_vector(kV, kVec), kNormBeforeGate>;
   __shared__ Sums s_partial[2][Rows::kBlock / kWarpThreads];
   alignas(kMaxAccessBytes) __shared__ float s_lines[Rows::kRows == 1 ? 1 : Rows::kRows * kV];
+  await_kernel_before();
+  start_next_kernel();
   Rows walk{p};
   if constexpr (reads_twice(kV)) {
     walk.run_reading_twice(s_partial);
@@ -321,6 +324,8 @@ __device__ __forceinline__ void dweight(const DweightParams& p) {
   __shared__ float s_sums[kWarps][kDweightColumns];
   const unsigned warp = threadIdx.x / kDweightColumns, lane = threadIdx.x % kDweightColumns;
   const unsigned column = blockIdx.x * kDweightColumns + lane;
+  await_kernel_before();
+  start_next_kernel();
   float sum = 0.0f;
   if (column < p.columns) {
 #pragma unroll 8

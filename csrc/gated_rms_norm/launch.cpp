@@ -115,14 +115,14 @@ void backward(const Kernel& kernel, const Kernel& dweight_kernel, const Backward
                         shared_weight ? 1 : 0,
                         eps};
   const int width = static_cast<int>(shape[3]);
-  kernel.launch({static_cast<unsigned>(grid.blocks)},
-                block_threads(width, vector, backward_elements(width, vector, element_bytes)), &params,
-                pointer<void>(stream));
+  kernel.launch_early({static_cast<unsigned>(grid.blocks)},
+                      block_threads(width, vector, backward_elements(width, vector, element_bytes)), &params,
+                      pointer<void>(stream));
   const unsigned columns = static_cast<unsigned>(width) * (shared_weight ? 1 : heads);
   DweightParams sum{pointer<const float>(partials), pointer<void>(dweight),
                     shared_weight ? grid.blocks : at_once / heads, columns};
-  dweight_kernel.launch({(columns + kDweightColumns - 1) / kDweightColumns}, kDweightThreads, &sum,
-                        pointer<void>(stream));
+  dweight_kernel.launch_early({(columns + kDweightColumns - 1) / kDweightColumns}, kDweightThreads, &sum,
+                              pointer<void>(stream));
 }
 
 }  // namespace hylo::gated_rms_norm

@@ -140,7 +140,7 @@ class Chain {
     store_outputs(o, stage.values(index_), skip);
     fence_async();
     sync();
-    store_tokens<T, 128>(p_.o, p_.o_at, p_.cu_seqlens != nullptr, chunk, p_.heads, unit_.head, p_.values,
+    store_tokens<T, 128>(p_.o, p_.o_at, p_.cu_seqlens != nullptr, chunk, contiguous_stride(p_), unit_.head, p_.values,
                          unit_.column(), results_, threadIdx.x % 128);
   }
 

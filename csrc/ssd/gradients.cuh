@@ -713,7 +713,7 @@ class GradientsBlock {
       }
       fence_async();
       sync_threads(1 + role, 128);
-      store_tokens<T, 128>(p_.maps[role], p_.gradients[role], p.cu_seqlens != nullptr, of.chunk, p.heads / group,
+      store_tokens<T, 128>(p_.maps[role], p_.gradients[role], p.cu_seqlens != nullptr, of.chunk, p_.strides[role],
                            of.head / group, width, tile * kTile, staged, threadIdx.x % 128);
 #pragma unroll
       for (int i = 0; i < 32; ++i) d[tile][i] = 0.0f;

@@ -93,9 +93,7 @@ int most_windows(const Shape& shape) {
 
 int gradients_shared_bytes(int values, int width, const Shape& shape) {
   GradientsParams params{};
-  params.common.x_group = static_cast<int>(shape[kH] / shape[kHX]);
-  params.common.b_group = static_cast<int>(shape[kH] / shape[kGB]);
-  params.common.c_group = static_cast<int>(shape[kH] / shape[kG]);
+  set_shape(params.common, shape);
   return place_gradients(values, width, params);
 }
 
@@ -174,7 +172,8 @@ void ChunkCall::states(const Kernel& kernel, int index, int windows, std::uintpt
 
 void ChunkCall::gradients(const Kernel& kernel, int values, int index, int windows, std::uintptr_t states,
                           std::uintptr_t dstates, const std::array<std::uintptr_t, 4>& dx_db_dc_ddt,
-                          std::uintptr_t parts, std::uintptr_t sums_so_far, int most_blocks) const {
+                          const std::array<Strides, 3>& strides, std::uintptr_t parts, std::uintptr_t sums_so_far,
+                          int most_blocks) const {
   if (chunks_ == 0) return;
   GradientsParams params{};
   params.common = params_;
@@ -186,8 +185,9 @@ void ChunkCall::gradients(const Kernel& kernel, int values, int index, int windo
   std::copy(std::begin(tiles), std::end(tiles), params.tiles);
   constexpr Dim dims[3][2] = {{kHX, kV}, {kGB, kK}, {kG, kK}};
   for (int i = 0; i < 3; ++i) {
-    params.maps[i] = contiguous_map(dx_db_dc_ddt[i], shape_[dims[i][0]], shape_[dims[i][1]]);
+    params.maps[i] = tokens_map(dx_db_dc_ddt[i], shape_[dims[i][0]], shape_[dims[i][1]], strides[i]);
     params.gradients[i] = reinterpret_cast<void*>(dx_db_dc_ddt[i]);
+    params.strides[i] = strides[i][kT];
   }
   params.ddt = reinterpret_cast<void*>(dx_db_dc_ddt[3]);
   params.parts = reinterpret_cast<float*>(parts);
@@ -224,11 +224,11 @@ TensorMap ChunkCall::tokens_map(std::uintptr_t tensor, std::int64_t heads, std::
                  {strides[3], strides[2], strides[1], strides[0]}, kTile, kChunk, 2);
 }
 
-// The same of a contiguous [B, T, heads, width], and of one as o is.
-TensorMap ChunkCall::contiguous_map(std::uintptr_t tensor, std::int64_t heads, std::int64_t width) const {
-  return tokens_map(tensor, heads, width, {shape_[kT] * heads * width, heads * width, width, 1});
+// The same of a contiguous tensor as o is.
+TensorMap ChunkCall::values_map(std::uintptr_t tensor) const {
+  const std::int64_t H = shape_[kH], V = shape_[kV];
+  return tokens_map(tensor, H, V, {shape_[kT] * H * V, H * V, V, 1});
 }
-TensorMap ChunkCall::values_map(std::uintptr_t tensor) const { return contiguous_map(tensor, shape_[kH], shape_[kV]); }
 
 // Boxes of 64 rows of V x 64 columns of K of a contiguous [chunks, heads, V, K].
 TensorMap ChunkCall::states_map(std::uintptr_t tensor, std::int64_t H) const {

@@ -55,13 +55,14 @@ class ChunkCall {
   void states(const Kernel& kernel, int index, int windows, std::uintptr_t states, std::uintptr_t dstates,
               std::uintptr_t d_initial_state, std::uintptr_t parts) const;
 
-  // Everything else of the window: the gradients of x, b, c and dt, and parts of those of d, dt_bias and a,
-  // [3, chunks, H], whose sums over the chunks are meant and which are left as they are where a slot has no chunk.
+  // Everything else of the window: the gradients of x, b and c (strides as of those, heads side by side) and of dt, and
+  // parts of those of d, dt_bias and a, [3, chunks, H], whose sums over the chunks are meant and which are left as they
+  // are where a slot has no chunk.
   // values: HYLO_V of the kernel. sums_so_far: room for 2 * chunks * 64 * width fp32, where there are more windows than
   // one and all heads share b or c.
   void gradients(const Kernel& kernel, int values, int index, int windows, std::uintptr_t states, std::uintptr_t dstates,
-                 const std::array<std::uintptr_t, 4>& dx_db_dc_ddt, std::uintptr_t parts, std::uintptr_t sums_so_far,
-                 int most_blocks) const;
+                 const std::array<std::uintptr_t, 4>& dx_db_dc_ddt, const std::array<Strides, 3>& strides,
+                 std::uintptr_t parts, std::uintptr_t sums_so_far, int most_blocks) const;
 
   // Sums all of those up, into the gradients of d, dt_bias and a: addresses, 0 where not wanted, and types.
   void vectors(const Kernel& kernel, std::uintptr_t parts, const std::array<std::uintptr_t, 3>& sums,
@@ -71,7 +72,6 @@ class ChunkCall {
   Window window(int index, int windows) const;
   void launch(Pass pass, const Kernel& kernel, int directions, const Params& params) const;
   TensorMap tokens_map(std::uintptr_t tensor, std::int64_t heads, std::int64_t width, const Strides& strides) const;
-  TensorMap contiguous_map(std::uintptr_t tensor, std::int64_t heads, std::int64_t width) const;
   TensorMap values_map(std::uintptr_t tensor) const;
   TensorMap states_map(std::uintptr_t tensor, std::int64_t heads) const;
 

@@ -22,7 +22,6 @@ inline TokenScalar of_tokens(const ScalarView& view) {
   return {reinterpret_cast<const void*>(view[0]), view[2], view[3], view[4], static_cast<int>(view[1])};
 }
 
-
 // What the parameters of both families of kernels have in common.
 template <class P>
 void set_shape(P& params, const Shape& shape) {

@@ -16,7 +16,8 @@ from hylo_ops.gated_rms_norm.op import gated_rms_norm
 from hylo_ops.library import define_op, may_skip_dispatcher, reference_backend
 from hylo_ops.ssd import cuda_mamba2
 from hylo_ops.ssd import reference as ssd
-from hylo_ops.ssd.op import chunk_ssd, recurrent_ssd
+from hylo_ops.ssd.joined import chunk_joined_ssd, split
+from hylo_ops.ssd.op import recurrent_ssd
 
 _WIDTHS = (2, 3, 4)
 
@@ -94,13 +95,11 @@ def mamba2_scan(
         cu_seqlens=cu_seqlens,
         backend=backend,
     )
-    x, b, c = _split(mixed, z.shape[3], d_state, x_heads, b_heads)
-    o, final_state = chunk_ssd(
-        x,
+    o, final_state = chunk_joined_ssd(
+        mixed,
         dt,
         a,
-        b,
-        c,
+        (z.shape[3], d_state, x_heads, b_heads),
         d=d,
         dt_bias=dt_bias,
         dt_softplus=dt_softplus,
@@ -256,13 +255,6 @@ def _check_states(
     checks.same_device("z", z, conv_state=conv_state, state=state, state_indices=state_indices)
 
 
-def _split(mixed: Tensor, width: int, d_state: int, x_heads: int, b_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """x, b and c, [B, T, heads, width] each, as views of the convolution's output."""
-    sizes = (x_heads * width, b_heads * d_state)
-    x, b, c = mixed.split([*sizes, mixed.shape[-1] - sum(sizes)], dim=-1)
-    return x.unflatten(-1, (x_heads, width)), b.unflatten(-1, (b_heads, d_state)), c.unflatten(-1, (-1, d_state))
-
-
 def _in_groups(heads: Tensor, norm_weight: Tensor) -> Tensor:
     """[B, T, H, V] -> [B, T, NG, H V / NG]."""
     return heads.flatten(2).unflatten(-1, norm_weight.shape)
@@ -293,7 +285,7 @@ def _reference(
     mixed = convolution.recurrent_causal_conv1d(
         xbc.to(compute), conv_weight, conv_bias, conv_state, state_indices, "silu"
     )
-    x, b, c = _split(mixed, z.shape[3], d_state, x_heads, b_heads)
+    x, b, c = split(mixed, (z.shape[3], d_state, x_heads, b_heads))
     o = ssd.recurrent_ssd(x, dt, a, b, c, state, d, dt_bias, state_indices, dt_softplus, dt_limit)
     grouped, gate = _in_groups(o, norm_weight), _in_groups(z.to(compute), norm_weight)
     return norm.gated_rms_norm(grouped, gate, norm_weight, eps, norm_before_gate).view(z.shape).to(z.dtype)
@@ -323,7 +315,7 @@ def _composed(
     mixed = recurrent_causal_conv1d(
         xbc, conv_weight, conv_bias, conv_state, activation="silu", state_indices=state_indices
     )
-    x, b, c = _split(mixed, z.shape[3], d_state, x_heads, b_heads)
+    x, b, c = split(mixed, (z.shape[3], d_state, x_heads, b_heads))
     options: dict[str, Any] = {"d": d, "dt_bias": dt_bias, "dt_softplus": dt_softplus, "dt_limit": dt_limit}
     o = recurrent_ssd(x, dt, a, b, c, state, **options, state_indices=state_indices)
     grouped, gate = _in_groups(o, norm_weight), _in_groups(z, norm_weight)

@@ -14,9 +14,11 @@ def chunk_forward(*inputs: Any) -> tuple[Tensor, Tensor]:
     return _kernels(inputs[0]).forward(*inputs)
 
 
-def chunk_backward(grads: list[Tensor], *inputs: Any) -> list[Tensor]:
-    """Its gradients, in the order of the op's differentiable inputs."""
-    return _backward_kernels(inputs[0], inputs[3]).backward(grads, *inputs)
+def chunk_backward(grads: list[Tensor], *inputs: Any, room: cuda_chunk.Room | None = None) -> list[Tensor]:
+    """Its gradients, in the order of the op's differentiable inputs. Kernels on tensor cores leave those of x, b and c
+    in the room, if any."""
+    kernels = _backward_kernels(inputs[0], inputs[3])
+    return cuda_chunk.backward(grads, *inputs, room=room) if kernels is cuda_chunk else kernels.backward(grads, *inputs)
 
 
 def chunk_why_not(x: Tensor, **others: Any) -> str | None:

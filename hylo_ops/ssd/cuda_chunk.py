@@ -39,6 +39,9 @@ _UNITS = {
 }
 
 
+Room = Sequence[Tensor]
+
+
 class _Sizes(NamedTuple):
     B: int
     T: int
@@ -151,45 +154,50 @@ def forward(*inputs: Any, cubin_source: str | None = None) -> tuple[Tensor, Tens
     return o, final_state
 
 
-def backward(grads: list[Tensor], *inputs: Any, cubin_source: str | None = None) -> list[Tensor]:
+def backward(
+    grads: list[Tensor], *inputs: Any, room: Room | None = None, cubin_source: str | None = None
+) -> list[Tensor]:
     """Gradients of x, dt, a, b, c and, where given, d, dt_bias and initial_state, in their dtypes; as `forward`
     otherwise.
 
     Args:
         grads: gradients of o and of final_state.
         inputs: the op's, in its order, without the backend.
+        room: for the gradients of x, b and c, of their shapes and dtype. Heads lie side by side; tokens and batch
+            entries may lie further apart, by multiples of 8 elements.
     """
     x, dt, a, b, c, d, dt_bias, initial_state, cu_seqlens = inputs[:9]
     call = _Call(cubin_source, 2, *inputs)
     sizes = call.sizes
     d_o, d_final_state = grads[0].to(x.dtype).contiguous(), grads[1].float().contiguous()
     call.native.set_gradients(d_o.data_ptr(), d_final_state.data_ptr())
-    found = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, b, c, dt)]
+    dx, db, dc = room or [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, b, c)]
+    ddt = torch.empty_like(dt, memory_format=torch.contiguous_format)
     parts = cuda_inputs.room_for_parts(x, call.chunks, sizes.H, cu_seqlens, call.native.owed_rows())
     d_initial_state = None if initial_state is None else torch.empty_like(d_final_state)
     if d_final_state.numel():
         call.begin()
-        _run_windows(call, found, parts, d_initial_state)
+        _run_windows(call, (dx, db, dc, ddt), parts, d_initial_state)
     *others, da = cuda_inputs.sum_parts(call.native, call.kernel("vectors"), parts, (d, dt_bias, a))
     if d_initial_state is not None:
         d_initial_state = d_initial_state.to(initial_state.dtype)
-    dx, db, dc, ddt = found
     return [result for result in (dx, ddt, da, db, dc, *others, d_initial_state) if result is not None]
 
 
-def _run_windows(call: _Call, found: list[Tensor], parts: Tensor, d_initial_state: Tensor | None) -> None:
-    """States and gradients, one part of the heads after the other in the same room."""
+def _run_windows(call: _Call, found: Sequence[Tensor], parts: Tensor, d_initial_state: Tensor | None) -> None:
+    """States, and gradients of x, b, c and dt, one part of the heads after the other in the same room."""
     x, sizes, kernel = found[0], call.sizes, call.kernel
     states = x.new_empty((2, call.chunks, call.native.window_heads(call.windows), sizes.V, sizes.K))
     sums_so_far = None  # of db and dc, where windows go through the heads that share b or c
     if call.windows > 1 and 1 in (sizes.GB, sizes.G):
         sums_so_far = x.new_empty((2, call.chunks, _COLUMNS, sizes.width), dtype=torch.float32)
-    addresses, blocks = [t.data_ptr() for t in found], _multiprocessors(call.device)
+    places = [t.data_ptr() for t in found], [t.stride() for t in found[:3]]
+    blocks = _multiprocessors(call.device)
     of_parts, of_sums = parts.data_ptr(), chunk_inputs.pointer(sums_so_far)
     for window in range(call.windows):
         at = window, call.windows, states[0].data_ptr(), states[1].data_ptr()
         call.native.states(kernel("states"), *at, chunk_inputs.pointer(d_initial_state), of_parts)
-        call.native.gradients(kernel("gradients"), sizes.most_values, *at, addresses, of_parts, of_sums, blocks)
+        call.native.gradients(kernel("gradients"), sizes.most_values, *at, *places, of_parts, of_sums, blocks)
 
 
 def why_not(

@@ -57,11 +57,7 @@ def chunk_ssd(
         initial_state; deterministic: yes.
     Source: Mamba2 (arXiv 2405.21060), equation 2 and section 6; fewer heads of x and b: arXiv 2408.15237.
     """
-    heads = _check(x, dt, a, b, c, d, dt_bias, dt_limit)
-    count = checks.sequences(cu_seqlens, x.shape[0])
-    if initial_state is not None:
-        checks.shape("initial_state", initial_state, count, heads, x.shape[3], b.shape[3])
-    checks.same_device("x", x, initial_state=initial_state, cu_seqlens=cu_seqlens)
+    check_chunk(x, dt, a, b, c, d, dt_bias, dt_limit, initial_state, cu_seqlens)
     return _forward(x, dt, a, b, c, d, dt_bias, initial_state, cu_seqlens, dt_softplus, dt_limit, fixed_split, backend)
 
 
@@ -119,6 +115,26 @@ def recurrent_ssd(
     return _recurrent(x, dt, a, b, c, state, d, dt_bias, state_indices, dt_softplus, dt_limit, backend)
 
 
+def check_chunk(
+    x: Tensor,
+    dt: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    d: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_limit: Sequence[float] | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> None:
+    """The inputs of `chunk_ssd`; raises as that says."""
+    heads = _check(x, dt, a, b, c, d, dt_bias, dt_limit)
+    count = checks.sequences(cu_seqlens, x.shape[0])
+    if initial_state is not None:
+        checks.shape("initial_state", initial_state, count, heads, x.shape[3], b.shape[3])
+    checks.same_device("x", x, initial_state=initial_state, cu_seqlens=cu_seqlens)
+
+
 def _check(
     x: Tensor,
     dt: Tensor,
@@ -148,7 +164,7 @@ def _check(
     return heads
 
 
-def _fake_forward(
+def fake_chunk(
     x: Tensor,
     dt: Tensor,
     a: Tensor,
@@ -168,18 +184,20 @@ def _fake_forward(
 
 _DIFFERENTIABLE = ("x", "dt", "a", "b", "c", "d", "dt_bias", "initial_state")
 
+CHUNK_BACKENDS = [
+    Backend("cuda", cuda.chunk_why_not, cuda.chunk_forward, cuda.chunk_backward, cuda.fast_backward_why_not),
+    Backend("triton", triton.chunk_why_not, triton.chunk_forward, triton.chunk_backward),
+    # Where Triton's backward is the faster one.
+    Backend("cuda", cuda.chunk_why_not, cuda.chunk_forward, cuda.chunk_backward),
+    reference_backend(reference.chunk_ssd, _DIFFERENTIABLE),
+]
+
 _forward = define_op(
     "chunk_ssd",
     "(Tensor x, Tensor dt, Tensor a, Tensor b, Tensor c, Tensor? d, Tensor? dt_bias, Tensor? initial_state, "
     "Tensor? cu_seqlens, bool dt_softplus, float[]? dt_limit, bool fixed_split, str? backend) -> (Tensor, Tensor)",
-    backends=[
-        Backend("cuda", cuda.chunk_why_not, cuda.chunk_forward, cuda.chunk_backward, cuda.fast_backward_why_not),
-        Backend("triton", triton.chunk_why_not, triton.chunk_forward, triton.chunk_backward),
-        # Where Triton's backward is the faster one.
-        Backend("cuda", cuda.chunk_why_not, cuda.chunk_forward, cuda.chunk_backward),
-        reference_backend(reference.chunk_ssd, _DIFFERENTIABLE),
-    ],
-    fake=_fake_forward,
+    backends=CHUNK_BACKENDS,
+    fake=fake_chunk,
     differentiable=_DIFFERENTIABLE,
 )
 

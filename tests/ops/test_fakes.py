@@ -22,6 +22,15 @@ def chunk_ssd():
     return [strided(B, T, H, V), strided(B, H, V, K)], [*inputs, *vectors, None, True, None, False]
 
 
+def chunk_joined_ssd():
+    xbc = strided(B, T, 2 * V + 2 * K + H * K)
+    vectors = [-strided(H), strided(H), strided(H), strided(B, H, V, K)]
+    return [strided(B, T, H, V), strided(B, H, V, K)], [
+        *(xbc, strided(B, T, H), *vectors),
+        *(None, V, K, 2, 2, True, None),
+    ]
+
+
 def causal_conv1d():
     return [strided(B, T, D), strided(B, D, 4)], [
         strided(B, T, D),
@@ -43,7 +52,7 @@ def chunk_gated_delta_rule():
     return [strided(B, T, H, V), strided(B, H, K, V)], [*inputs, None, 0.5, False]
 
 
-@pytest.mark.parametrize("case", [chunk_ssd, causal_conv1d, gated_rms_norm, chunk_gated_delta_rule])
+@pytest.mark.parametrize("case", [chunk_ssd, chunk_joined_ssd, causal_conv1d, gated_rms_norm, chunk_gated_delta_rule])
 def test_gradients_are_as_the_fakes_say(case):
     backward = getattr(torch.ops.hylo_ops, f"{case.__name__}_backward")
     grads, inputs = case()

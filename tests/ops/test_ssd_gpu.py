@@ -2,12 +2,13 @@
 
 import itertools
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
 
 from hylo_ops import chunk_ssd, recurrent_ssd
-from hylo_ops.ssd import cuda, triton
+from hylo_ops.ssd import cuda, joined, triton
 from hylo_ops.testing import cast, gradients, relative_error
 from tests.ops import ssd_plain_cases
 from tests.ops.ssd_cases import GATES, HEADS, WIDTHS, make
@@ -230,6 +231,30 @@ def test_gradients_of_shared_heads(backend, dtype, kind, V, K):
 @pytest.mark.parametrize("T", [1, 64, 65, 129])
 def test_gradients_of_short_sequences(backend, dtype, T):
     check_gradients(make(1, T, "equal", 64, 64, dtype, device="cuda"), backend)
+
+
+@by_backend
+@on_both_kernels
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+@pytest.mark.parametrize("kind", HEADS)
+def test_gradients_of_x_b_and_c_in_one_tensor(backend, dtype, packed, kind):
+    """Of three views and of what they are views of: the same bits, also at sequences' ends within a chunk."""
+    inputs = make(1, 300, kind, 64, 128, dtype, states=3 if packed else 1, device="cuda")
+    bounds = torch.tensor([0, 70, 128, 300], dtype=torch.int32, device="cuda") if packed else None
+    x, b, c = (inputs.pop(name) for name in ("x", "b", "c"))
+    inputs["xbc"] = torch.cat([t.flatten(2) for t in (x, b, c)], -1)
+    dims = 64, 128, x.shape[2], b.shape[2]
+    options = {"dt_softplus": True, "dt_limit": None, "cu_seqlens": bounds, "backend": backend}
+
+    def of_views(xbc, **others):
+        x, b, c = joined.split(xbc, dims)
+        return chunk_ssd(x=x, b=b, c=c, **others)
+
+    def of_one(xbc, dt, a, **others):
+        return joined.chunk_joined_ssd(xbc, dt, a, dims, **others)
+
+    found = gradients(partial(of_one, **options), inputs, list(inputs))
+    same(found.values(), gradients(partial(of_views, **options), inputs, list(inputs)).values())
 
 
 @pytest.mark.parametrize("case", ssd_plain_cases.CASES, ids=lambda case: case.name)
