@@ -285,6 +285,7 @@ constexpr int kMamba2Blocks = 1024 / HYLO_TEAM;
 extern "C" __global__ void __launch_bounds__(HYLO_TEAM, hylo::ssd::kMamba2Blocks)
     ssd_fwd_kernel_mamba2_step(const __grid_constant__ hylo::ssd::Mamba2StepParams p) {
   hylo::start_next_kernel();
+  hylo::fetch_parameters(p);
   hylo::await_kernel_before();
   using hylo::bf16, hylo::fp16, hylo::fp32;
   using Block = hylo::ssd::Mamba2Block<HYLO_T, HYLO_C, HYLO_P, HYLO_S, HYLO_K, HYLO_W, HYLO_TEAM, HYLO_ROWS>;

@@ -55,6 +55,7 @@ __device__ __forceinline__ void step(const StepParams& p) {
 extern "C" __global__ void __launch_bounds__(HYLO_TEAM)
     ssd_fwd_kernel_step(const __grid_constant__ hylo::ssd::StepParams p) {
   hylo::start_next_kernel();
+  hylo::fetch_parameters(p);
   hylo::await_kernel_before();
   hylo::ssd::step<hylo::HYLO_T, hylo::HYLO_S, HYLO_K, HYLO_TEAM, HYLO_ROWS>(p);
 }

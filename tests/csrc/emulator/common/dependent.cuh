@@ -5,5 +5,7 @@ namespace hylo {
 
 inline void await_kernel_before() {}
 inline void start_next_kernel() {}
+template <class Params>
+void fetch_parameters(const Params&) {}
 
 }  // namespace hylo
