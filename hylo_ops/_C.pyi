@@ -47,6 +47,7 @@ class MlaAbsorb:
         load: Callable[[int, str, int, int, int, bool, int, int], Kernel | str],
         floats: Callable[[int], Tensor],
         tickets: Callable[[int, int], Tensor],
+        capturing: Callable[[], bool],
         device_type: int = 2,
     ) -> None: ...
     def run(
@@ -59,8 +60,8 @@ class MlaAbsorb:
         /,
     ) -> tuple[Tensor, Tensor] | str: ...
     @property
-    def direct(self) -> Callable[..., tuple[Tensor, Tensor] | str]:
-        """As below: of the tensors one by one, scale, causal and fixed_split."""
+    def direct(self) -> Callable[..., Tensor | tuple[Tensor, Tensor] | str]:
+        """As `run`: of the tensors one by one, scale, causal, fixed_split and return_lse; without that, o alone."""
 
     def why_not(self, tensors: tuple[Tensor | None, ...], /) -> str | None: ...
 

@@ -38,60 +38,106 @@ Spread read_spread(py::handle from) {
 
 }  // namespace
 
-MlaAbsorb::MlaAbsorb(const py::module_& torch, py::object load, py::object floats, py::object tickets, int device_type)
+MlaAbsorb::MlaAbsorb(const py::module_& torch, py::object load, py::object floats, py::object tickets,
+                     py::object capturing, int device_type)
     : torch_(torch),
       load_(std::move(load)),
       make_floats_(std::move(floats)),
       tickets_(std::move(tickets)),
+      capturing_(std::move(capturing)),
       device_type_(device_type) {}
 
 py::object MlaAbsorb::run(const py::tuple& tensors, py::handle scale, bool causal, bool fixed_split,
                           py::handle spread) {
-  return launch(TorchTensors::items<kTensors>(tensors), scale, causal, fixed_split, read_spread(spread), false);
+  return launch(TorchTensors::items<kTensors>(tensors),
+                {scale, causal, fixed_split, true, false, read_spread(spread)});
 }
 
 py::object MlaAbsorb::direct(PyObject* const* arguments, Py_ssize_t count) {
-  if (count != kTensors + 3) throw py::type_error("ten arguments are expected");
+  if (count != kTensors + 4) throw py::type_error("eleven arguments are expected");
   PyObject* const* const options = arguments + kTensors;
-  if (!PyBool_Check(options[1]) || !PyBool_Check(options[2])) return py::str("causal or fixed_split is no bool");
-  return launch(arguments, options[0], options[1] == Py_True, options[2] == Py_True, {}, true);
+  for (int i = 1; i < 4; ++i) {
+    if (!PyBool_Check(options[i])) return py::str("causal, fixed_split or return_lse is no bool");
+  }
+  return launch(arguments,
+                {options[0], options[1] == Py_True, options[2] == Py_True, options[3] == Py_True, true, {}});
 }
 
-py::object MlaAbsorb::launch(PyObject* const* tensors, py::handle scale, bool causal, bool fixed_split, Spread spread,
-                             bool direct) {
+py::object MlaAbsorb::launch(PyObject* const* tensors, const Call& call) {
   Inputs inputs{};
-  mla_absorb::Options options{0.0f, causal, fixed_split};
-  const std::string reason = view(tensors, direct, inputs);
+  mla_absorb::Options options{0.0f, call.causal, call.fixed_split};
+  const std::string reason = view(tensors, call.direct, inputs);
   if (!reason.empty()) return py::str(reason);
-  if (!read_scale(scale, options.scale)) return py::str("scale is no number");
-  const Kind kind = kind_of(inputs);
-  const Kernels::Loaded& found = loaded(kind);
+  if (!read_scale(call.scale, options.scale)) return py::str("scale is no number");
+  const Kernels::Loaded& found = loaded(kind_of(inputs));
   if (found.kernel == nullptr) return found.found;
 
   const Tensor& q = inputs.q_nope;
-  const py::handle fp32 = floats(q.device);
-  py::object o = torch_.empty_like(tensors[0], q), partial, tickets;
-  py::object lse = torch_.empty(fp32, {q.shape[0], q.shape[1], q.shape[2]});
-  if (q.shape[0] == 0 || q.shape[1] == 0 || q.shape[2] == 0) return py::make_tuple(o, lse);
-  if (spread.cluster == 0) spread = spread_of(inputs, fixed_split);
-  int clusters = resident(*found.kernel, kind.dims, spread.cluster);
-  // The GPU may have no group of multiprocessors that large.
-  for (; clusters == 0 && spread.cluster > 1; clusters = resident(*found.kernel, kind.dims, spread.cluster)) {
-    spread.cluster /= 2;
+  Tensor seen_o, seen_lse{};
+  py::object o = torch_.empty_like(tensors[0], q), lse;
+  bool seen = torch_.view(o, seen_o);
+  if (call.with_lse) {
+    lse = torch_.empty(floats(q.device), {q.shape[0], q.shape[1], q.shape[2]});
+    seen = seen && torch_.view(lse, seen_lse);
   }
-  const Plan plan = plan_of(inputs, spread, clusters, fixed_split);
+  if (q.shape[0] > 0 && q.shape[1] > 0 && q.shape[2] > 0) {
+    const Plan plan = planned(*found.kernel, inputs, call.spread, call.fixed_split);
+    void* const stream = torch_.stream(q);
+    const Workspace used = workspace(plan, q.device, stream);
+    if (!seen || !used.seen) return py::str("what torch allocates cannot be seen");
+    mla_absorb::launch(*found.kernel, inputs, options, plan, seen_o.data, seen_lse.data, used.seen_partial.data,
+                       used.seen_tickets.data, stream);
+  }
+  return call.with_lse ? py::make_tuple(std::move(o), std::move(lse)) : o;
+}
 
-  Tensor seen_o, seen_lse, seen_partial{}, seen_tickets{};
-  bool seen = torch_.view(o, seen_o) && torch_.view(lse, seen_lse);
-  if (plan.numbers > 0) {
-    partial = torch_.empty(fp32, {plan.numbers});
-    tickets = tickets_(plan.tickets, q.device);
-    seen = seen && torch_.view(partial, seen_partial) && torch_.view(tickets, seen_tickets);
+Plan MlaAbsorb::planned(const Kernel& kernel, const Inputs& inputs, Spread spread, bool fixed) {
+  const Dims dims = kind_of(inputs).dims;
+  if (spread.cluster == 0) spread = spread_of(inputs, fixed);
+  int clusters = resident(kernel, dims, spread.cluster);
+  // The GPU may have no group of multiprocessors that large.
+  for (; clusters == 0 && spread.cluster > 1; clusters = resident(kernel, dims, spread.cluster)) spread.cluster /= 2;
+  return plan_of(inputs, spread, clusters, fixed);
+}
+
+bool MlaAbsorb::is_capturing() const {
+  const auto answer = py::reinterpret_steal<py::object>(PyObject_CallNoArgs(capturing_.ptr()));
+  if (!answer) throw py::error_already_set();
+  return answer.ptr() == Py_True;
+}
+
+// The stream's, if it is worth keeping and no graph will own it. No other thread comes between this and the launch.
+MlaAbsorb::Workspace MlaAbsorb::workspace(const Plan& plan, int device, void* stream) {
+  constexpr long long kKept = 8 << 20;  // numbers
+  Workspace made;
+  made.seen = plan.numbers == 0;
+  if (made.seen) return made;
+  const bool of_graph = is_capturing(), kept = !of_graph && plan.numbers <= kKept;
+  if (kept && !captured_) {
+    for (const Workspace& known : workspaces_) {
+      const bool mine = known.device == device && known.stream == stream;
+      if (mine && known.numbers >= plan.numbers && known.count >= plan.tickets) return known;
+    }
   }
-  if (!seen) return py::str("what torch allocates cannot be seen");
-  mla_absorb::launch(*found.kernel, inputs, options, plan, seen_o.data, seen_lse.data, seen_partial.data,
-                     seen_tickets.data, torch_.stream(q));
-  return py::make_tuple(std::move(o), std::move(lse));
+  captured_ = of_graph;
+  made.device = device;
+  made.stream = stream;
+  made.numbers = plan.numbers;
+  made.count = plan.tickets;
+  made.partial = torch_.empty(floats(device), {plan.numbers});
+  made.tickets = tickets_(plan.tickets, device);
+  made.seen = torch_.view(made.partial, made.seen_partial) && torch_.view(made.tickets, made.seen_tickets);
+  if (kept && made.seen) keep(made);
+  return made;
+}
+
+void MlaAbsorb::keep(const Workspace& workspace) {
+  for (Workspace& known : workspaces_) {
+    if (known.device != workspace.device || known.stream != workspace.stream) continue;
+    known = workspace;
+    return;
+  }
+  workspaces_.push_back(workspace);
 }
 
 py::object MlaAbsorb::why_not(const py::tuple& tensors) {
@@ -137,8 +183,8 @@ py::handle MlaAbsorb::floats(int device) {
 
 void define_mla_absorb(py::module_& m) {
   py::class_<MlaAbsorb>(m, "MlaAbsorb")
-      .def(py::init<const py::module_&, py::object, py::object, py::object, int>(), py::arg("torch"), py::arg("load"),
-           py::arg("floats"), py::arg("tickets"), py::arg("device_type") = kCuda)
+      .def(py::init<const py::module_&, py::object, py::object, py::object, py::object, int>(), py::arg("torch"), py::arg("load"),
+           py::arg("floats"), py::arg("tickets"), py::arg("capturing"), py::arg("device_type") = kCuda)
       .def("run", &MlaAbsorb::run)
       .def_property_readonly("direct", &positional_function<MlaAbsorb, &MlaAbsorb::direct>)
       .def("why_not", &MlaAbsorb::why_not);

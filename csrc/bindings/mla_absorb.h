@@ -15,12 +15,12 @@ namespace hylo {
 
 class MlaAbsorb {
  public:
-  // load(device, type, R, E, N, scaled, shared bytes, most blocks of a cluster): the kernel compiled for that, or a str,
-  // the reason why there is none. floats(device): an fp32 tensor there. tickets(count, device): as
-  // hylo_ops/mla_absorb/tickets.py has it. device_type: DLPack's number; another than CUDA's is for tests with an
-  // emulated driver.
+  // load(device, type, R, E, N, scaled, shared bytes, most blocks of a cluster): the kernel compiled for that, or a
+  // str, the reason why there is none. floats(device): an fp32 tensor there. tickets(count, device): as
+  // hylo_ops/mla_absorb/tickets.py has it. capturing(): whether launches become part of a graph. device_type: DLPack's
+  // number; another than CUDA's is for tests with an emulated driver.
   MlaAbsorb(const pybind11::module_& torch, pybind11::object load, pybind11::object floats, pybind11::object tickets,
-            int device_type);
+            pybind11::object capturing, int device_type);
 
   // Gives (o, lse), or a str: the reason why these inputs are not taken.
   // tensors: q_nope, q_rope, kv_cache, cache_seqlens, cache_starts, block_table, key_scale; the last three may be None.
@@ -29,8 +29,8 @@ class MlaAbsorb {
   pybind11::object run(const pybind11::tuple& tensors, pybind11::handle scale, bool causal, bool fixed_split,
                        pybind11::handle spread);
 
-  // The same of the seven tensors, scale, causal and fixed_split side by side, where TorchTensors::view finds no need of
-  // torch's dispatcher.
+  // The same of the seven tensors, scale, causal, fixed_split and return_lse side by side, where TorchTensors::view finds
+  // no need of torch's dispatcher. Without return_lse it gives o alone.
   pybind11::object direct(PyObject* const* arguments, Py_ssize_t count);
 
   // That reason, or None.
@@ -45,19 +45,41 @@ class MlaAbsorb {
     int cluster, clusters;
   };
 
-  pybind11::object launch(PyObject* const* tensors, pybind11::handle scale, bool causal, bool fixed_split,
-                          mla_absorb::Spread spread, bool direct);
+  // Partial results and tickets that a launch has to itself while it runs, as all launches of one stream do in turn.
+  struct Workspace {
+    int device = -1;
+    void* stream = nullptr;
+    bool seen = false;  // or of no use
+    long long numbers = 0, count = 0;  // of partial, of tickets
+    pybind11::object partial, tickets;
+    Tensor seen_partial{}, seen_tickets{};
+  };
+
+  struct Call {
+    pybind11::handle scale;
+    bool causal, fixed_split, with_lse, direct;
+    mla_absorb::Spread spread;
+  };
+
+  pybind11::object launch(PyObject* const* tensors, const Call& call);
+  mla_absorb::Plan planned(const Kernel& kernel, const mla_absorb::Inputs& inputs, mla_absorb::Spread spread,
+                           bool fixed);
+  bool is_capturing() const;
+  Workspace workspace(const mla_absorb::Plan& plan, int device, void* stream);
+  void keep(const Workspace& workspace);
   std::string view(PyObject* const* tensors, bool direct, mla_absorb::Inputs& inputs) const;
   const Kernels::Loaded& loaded(const mla_absorb::Kind& kind);
   int resident(const Kernel& kernel, const mla_absorb::Dims& dims, int cluster);
   pybind11::handle floats(int device);
 
   TorchTensors torch_;
-  pybind11::object load_, make_floats_, tickets_;
+  pybind11::object load_, make_floats_, tickets_, capturing_;
   int device_type_;
   Kernels kernels_;
   std::deque<Resident> resident_;
   std::map<int, pybind11::object> floats_;
+  std::deque<Workspace> workspaces_;  // of streams
+  bool captured_ = false;             // whether the last launch was: tickets are to be refilled
 };
 
 void define_mla_absorb(pybind11::module_& m);

@@ -51,7 +51,8 @@ class Attention {
   }
 
   // keys: a stage of the ring, that holds the tile of tokens from `token` on.
-  __device__ __forceinline__ void run(const Piece& piece, int token, unsigned char* keys, const unsigned char* queries) {
+  __device__ __forceinline__ void run(const Piece& piece, int token, unsigned char* keys,
+                                      const unsigned char* queries) {
     const bool ends = token < piece.start || token + kTokens > piece.end;
     if (ends) clear_others(piece, token, keys);
     float s[kN / 2];
@@ -231,7 +232,7 @@ class Attention {
   unsigned char* const weights_;
   Shared<kN>& shared_;
   float top_[kColumns], total_[kColumns];
-  int factors_[kScaled ? kColumns : 1];  // where the key scales of the thread's columns lie in a stage, for row lane / 4
+  int factors_[kScaled ? kColumns : 1];  // where key scales of the thread's columns lie in a stage, for row lane / 4
 };
 
 }  // namespace hylo::mla_absorb

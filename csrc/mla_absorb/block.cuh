@@ -1,6 +1,7 @@
 // What the warps of a block share, and the pieces of work that each of them goes through.
 #pragma once
 
+#include "common/cluster.cuh"
 #include "common/divider.cuh"
 #include "mla_absorb/neighbours.cuh"
 #include "mla_absorb/params.h"
@@ -8,17 +9,23 @@
 
 namespace hylo::mla_absorb {
 
+// What weights are relative to, and their sum.
+struct alignas(8) Total {
+  float top, sum;
+};
+
 template <int kN>
 struct Shared {
   Handover stages[kMaxStages];
   Handover queries[2];
-  Meeting merged, read;  // a block's results are there; and have been read by all
+  Mailbox mailbox;  // results of the cluster's blocks
   Run run;                        // of the block's cluster
   int last;                       // whether this block's piece is the last to arrive
-  int units[kMaxBatch / 32];      // of 32 sequences each
+  Count units[kMaxBatch / 32];    // of 32 sequences each
   float tops[kGroups][4][kN], totals[kGroups][4][kN];  // of warps
   float top[kGroups][kN];                              // that weights are relative to
-  float block_top[kN], block_total[kN];  // read by neighbours
+  Total total[kN];                   // of the block
+  Total neighbours[kMaxCluster][kN];  // of the cluster's blocks, sent by them
 };
 
 __device__ __forceinline__ long long integer(const Integers& of, long long i) {
@@ -52,28 +59,28 @@ __device__ __forceinline__ int count_before(int value, bool exists, int unit, in
 
 __device__ __forceinline__ int units_at(const Params& p, int b) { return b < p.batch ? sequence_at(p, b).units : 0; }
 
-// The run of this block's cluster, but for the sequence that it begins with.
-__device__ __forceinline__ Run run_of(const Params& p, int total) {
-  const int share = share_of(total, p.clusters, p.alone, p.least, p.fixed);
-  const long long begin = static_cast<long long>(static_cast<int>(blockIdx.x) / cluster_size()) * share;
-  Run run{};
-  run.begin = run.unit = least_of(begin, total);
-  run.last = least_of(begin + share, total);
-  run.share = share;
-  return run;
+// Over a warp.
+__device__ __forceinline__ Count count_of(int total, int most) {
+  return {static_cast<int>(__reduce_add_sync(kAllLanes, total)), __reduce_max_sync(kAllLanes, most)};
 }
 
-// That sequence, given the first of the 32 that it is one of, and the units before those.
-__device__ __forceinline__ void begin_with(Run& run, const Params& p, int first, int passed) {
-  const int b = first + lane();
-  run.b = first + count_before(units_at(p, b), b < p.batch, run.unit, passed);
+__device__ __forceinline__ Run run_here(const Params& p, const Count& units) {
+  const int share = share_of(units, p.batch, p.clusters, p.alone, p.least, p.fixed);
+  return run_of(static_cast<int>(blockIdx.x) >> p.cluster_shift, share, units.total);
+}
+
+// The sequence that a run begins with, given the first of the 32 that it is one of, the units of the lane's one of
+// them, and those of all before.
+__device__ __forceinline__ void begin_with(Run& run, const Params& p, int first, int units, int passed) {
+  run.b = first + count_before(units, first + lane() < p.batch, run.unit, passed);
   run.first_unit = passed;
 }
 
 // Each warp by itself.
 __device__ __forceinline__ Run find_run_of_few(const Params& p) {
-  Run run = run_of(p, __reduce_add_sync(kAllLanes, units_at(p, lane())));
-  begin_with(run, p, 0, 0);
+  const int units = units_at(p, lane());
+  Run run = run_here(p, count_of(units, units));
+  if (p.batch > 1) begin_with(run, p, 0, units, 0);
   return run;
 }
 
@@ -81,21 +88,26 @@ __device__ __forceinline__ Run find_run_of_few(const Params& p) {
 template <int kN>
 __device__ __forceinline__ Run find_run_of_many(const Params& p, Shared<kN>& shared) {
   const int sets = cut(p.batch, 32);
+#pragma unroll 1
   for (int set = threadIdx.x / 32; set < sets; set += kThreads / 32) {
-    const int units = __reduce_add_sync(kAllLanes, units_at(p, 32 * set + lane()));
-    if (lane() == 0) shared.units[set] = units;
+    const int units = units_at(p, 32 * set + lane());
+    const Count count = count_of(units, units);
+    if (lane() == 0) shared.units[set] = count;
   }
   __syncthreads();
   if (threadIdx.x < 32) {
-    int total = 0;
-    for (int i = lane(); i < sets; i += 32) total += shared.units[i];
-    Run run = run_of(p, __reduce_add_sync(kAllLanes, total));
+    Count count{};
+    for (int i = lane(); i < sets; i += 32) {
+      count.total += shared.units[i].total;
+      count.most = max(count.most, shared.units[i].most);
+    }
+    Run run = run_here(p, count_of(count.total, count.most));
     int passed = 0, set = 0;
     for (int before = 32; before == 32 && set < sets; set += before) {
       const int i = set + lane();
-      before = count_before(i < sets ? shared.units[i] : 0, i < sets, run.unit, passed);
+      before = count_before(i < sets ? shared.units[i].total : 0, i < sets, run.unit, passed);
     }
-    begin_with(run, p, 32 * set, passed);
+    begin_with(run, p, 32 * set, units_at(p, 32 * set + lane()), passed);
     if (lane() == 0) shared.run = run;
   }
   __syncthreads();
@@ -105,15 +117,31 @@ __device__ __forceinline__ Run find_run_of_many(const Params& p, Shared<kN>& sha
 // Calls f(piece, its place among the cluster's) for each piece of the run.
 template <class F>
 __device__ __forceinline__ void each_piece(const Params& p, Run run, const F& f) {
-  const int size = cluster_size();
+#pragma unroll 1
   for (int i = 0; run.unit < run.last; ++i) {
     const Sequence sequence = sequence_at(p, run.b);
-    f(take(run, sequence, size, p.fixed), i);
+    f(take(run, sequence, p.cluster_shift, p.fixed), i);
   }
 }
 
-__device__ __forceinline__ int token_of(const Piece& piece, const Turns& turns, int i) {
-  return piece.first + (turns.first + i * cluster_size()) * kTokens;
+// For warps that merge nothing, after each piece: blocks of a cluster meet before each round of merging, with all warps.
+template <int kRounds>
+__device__ __forceinline__ void pass_meetings(const Piece& piece) {
+  if (cluster_size() == 1) return;
+  __syncwarp();
+#pragma unroll 1
+  for (int round = 1; round <= kRounds; ++round) {
+    cluster_wait();
+    if (round < kRounds || !piece.ends) cluster_arrive();
+  }
+}
+
+__device__ __forceinline__ Turns turns_here(const Params& p, const Piece& piece) {
+  return turns_of(piece, cluster_rank(), p.cluster_shift);
+}
+
+__device__ __forceinline__ int token_of(const Params& p, const Piece& piece, const Turns& turns, int i) {
+  return piece.first + (turns.first + (i << p.cluster_shift)) * kTokens;
 }
 
 }  // namespace hylo::mla_absorb

@@ -16,7 +16,7 @@ class Block {
   static constexpr Dims kDims{kR, kE, kN, kScaled};
   static constexpr Room kRoom = room(kDims);
   static_assert(kRoom.stages > 0, "too wide for shared memory");
-  static_assert(sizeof(Shared<kN>) <= kSmallShared, "more than is kept free");
+  static_assert(sizeof(Shared<kN>) <= small_size(kDims), "more than is kept free");
 
   __device__ __forceinline__ Block(const Params& p, unsigned char* shared)
       : p_(p),
@@ -28,18 +28,22 @@ class Block {
 
   __device__ __forceinline__ void run() const {
     if (threadIdx.x == 0) {
-      for (Handover& stage : shared_.stages) stage.init(1, 128);
+      for (int i = 0; i < kRoom.stages; ++i) shared_.stages[i].init(1, 128);
       for (Handover& queries : shared_.queries) queries.init(32 * kQueryWarps, kAttending);
-      shared_.merged.init(cluster_size());
-      shared_.read.init(cluster_size());
+      shared_.mailbox.init();
       fence_barrier_init();
       prefetch_map(p_.cache);
     }
     __syncthreads();
-    cluster_arrive();
+    const bool alone = cluster_size() == 1;
+    if (!alone) cluster_arrive();
     await_kernel_before();
-    prefetch_table();
+    prefetch_tables();
     const Run run = p_.batch <= 32 ? find_run_of_few(p_) : find_run_of_many(p_, shared_);
+    if (run.unit >= run.last) {
+      if (!alone) cluster_wait();
+      return;
+    }
     const int group = uniform(threadIdx.x / 128);
     if (group < kGroups) {
       claim_registers<kAttendingRegisters>();
@@ -50,22 +54,18 @@ class Block {
       if (warp == kQueryWarps) {
         CacheLoader<kR, kE, kN, kScaled>(p_, stages_, shared_).run(run);
       } else {
-        QueryLoader<kR, kE, kN>(p_, warp, kRoom.queries, queries_, shared_).run(run);
+        QueryLoader<kR, kE, kN, merging_rounds(kDims)>(p_, warp, kRoom.queries, queries_, shared_).run(run);
       }
-      __syncwarp();
-      cluster_wait();
     }
   }
 
  private:
-  // The tables of few sequences, while their lengths are still on the way: which part of them is needed is not known yet.
-  __device__ __forceinline__ void prefetch_table() const {
-    if (p_.table.data == nullptr) return;
+  // The tables of few sequences, while their lengths are on the way: which part of them is needed is not known yet.
+  __device__ __forceinline__ void prefetch_tables() const {
     constexpr int kLine = 128;
-    const int bytes = p_.table.wide ? 8 : 4, lines = cut(p_.pages * bytes, kLine);
-    const int b = static_cast<int>(threadIdx.x) / lines, line = static_cast<int>(threadIdx.x) % lines;
-    if (p_.batch * static_cast<long long>(lines) > kThreads || b >= p_.batch) return;
-    prefetch(static_cast<const char*>(p_.table.data) + p_.table.stride * b * bytes + line * kLine);
+    const int b = static_cast<int>(threadIdx.x / 32), at = kLine * lane(), size = p_.table.wide ? 8 : 4;
+    if (p_.table.data == nullptr || p_.batch > kThreads / 32 || b >= p_.batch || at >= p_.pages * size) return;
+    prefetch(static_cast<const char*>(p_.table.data) + p_.table.stride * b * size + at);
   }
 
   __device__ __forceinline__ void attend(const Run& run, int group) const {
@@ -75,7 +75,7 @@ class Block {
     each_piece(p_, run, [&](const Piece& piece, int index) {
       const int buffer = uniform(index % kRoom.queries);
       Handover& queries = shared_.queries[buffer];
-      const Turns turns = turns_of(piece, cluster_rank(), cluster_size());
+      const Turns turns = turns_here(p_, piece);
       attention.start();
       queries.full.wait(index / kRoom.queries & 1);
       // Warpgroups take turns by the block's tiles, not by a piece's: each has stages of its own then, and never waits
@@ -85,7 +85,7 @@ class Block {
         const int at = uniform(static_cast<int>(tile % kRoom.stages));  // so that no lane computes descriptors
         Handover& stage = shared_.stages[at];
         stage.full.wait(turn & 1);
-        attention.run(piece, token_of(piece, turns, i), stages_ + at * stage_size(kDims),
+        attention.run(piece, token_of(p_, piece, turns, i), stages_ + at * stage_size(kDims),
                       queries_ + buffer * queries_size(kDims));
         stage.empty.arrive();
       }
@@ -93,7 +93,6 @@ class Block {
       queries.empty.arrive();
       merger.run(attention, piece);
     });
-    merger.finish();
   }
 
   const Params& p_;

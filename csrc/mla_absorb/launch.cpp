@@ -110,13 +110,17 @@ std::string wrong_layout(const Inputs& x) {
     const bool any = x.cache.shape[i] == 1 || (x.cache.strides[i] > 0 && x.cache.strides[i] < kMaxStride);
     if (!any) return "the strides of kv_cache are not positive, or too long";
   }
-  if (x.paged && x.table.shape[1] > 1 && x.table.strides[1] != 1) return "the last dim of block_table is not contiguous";
+  if (x.paged && x.table.shape[1] > 1 && x.table.strides[1] != 1) {
+    return "the last dim of block_table is not contiguous";
+  }
   return "";
 }
 
 std::string wrong_sizes(const Inputs& x) {
   const auto R = x.q_nope.shape[3], E = x.q_rope.shape[3];
-  if (R % kWidthUnit != 0 || R == 0 || R > kMaxR) return "R is " + std::to_string(R) + ", not a multiple of 16 up to 576";
+  if (R % kWidthUnit != 0 || R == 0 || R > kMaxR) {
+    return "R is " + std::to_string(R) + ", not a multiple of 16 up to 576";
+  }
   if (E % kWidthUnit != 0 || E > kMaxE) return "E is " + std::to_string(E) + ", not a multiple of 16 up to 64";
   if (x.cache.shape[0] == 0 || x.cache.shape[1] == 0) return "kv_cache is empty";
   if (x.q_nope.shape[0] > kMaxBatch) return "there are more than 8192 sequences";
@@ -183,11 +187,12 @@ std::string why_not(const Inputs& x, int device_type) {
 Kind kind_of(const Inputs& x) { return {x.q_nope.device, x.q_nope.type, dims_of(x)}; }
 
 Spread spread_of(const Inputs& x, bool fixed) {
-  constexpr int kFixedCluster = 4, kAlone = 8, kLeast = 2;  // the last two of a block
+  constexpr int kFixedCluster = 4, kFew = 16, kAlone = 8, kLeast = 2;  // the last two of a block
   if (fixed) return {kFixedCluster, 0, 1};
-  // Few sequences are cut between many blocks, which merge fastest within a cluster; many are better left whole.
-  const auto B = x.q_nope.shape[0];
-  int cluster = B <= 16 ? 8 : B <= 128 ? 4 : B <= 256 ? 2 : 1;
+  // Few sequences are cut between many blocks, which merge fastest within a cluster. Of many, each block takes an equal
+  // share: few of them are cut, and clusters would merge even those that are not.
+  if (x.q_nope.shape[0] > kFew) return {1, 0, kLeast};
+  int cluster = 8;
   while (cluster > 1 && cluster * kTokens > capacity_of(x)) cluster /= 2;
   return {cluster, cluster * kAlone, cluster * kLeast};
 }
@@ -233,6 +238,7 @@ void launch(const Kernel& kernel, const Inputs& x, const Options& options, const
   params.pages = x.paged ? static_cast<int>(x.table.shape[1]) : 0;
   while ((std::int64_t{1} << params.box_shift) < box_rows(x)) ++params.box_shift;
   params.clusters = plan.clusters;
+  while (1 << params.cluster_shift < plan.spread.cluster) ++params.cluster_shift;
   params.alone = plan.spread.alone;
   params.least = plan.spread.least;
   params.slots = static_cast<int>(plan.slots);

@@ -35,8 +35,8 @@ struct Kind {
   }
 };
 
-// How a launch is spread over the GPU. Blocks of a cluster merge what they have through shared memory; clusters, through
-// global memory, and only where a sequence is cut between them.
+// How a launch is spread over the GPU. Blocks of a cluster merge what they have through shared memory; clusters,
+// through global memory, and only where a sequence is cut between them.
 struct Spread {
   int cluster = 0;  // blocks
   // Tiles of 64 tokens: up to so many one cluster takes all; and each takes so many at least.
@@ -64,7 +64,8 @@ Spread spread_of(const Inputs& inputs, bool fixed);
 // resident: clusters of that spread that the GPU holds at once.
 Plan plan_of(const Inputs& inputs, const Spread& spread, int resident, bool fixed);
 
-// o [B, T, H, R] and lse [B, T, H] are contiguous, of the queries' type and fp32. There is at least one query row.
+// o [B, T, H, R] and lse [B, T, H], or null, are contiguous, of the queries' type and fp32. There is at least one query
+// row.
 void launch(const Kernel& kernel, const Inputs& inputs, const Options& options, const Plan& plan, void* o, void* lse,
             void* partial, void* tickets, void* stream);
 

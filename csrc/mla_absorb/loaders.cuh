@@ -16,32 +16,37 @@ class CacheLoader {
   static constexpr Room kRoom = room(kDims);
 
   __device__ __forceinline__ CacheLoader(const Params& p, unsigned char* stages, Shared<kN>& shared)
-      : p_(p), stages_(stages), shared_(shared), parts_(kTokens >> p.box_shift), tables_(32 / parts_) {}
+      : p_(p), stages_(stages), shared_(shared), parts_shift_(6 - p.box_shift), tables_(32 >> parts_shift_) {}
 
   __device__ __forceinline__ void run(const Run& run) {
     each_piece(p_, run, [&](const Piece& piece, int) {
-      const Turns turns = turns_of(piece, cluster_rank(), cluster_size());
+      const Turns turns = turns_here(p_, piece);
       int pages = look_up(piece, turns, 0), next_pages = look_up(piece, turns, tables_);
+#pragma unroll 1
       for (int i = 0, at = 0; i < turns.count; ++i, ++at) {
         if (at == tables_) {
           at = 0;
           pages = next_pages;
           next_pages = look_up(piece, turns, i + tables_);
         }
-        load(piece, token_of(piece, turns, i), pages, at * parts_);
+        load(piece, token_of(p_, piece, turns, i), pages, at << parts_shift_);
       }
+      pass_meetings<merging_rounds(kDims)>(piece);
     });
   }
 
  private:
   // A page for each lane: of the parts of as many tiles as a warp has lanes for, from the i-th on.
   __device__ __forceinline__ int look_up(const Piece& piece, const Turns& turns, int i) const {
-    const int tile = i + lane() / parts_, token = token_of(piece, turns, tile) + (lane() % parts_ << p_.box_shift);
     if (p_.table.data == nullptr) return piece.b;
+    if (i >= turns.count) return 0;
+    const int tile = i + (lane() >> parts_shift_), token = token_of(p_, piece, turns, tile) + (part() << p_.box_shift);
     if (tile >= turns.count || !counts(piece, token)) return 0;
     const Integers row{table_row(piece.b), 1, p_.table.wide};
     return static_cast<int>(integer(row, token / p_.by_page));
   }
+  // Of a tile, that is the lane's.
+  __device__ __forceinline__ int part() const { return lane() & ((1 << parts_shift_) - 1); }
   __device__ __forceinline__ const void* table_row(int b) const {
     const long long at = p_.table.stride * b;
     if (p_.table.wide) return static_cast<const long long*>(p_.table.data) + at;
@@ -58,31 +63,32 @@ class CacheLoader {
     ++loaded_;
     Handover& stage = shared_.stages[at];
     if (turn > 0) stage.empty.wait((turn - 1) & 1);
-    const int part_token = token + (lane() % parts_ << p_.box_shift);
-    const int parts = __popc(__ballot_sync(kAllLanes, lane() < parts_ && counts(piece, part_token)));
+    const int mine = token + (part() << p_.box_shift), in_tile = 1 << parts_shift_;
+    const bool whole = token >= piece.start && token + kTokens <= piece.end;
+    const int parts = whole ? in_tile : __popc(__ballot_sync(kAllLanes, lane() < in_tile && counts(piece, mine)));
     if (lane() == 0) stage.full.arrive_expecting(parts * key_tiles(kDims) * (128 << p_.box_shift));
     __syncwarp();
-    unsigned char* const to = stages_ + at * stage_size(kDims);
-    for (int first = 0; first < key_tiles(kDims) * parts_; first += 32) {
-      const int box = first + lane(), part = box % parts_, tile = box / parts_;
-      const int page = __shfl_sync(kAllLanes, pages, first_lane + part);
-      const int box_token = token + (part << p_.box_shift);
-      if (tile >= key_tiles(kDims) || !counts(piece, box_token)) continue;
-      const int row = p_.table.data == nullptr ? box_token : box_token - box_token / p_.by_page * p_.page;
-      copy_box(to + tile * kTileSize + (part * 128 << p_.box_shift), p_.cache, stage.full, tile * kTile, row, page, 0);
+    // 32 is a multiple of the parts: a lane has one of them all the time.
+    const int page = __shfl_sync(kAllLanes, pages, first_lane + part());
+    const int row = p_.table.data == nullptr ? mine : mine - mine / p_.by_page * p_.page;
+    unsigned char* const to = stages_ + at * stage_size(kDims) + (part() * 128 << p_.box_shift);
+    if (!counts(piece, mine)) return;
+#pragma unroll 1
+    for (int tile = lane() >> parts_shift_; tile < key_tiles(kDims); tile += 32 >> parts_shift_) {
+      copy_box(to + tile * kTileSize, p_.cache, stage.full, tile * kTile, row, page, 0);
     }
   }
 
   const Params& p_;
   unsigned char* const stages_;
   Shared<kN>& shared_;
-  const int parts_;   // of a tile
-  const int tables_;  // tiles whose pages are looked up at once
+  const int parts_shift_;  // log2 of the parts of a tile
+  const int tables_;       // tiles whose pages are looked up at once
   unsigned loaded_ = 0;
 };
 
 // Warps that bring the query rows of sequences: latent | rope, in tiles of 64 columns; zeros past the last row.
-template <int kR, int kE, int kN>
+template <int kR, int kE, int kN, int kRounds>
 class QueryLoader {
  public:
   __device__ __forceinline__ QueryLoader(const Params& p, int warp, int buffers, unsigned char* tiles,
@@ -98,6 +104,7 @@ class QueryLoader {
       await_copies();
       fence_async();
       queries.full.arrive();
+      pass_meetings<kRounds>(piece);
     });
   }
 

@@ -1,6 +1,6 @@
-// How results become one: those of a block's warpgroups, then of a cluster's blocks, each of which merges a part, then of
-// a sequence's pieces, by the blocks whose piece is the last to arrive. Always in the same order, whoever comes first, so
-// that the same inputs give the same bits.
+// How results become one: those of a block's warpgroups, then of a cluster's blocks, each of which is sent a part of all
+// of them and merges it, then of a sequence's pieces, by the blocks whose piece is the last to arrive. Always in the same
+// order, whoever comes first, so that the same inputs give the same bits.
 #pragma once
 
 #include "common/cluster.cuh"
@@ -51,18 +51,22 @@ class Merger {
  public:
   using Attending = Attention<T, kR, kE, kN, kScaled>;
   static constexpr Dims kDims{kR, kE, kN, kScaled};
-  static constexpr int kMerged = room(kDims).merged, kRounds = kN / kMerged;
+  static constexpr int kMerged = room(kDims).merged, kRounds = merging_rounds(kDims);
   static constexpr int kStride = merged_stride(kDims);
+  static constexpr int kFours = kR / 4, kAll = kMerged * kFours;  // fours of latents, of a row and of a round
   static_assert(kN % kMerged == 0 && kMerged % 8 == 0, "rounds take whole blocks of an accumulator");
+  static_assert(kAll % kMaxCluster == 0, "each block of a cluster has as many");
 
-  // results: of kMerged query rows.
+  // results: results_size bytes.
   __device__ __forceinline__ Merger(const Params& p, int group, float* results, Shared<kN>& shared)
       : p_(p),
         group_(group),
         thread_(threadIdx.x),
         rank_(cluster_rank()),
         blocks_(cluster_size()),
+        part_(kAll >> p.cluster_shift),
         results_(results),
+        received_(reinterpret_cast<float4*>(results + kMerged * kStride)),
         shared_(shared) {
     const int left = p.tokens * p.heads - static_cast<int>(blockIdx.y) * kN;
     rows_ = left < kN ? left : kN;
@@ -74,17 +78,14 @@ class Merger {
     float weights[kN / 4];
 #pragma unroll
     for (int c = 0; c < kN / 4; ++c) weights[c] = exp2_fast(attending.top(c) - top_of_groups(Attending::column_of(c)));
+    if (thread_ < kN) leave_total();
 #pragma unroll
     for (int round = 0; round < kRounds; ++round) {
-      await_neighbours();
-      if (round == 0 && thread_ < kN) leave_total();
+      if (round > 0) sync_attending();  // the last one's results have been read
       put(attending, weights, round);
-      if (thread_ < blocks_) shared_.merged.arrive_at(thread_);
-      shared_.merged.wait(meetings_ & 1);
+      if (blocks_ > 1) exchange(round);
       merge_blocks(piece, round);
-      sync_attending();
-      if (thread_ < blocks_) shared_.read.arrive_at(thread_);
-      ++meetings_;
+      if (blocks_ > 1 && (round + 1 < kRounds || !piece.ends)) cluster_arrive();  // what was received has been read
     }
     if (piece.pieces > 1 && is_last(piece)) {
 #pragma unroll 1
@@ -92,24 +93,11 @@ class Merger {
     }
   }
 
-  // A block that is gone has no shared memory to be read.
-  __device__ __forceinline__ void finish() const { await_neighbours(); }
-
  private:
-  // Until they are there and, later on, have read what this block has for them.
-  __device__ __forceinline__ void await_neighbours() const {
-    if (meetings_ == 0) {
-      cluster_wait();
-    } else {
-      shared_.read.wait((meetings_ - 1) & 1);
-    }
-  }
-
   __device__ __forceinline__ float top_of_groups(int n) const {
     return fmaxf(shared_.top[0][n], shared_.top[1][n]);
   }
 
-  // For the block's neighbours.
   __device__ __forceinline__ void leave_total() const {
     float sums[kGroups];
 #pragma unroll
@@ -118,8 +106,7 @@ class Merger {
       const float sum = totals[0][thread_] + totals[1][thread_] + totals[2][thread_] + totals[3][thread_];
       sums[group] = __fmul_rn(sum, exp2_fast(shared_.top[group][thread_] - top_of_groups(thread_)));
     }
-    shared_.block_top[thread_] = top_of_groups(thread_);
-    shared_.block_total[thread_] = __fadd_rn(sums[0], sums[1]);
+    shared_.total[thread_] = {top_of_groups(thread_), __fadd_rn(sums[0], sums[1])};
   }
 
   // The warpgroups' sum of some query rows, as rows of latents. It is the same whichever of them had which tiles.
@@ -147,32 +134,68 @@ class Merger {
     }
   }
 
-  // Calls f(query row, its first latent, whether it is the row's first among this block's) for four latents at a time, of
-  // those that this block merges in a round.
+  // Fours of latents of a round's query rows, as far as these exist; each block of the cluster has `part_` in a row.
+  __device__ __forceinline__ int fours(int round) const {
+    const int left = rows_ - round * kMerged;
+    return (left < 0 ? 0 : left < kMerged ? left : kMerged) * kFours;
+  }
+  __device__ __forceinline__ int fours_here(int round) const {
+    const int left = fours(round) - rank_ * part_;
+    return left < 0 ? 0 : left < part_ ? left : part_;
+  }
+  __device__ __forceinline__ float4& result(int four) const {
+    return *reinterpret_cast<float4*>(results_ + four / kFours * kStride + four % kFours * 4);
+  }
+
+  // Sends each block of the cluster its part of this block's results, and waits for all that come here.
+  __device__ __forceinline__ void exchange(int round) {
+    if (thread_ == 0) {
+      shared_.mailbox.expect(blocks_ * (fours_here(round) * 16 + (round == 0 ? rows_ * 8 : 0)));
+    }
+    cluster_wait();  // until all have read what came in the round before
+    const int all = fours(round);
+    for (int i = thread_; i < all; i += kAttending) {
+      const int to = (i << p_.cluster_shift) / kAll;
+      shared_.mailbox.send(received_ + rank_ * part_ + i - to * part_, to, result(i));
+    }
+    for (int i = thread_; round == 0 && i < rows_ * blocks_; i += kAttending) {
+      const int n = i >> p_.cluster_shift;
+      const Total total = shared_.total[n];
+      shared_.mailbox.send(&shared_.neighbours[rank_][n], i & (blocks_ - 1), total.top, total.sum);
+    }
+    shared_.mailbox.await(received_rounds_ & 1);
+    ++received_rounds_;
+  }
+
+  // Calls f(query row, its first latent, four) for each of this block's fours of a round.
   template <class F>
   __device__ __forceinline__ void each_four(int round, const F& f) const {
-    constexpr int kFours = kR / 4;
-    const int left = rows_ - round * kMerged, rows = left < kMerged ? left : kMerged;
-    for (int i = rank_ * kAttending + thread_; i < rows * kFours; i += blocks_ * kAttending) {
-      f(round * kMerged + i / kFours, i % kFours * 4, i % kFours == 0 || thread_ == 0);
+    const int here = fours_here(round);
+    for (int i = thread_; i < here; i += kAttending) {
+      const int four = rank_ * part_ + i;
+      f(round * kMerged + four / kFours, four % kFours * 4, i);
     }
   }
 
+  __device__ __forceinline__ Part merged(int n, int i) const {
+    const auto received = [&](int block) {
+      const Total total = shared_.neighbours[block][n];
+      return Part{total.top, total.sum, received_[block * part_ + i]};
+    };
+    if (blocks_ == 1) return {shared_.total[n].top, shared_.total[n].sum, result(i)};
+    return blocks_ > 4 ? merge<8>(blocks_, received) : merge<4>(blocks_, received);
+  }
+
   __device__ __forceinline__ void merge_blocks(const Piece& piece, int round) const {
-    each_four(round, [&](int n, int latent, bool first) {
-      const float* const here = results_ + (n - round * kMerged) * kStride + latent;
-      const auto load = [&](int block) {
-        return Part{load_there(there(&shared_.block_top[n], block)), load_there(there(&shared_.block_total[n], block)),
-                    load_four_there(there(here, block))};
-      };
-      const Part all = blocks_ > 4 ? merge<8>(blocks_, load) : merge<4>(blocks_, load);
+    each_four(round, [&](int n, int latent, int i) {
+      const Part all = merged(n, i);
       if (piece.pieces == 1) {
         send(piece, n, latent, all);
         return;
       }
       const int slot = piece.slot(piece.index);
       *reinterpret_cast<float4*>(partial(slot) + n * kR + latent) = all.numbers;
-      if (first) {
+      if (latent == 0 || i == 0) {
         totals(slot)[n] = all.top;
         totals(slot)[kN + n] = all.total;
       }
@@ -180,12 +203,13 @@ class Merger {
   }
 
   __device__ __forceinline__ void send(const Piece& piece, int n, int latent, const Part& all) const {
-    const long long row = static_cast<long long>(piece.b) * (p_.tokens * p_.heads) + static_cast<int>(blockIdx.y) * kN + n;
+    const int of_sequence = static_cast<int>(blockIdx.y) * kN + n;
+    const long long row = static_cast<long long>(piece.b) * (p_.tokens * p_.heads) + of_sequence;
     const float factor = all.total == 0.0f ? 1.0f : 1.0f / all.total;
     const uint2 packed{wgmma::pack<T>(all.numbers.x * factor, all.numbers.y * factor),
                        wgmma::pack<T>(all.numbers.z * factor, all.numbers.w * factor)};
     *reinterpret_cast<uint2*>(static_cast<T*>(p_.o) + row * kR + latent) = packed;
-    if (latent == 0) {
+    if (latent == 0 && p_.lse != nullptr) {
       constexpr float kLn2 = 0.69314718055994531f;
       p_.lse[row] = all.total == 0.0f ? -__int_as_float(0x7f800000) : (all.top + log2f(all.total)) * kLn2;
     }
@@ -211,7 +235,7 @@ class Merger {
   }
 
   __device__ __forceinline__ void merge_pieces(const Piece& piece, int round) const {
-    each_four(round, [&](int n, int latent, bool) {
+    each_four(round, [&](int n, int latent, int) {
       send(piece, n, latent, merge<8>(piece.pieces, [&](int i) {
              const int slot = piece.slot(i);
              const float* const of_row = totals(slot) + n;
@@ -223,9 +247,11 @@ class Merger {
 
   const Params& p_;
   const int group_, thread_, rank_, blocks_;
-  int rows_;          // of this tile
-  int meetings_ = 0;  // of the cluster so far
-  float* const results_;
+  const int part_;  // fours of a round that a block merges
+  int rows_;        // of this tile
+  int received_rounds_ = 0;
+  float* const results_;    // of a round, [kMerged, kStride]
+  float4* const received_;  // of this block's part, [blocks_, part_]
   Shared<kN>& shared_;
 };
 

@@ -37,32 +37,30 @@ __device__ __forceinline__ Word there(const void* shared, int rank) {
   return mapped;
 }
 
-__device__ __forceinline__ float load_there(Word address) {
-  float value;
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
-  return value;
-}
-__device__ __forceinline__ float4 load_four_there(Word address) {
-  float4 v;
-  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-               : "r"(address)
-               : "memory");
-  return v;
-}
-
-// A barrier that the blocks of a cluster arrive at, each once for every phase. It sees what a block wrote before it
-// arrived.
-class Meeting {
+// Says when the numbers are there that blocks of a cluster, this one included, put into its shared memory, where they
+// lie at the same place in each. That its last numbers have been read is for the cluster's barrier to say.
+class Mailbox {
  public:
-  __device__ __forceinline__ void init(int blocks) { barrier_.init(blocks); }
+  __device__ __forceinline__ void init() { barrier_.init(1); }
 
-  // For the block of this thread, at the barrier of another; after a barrier of all threads that this is to be told of.
-  __device__ __forceinline__ void arrive_at(int rank) {
-    asm volatile("fence.acq_rel.cluster;" ::: "memory");
-    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(there(this, rank)) : "memory");
+  __device__ __forceinline__ void send(const void* shared, int rank, const float4& v) {
+    asm volatile(
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+            there(shared, rank)),
+        "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(there(this, rank))
+        : "memory");
   }
-  __device__ __forceinline__ void wait(int phase) {
+  __device__ __forceinline__ void send(const void* shared, int rank, float first, float second) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(
+                     there(shared, rank)),
+                 "f"(first), "f"(second), "r"(there(this, rank))
+                 : "memory");
+  }
+
+  // One thread says so, of each phase.
+  __device__ __forceinline__ void expect(int bytes) { barrier_.arrive_expecting(bytes); }
+
+  __device__ __forceinline__ void await(int phase) {
     asm volatile(
         "{ .reg .pred done; "
         "again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1; "
@@ -100,11 +98,9 @@ __device__ __forceinline__ float4 load_four_written(const float* address) {
 // the others' writes.
 __device__ __forceinline__ bool draws_last(int* ticket, int count) {
   int before;
-  __threadfence();
   asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(ticket) : "memory");
   const bool last = before == count - 1;
   if (last) *ticket = 0;
-  __threadfence();
   return last;
 }
 

@@ -25,7 +25,7 @@ struct Params {
   Integers lengths, starts;  // [B]
   Integers table;            // [B, max pages]; stride is of its rows
   void* o;                   // [B, T, H, R], contiguous
-  float* lse;                // [B, T, H], contiguous
+  float* lse;                // [B, T, H], contiguous; null where nobody asks for it
   float* partial;            // of pieces of sequences, partial_size each; null where nothing is cut
   int* tickets;              // of every tile of rows, slot and block of a cluster: pieces that have arrived; zeros
   int batch, heads, tokens;  // B, H, T
@@ -33,6 +33,7 @@ struct Params {
   int page, pages;           // tokens of a page; entries of a table's row
   int box_shift;             // log2 of the rows that one copy brings
   int clusters;              // that share the work of a tile of rows
+  int cluster_shift;         // log2 of their blocks
   int alone, least;          // tiles of tokens that one cluster takes all of; that a cluster takes at least
   int slots;                 // partial results of a tile of rows
   int fixed;                 // whether a sequence is cut by its own length alone

@@ -19,11 +19,13 @@ constexpr int kMaxStages = 16;
 constexpr int kMaxCluster = 16;
 
 constexpr int kSharedLimit = 227 * 1024;
-constexpr int kSmallShared = 8 * 1024;  // of it, what is no tile
 constexpr int kWantedStages = 4;
 
 // Fixed split: a sequence is cut into so many pieces at most, and none is shorter but the last.
 constexpr int kFixedTiles = 32, kFixedUnits = 32;
+
+// Runs may be longer by one part of so many, that they end with their sequences.
+constexpr int kUneven = 16;
 
 struct Dims {
   int R, E;
@@ -42,6 +44,12 @@ HYLO_HOST_DEVICE constexpr int weights_size(Dims d) { return d.N * 128; }
 // Rows of merged results are padded, so that eight latents of four query rows meet no bank twice.
 HYLO_HOST_DEVICE constexpr int merged_stride(Dims d) { return d.R + 4; }
 
+// Of shared memory, what is no tile and no result.
+HYLO_HOST_DEVICE constexpr int small_size(Dims d) { return 3456 + 208 * d.N; }
+
+// A block's results, and those of a cluster's blocks, as many, that it merges.
+HYLO_HOST_DEVICE constexpr int results_size(Dims d, int rows) { return rows * (merged_stride(d) + d.R) * 4; }
+
 // How shared memory is dealt out.
 struct Room {
   int stages;   // tiles of the cache, an even number: each warpgroup has its own
@@ -50,8 +58,8 @@ struct Room {
 };
 
 HYLO_HOST_DEVICE constexpr Room room_with(Dims d, int queries, int merged) {
-  const int others = queries * queries_size(d) + kGroups * weights_size(d) + merged * merged_stride(d) * 4;
-  const int left = kSharedLimit - kSmallShared - 1024 - others;
+  const int others = queries * queries_size(d) + kGroups * weights_size(d) + results_size(d, merged);
+  const int left = kSharedLimit - small_size(d) - 1024 - others;
   const int fit = left < 0 ? 0 : left / stage_size(d) / kGroups * kGroups;
   return {fit < kMaxStages ? fit : kMaxStages, queries, merged};
 }
@@ -73,9 +81,12 @@ HYLO_HOST_DEVICE constexpr Room room(Dims d) {
 HYLO_HOST_DEVICE constexpr int tiles_size(Dims d) {
   const Room r = room(d);
   return r.stages * stage_size(d) + r.queries * queries_size(d) + kGroups * weights_size(d) +
-         r.merged * merged_stride(d) * 4;
+         results_size(d, r.merged);
 }
-HYLO_HOST_DEVICE constexpr int shared_size(Dims d) { return tiles_size(d) + kSmallShared + 1024; }
+HYLO_HOST_DEVICE constexpr int shared_size(Dims d) { return tiles_size(d) + small_size(d) + 1024; }
+
+// How often a block merges for each piece of work.
+HYLO_HOST_DEVICE constexpr int merging_rounds(Dims d) { return d.N / room(d).merged; }
 
 // Numbers of a partial result: its rows, and the maximum and the sum of each, once more for every block of a cluster,
 // since each of them merges a part of its own.

@@ -1,6 +1,6 @@
 // How the work is cut. The unit is a tile of cached tokens or, with a fixed split, a number of them that depends on the
-// sequence alone. All sequences' units stand in a row, and every cluster takes an equal run; where a run holds a part of
-// a sequence, that part is a piece. Blocks of a cluster take turns at its tiles.
+// sequence alone. All sequences' units stand in a row, and every cluster takes an equal run; where a run holds a part
+// of a sequence, that part is a piece. Blocks of a cluster take turns at its tiles.
 #pragma once
 
 #include "mla_absorb/traits.cuh"
@@ -23,41 +23,65 @@ HYLO_HOST_DEVICE inline Sequence sequence_of(long long length, long long start, 
   s.start = start < 0 ? 0 : least_of(start, s.end);
   s.first = s.start / kTokens * kTokens;
   s.tiles = s.start < s.end ? cut(s.end - s.first, kTokens) : 0;
-  const int by_length = cut(s.tiles, kFixedUnits);
-  s.unit = !fixed ? 1 : by_length > kFixedTiles ? by_length : kFixedTiles;
-  s.units = s.tiles == 0 ? 1 : cut(s.tiles, s.unit);
+  s.unit = 1;
+  s.units = s.tiles == 0 ? 1 : s.tiles;
+  if (fixed) {
+    const int by_length = cut(s.tiles, kFixedUnits);
+    s.unit = by_length > kFixedTiles ? by_length : kFixedTiles;
+    s.units = s.tiles == 0 ? 1 : cut(s.tiles, s.unit);
+  }
   return s;
 }
 
-// Units of a cluster's run. What one cluster can do `alone` it does: clusters merge slower than its own blocks.
-HYLO_HOST_DEVICE inline int share_of(int total, int clusters, int alone, int least, bool fixed) {
-  const int share = cut(total, clusters);
-  if (fixed || total <= 0) return share;
-  return total <= alone ? total : share > least ? share : least;
+// Units of all sequences, and the most that one has.
+struct Count {
+  int total, most;
+};
+
+// Units of a cluster's run. What one cluster can do `alone` it does: clusters merge slower than its own blocks. Where all
+// sequences are equal, runs end with them, or all after the same part of one, if they are not much longer for it.
+HYLO_HOST_DEVICE inline int share_of(const Count& units, int batch, int clusters, int alone, int least, bool fixed) {
+  if (!fixed && units.total <= alone) return units.total;
+  const int equal = cut(units.total, clusters), share = fixed || equal > least ? equal : least;
+  if (fixed || static_cast<long long>(units.most) * batch != units.total) return share;
+  const int even = share < units.most ? cut(units.most, units.most / share) : cut(share, units.most) * units.most;
+  return even - share <= share / kUneven ? even : share;
 }
 
 // A cluster's run, and how far it has come.
 struct Run {
-  int unit, last;     // the next one, and the end
-  int b, first_unit;  // the sequence that has it, and that one's first
-  int begin, share;   // where the run began, and units of a run
+  int unit, last;            // the next one, and the end
+  int b, first_unit;         // the sequence that has it, and that one's first
+  int index, begin, share;   // which run it is, where it began, and units of a run
 };
+
+// The run of a cluster, but for the sequence that it begins with.
+HYLO_HOST_DEVICE inline Run run_of(int cluster, int share, int total) {
+  Run run{};
+  const long long begin = static_cast<long long>(cluster) * share;
+  run.index = cluster;
+  run.begin = run.unit = least_of(begin, total);
+  run.last = least_of(begin + share, total);
+  run.share = share;
+  return run;
+}
 
 struct Piece {
   int b;
   int first, start, end;  // of the sequence
   int tile, tiles;        // the first one and how many
   int turn;               // the block of a cluster that takes the first one
+  bool ends;              // the run
   int index, pieces;      // of the sequence
   int first_slot, slots_apart, slot_ahead;
 
-  // Of a piece's partial result, among all: a cluster has two, for a sequence that began before its run, and for one that
-  // goes on after it.
+  // Of a piece's partial result, among all: a cluster has two, for a sequence that began before its run, and for one
+  // that goes on after it.
   HYLO_HOST_DEVICE int slot(int of) const { return first_slot + (of == 0 ? slot_ahead : of * slots_apart); }
 };
 
-// The run's next piece, given the sequence that it has come to.
-HYLO_HOST_DEVICE inline Piece take(Run& run, const Sequence& s, int cluster_size, bool fixed) {
+// The run's next piece, given the sequence that it has come to. Divides where a sequence is cut only: that is slow.
+HYLO_HOST_DEVICE inline Piece take(Run& run, const Sequence& s, int cluster_shift, bool fixed) {
   const int end = run.first_unit + s.units;
   const int next = fixed ? run.unit + 1 : end < run.last ? end : run.last;
   const int stop = least_of(static_cast<long long>(next - run.first_unit) * s.unit, s.tiles);
@@ -74,26 +98,29 @@ HYLO_HOST_DEVICE inline Piece take(Run& run, const Sequence& s, int cluster_size
     piece.first_slot = run.first_unit;
     piece.slots_apart = 1;
   } else {
-    const int first_run = run.first_unit / run.share;
-    piece.turn = (run.unit - run.begin) % cluster_size;
-    piece.index = run.begin / run.share - first_run;
-    piece.pieces = (end - 1) / run.share - first_run + 1;
+    int first_run = run.index, last_run = run.index;
+    if (run.first_unit < run.begin) first_run = run.first_unit / run.share;
+    if (end > run.last) last_run = (end - 1) / run.share;
+    piece.turn = (run.unit - run.begin) & ((1 << cluster_shift) - 1);
+    piece.index = run.index - first_run;
+    piece.pieces = last_run - first_run + 1;
     piece.first_slot = 2 * first_run;
     piece.slots_apart = 2;
     piece.slot_ahead = 1;
   }
+  piece.ends = next == run.last;
   if (next == end) ++run.b, run.first_unit = next;
   run.unit = next;
   return piece;
 }
 
-// Tiles of a piece that one block of a cluster takes: `first`, and every cluster_size-th from there.
+// Tiles of a piece that one block of a cluster takes: `first`, and those a cluster's size further each.
 struct Turns {
   int first, count;
 };
-HYLO_HOST_DEVICE inline Turns turns_of(const Piece& piece, int rank, int cluster_size) {
-  const int ahead = rank - piece.turn, first = ahead < 0 ? ahead + cluster_size : ahead;
-  return {piece.tile + first, first < piece.tiles ? cut(piece.tiles - first, cluster_size) : 0};
+HYLO_HOST_DEVICE inline Turns turns_of(const Piece& piece, int rank, int cluster_shift) {
+  const int size = 1 << cluster_shift, first = (rank - piece.turn) & (size - 1);
+  return {piece.tile + first, first < piece.tiles ? (piece.tiles - first + size - 1) >> cluster_shift : 0};
 }
 
 // Partial results that a launch may have, for each tile of query rows.

@@ -55,10 +55,11 @@ def forward(
 
 
 @functools.cache
-def direct() -> Callable[..., tuple[Tensor, Tensor] | str]:
-    """A function of the op's inputs, one by one, that goes around torch's dispatcher.
+def direct() -> Callable[..., Tensor | tuple[Tensor, Tensor] | str]:
+    """A function of the op's inputs and of return_lse, one by one, that goes around torch's dispatcher.
 
-    It answers with a reason where they need the dispatcher, are wrong or are not for this backend.
+    It gives o, or o and lse, and answers with a reason where they need the dispatcher, are wrong or are not for this
+    backend.
     """
     reason = cubin.why_not_native()
     return _native(None).direct if reason is None else lambda *_: reason
@@ -85,11 +86,16 @@ def why_not(
 
 @functools.cache
 def _native(source: str | None) -> "MlaAbsorb":
-    return cubin.native().MlaAbsorb(torch, functools.partial(_load, source), _floats, _tickets)
+    return cubin.native().MlaAbsorb(torch, functools.partial(_load, source), _floats, _tickets, _capturing())
 
 
 def _floats(device: int) -> Tensor:
     return torch.empty(0, dtype=torch.float32, device=_device(device))
+
+
+def _capturing() -> Callable[[], bool]:
+    """Without torch's Python layer, where there is a GPU: it is asked in each call."""
+    return getattr(torch._C, "_cuda_isCurrentStreamCapturing", torch.cuda.is_current_stream_capturing)
 
 
 def _tickets(count: int, device: int) -> Tensor:

@@ -59,10 +59,10 @@ def mla_absorb(
     Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1.2 and appendix C.
     """
     tensors = (q_nope, q_rope, kv_cache, cache_seqlens, cache_starts, block_table, key_scale)
-    if backend == "cuda" and may_skip_dispatcher():
-        results = cuda.direct()(*tensors, scale, causal, fixed_split)
+    if backend in (None, "cuda") and may_skip_dispatcher():
+        results = cuda.direct()(*tensors, scale, causal, fixed_split, return_lse)
         if not isinstance(results, str):
-            return results if return_lse else results[0]
+            return results
     _check(*tensors)
     o, lse = _forward(*tensors, scale, causal, fixed_split, backend)
     return (o, lse) if return_lse else o
@@ -108,16 +108,18 @@ _DIFFERENTIABLE = ("q_nope", "q_rope", "kv_cache", "key_scale")
 # Gradients of an inference op are for checks and short distillation runs: every backend's are the reference's.
 _REFERENCE = reference_backend(reference.mla_absorb, _DIFFERENTIABLE)
 
+BACKENDS = [
+    Backend("cuda", cuda.why_not, cuda.forward, _REFERENCE.backward),
+    Backend("triton", triton.why_not, triton.forward, _REFERENCE.backward),
+    _REFERENCE,
+]
+
 _forward = define_op(
     "mla_absorb",
     "(Tensor q_nope, Tensor q_rope, Tensor kv_cache, Tensor cache_seqlens, Tensor? cache_starts, "
     "Tensor? block_table, Tensor? key_scale, float scale, bool causal, bool fixed_split, str? backend) "
     "-> (Tensor, Tensor)",
-    backends=[  # cuda by name only, until racecheck finds nothing there (docs/mla_absorb.md)
-        Backend("triton", triton.why_not, triton.forward, _REFERENCE.backward),
-        Backend("cuda", cuda.why_not, cuda.forward, _REFERENCE.backward),
-        _REFERENCE,
-    ],
+    backends=BACKENDS,
     fake=_fake_forward,
     differentiable=_DIFFERENTIABLE,
 )

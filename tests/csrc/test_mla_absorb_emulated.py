@@ -6,7 +6,7 @@ import torch
 from hylo_ops.cubin import native
 from tests.csrc.emulator import build
 from tests.csrc.emulator.run_mla_absorb import CPU, EMULATED, specs
-from tests.ops.mla_absorb_cuda_cases import NAMES, Case
+from tests.ops.mla_absorb_cuda_cases import BENCHMARK, NAMES, Case, with_one_page
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,14 @@ def test_agrees_with_float64(verdicts, case):
 def why_not(**changes):
     """Of one case with some of its tensors replaced, where any kernel can be had."""
     x = {**Case(128, 32, 32, (100, 70), HK=4).inputs("cpu"), **changes}
-    backend = native().MlaAbsorb(torch, lambda *_: "any kernel", lambda _: None, lambda *_: None, device_type=CPU)
+    return answer_to(x)
+
+
+def answer_to(x):
+    def nothing(*_):
+        pytest.fail("only asked")
+
+    backend = native().MlaAbsorb(torch, lambda *_: "any kernel", nothing, nothing, nothing, device_type=CPU)
     return backend.why_not(tuple(x[name] for name in NAMES))
 
 
@@ -48,6 +55,11 @@ def test_what_is_taken():
     wide = torch.zeros(2, 1, 32, 256, dtype=x["q_nope"].dtype)
     assert why_not(q_nope=narrowed(wide, 128)) == "any kernel"
     assert why_not(key_scale=None) == "any kernel"
+
+
+@pytest.mark.parametrize("case", BENCHMARK, ids=lambda case: case.name)
+def test_every_case_of_the_benchmark_is_taken(case):
+    assert answer_to(with_one_page(case, "cpu")) == "any kernel"
 
 
 REFUSED = {

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.shapes import MLA_ABSORB, MLA_ABSORB_LARGE, LatentCase
 from hylo_ops.mla_absorb import reference
 from hylo_ops.testing import DTYPE_NAMES, cast, within_budget
 
@@ -160,3 +161,21 @@ CASES = [
     Case(64, 32, 16, tuple(37 * i % 150 for i in range(3000)), page=16, spread=(4, 0, 7)),
     Case(128, 32, 32, (0, 0)),
 ]
+
+BENCHMARK = [case for case in (*MLA_ABSORB, *MLA_ABSORB_LARGE) if case.scope != "block"]
+
+
+def with_one_page(case: LatentCase, device: str) -> dict[str, Any]:
+    """Inputs of a benchmark's case, all of whose pages are the same one."""
+    cache = torch.randn(1, case.page, case.R + case.E, dtype=case.dtype, device=device)
+    q = torch.randn(case.B, 1, case.H, case.R + case.E, dtype=case.dtype, device=device)
+    pages = -(-max(case.lengths) // case.page)
+    return {
+        "q_nope": q[..., : case.R],
+        "q_rope": q[..., case.R :],
+        "kv_cache": cache,
+        "cache_seqlens": torch.tensor(case.lengths, dtype=torch.int32, device=device),
+        "cache_starts": None,
+        "block_table": torch.zeros(case.B, pages, dtype=torch.int32, device=device),
+        "key_scale": None,
+    }

@@ -7,14 +7,31 @@ import pytest
 import torch
 
 from hylo_ops import mla_absorb
-from hylo_ops.mla_absorb import cuda
+from hylo_ops.backend import choose
+from hylo_ops.mla_absorb import cuda, op, triton
 from hylo_ops.testing import relative_error
-from tests.ops.mla_absorb_cuda_cases import BF16, CASES, FP16, NAMES, SCALE, Case, by_steps, check, run_and_check
+from tests.ops.mla_absorb_cuda_cases import (
+    BENCHMARK,
+    BF16,
+    CASES,
+    FP16,
+    NAMES,
+    SCALE,
+    Case,
+    by_steps,
+    check,
+    run_and_check,
+    with_one_page,
+)
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
+needs_sm_90 = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="the CUDA kernels are for compute capability 9.0",
+)
 BACKENDS = ["cuda", "triton"]
 LENGTHS = (1500, 64, 0, 777)
 PUBLISHED = [Case(R, E, H, LENGTHS, HK=HK) for R, E, H, HK in ((128, 32, 32, 0), (256, 64, 16, 8), (512, 64, 16, 0))]
@@ -125,29 +142,90 @@ def test_what_stands_beside_the_cache_and_between_its_pages(HK, backend):
     check(x, case, *run_x)
 
 
-def test_the_first_backend_is_the_cuda_one():
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("the CUDA kernels are for compute capability 9.0")
-    case = PUBLISHED[0]
-    x = case.inputs("cuda")
-    assert torch.equal(by_op("cuda")(x, case)[0], mla_absorb(**x, scale=SCALE))
+@needs_sm_90
+@pytest.mark.parametrize("case", BENCHMARK, ids=lambda case: case.name)
+def test_without_a_name_every_case_of_the_benchmark_is_the_cuda_kernels(case):
+    """With and without torch's dispatcher; and by name Triton takes it, too."""
+    x = with_one_page(case, "cuda")
+    assert choose("mla_absorb", op.BACKENDS, None, x).name == "cuda"
+    assert isinstance(cuda.direct()(*x.values(), SCALE, True, False, False), torch.Tensor)
+    assert triton.why_not(**x) is None
 
 
+def contract(**changes):
+    """A case of the widths of HyLo 1B, with something changed that the op allows."""
+    return Case(128, 32, 32, LENGTHS, **changes)
+
+
+CONTRACT = [
+    *(contract(page=page) for page in (None, 8, 16, 64, 256)),
+    *(contract(T=T, causal=causal) for T in (1, 3) for causal in (True, False)),
+    *(contract(dtype=dtype, integers=integers) for dtype in (BF16, FP16) for integers in (torch.int32, torch.int64)),
+    *(contract(HK=HK) for HK in (1, 8, 16)),
+    contract(starts=(70, 0, 0, 64)),
+    contract(fixed_split=True),
+]
+
+
+@pytest.mark.parametrize("case", CONTRACT, ids=lambda case: case.name)
+def test_all_that_the_op_allows_is_taken(case, backend):
+    why_not = cuda.why_not if backend == "cuda" else triton.why_not
+    assert why_not(**case.inputs("cuda")) is None
+
+
+@needs_sm_90
+@pytest.mark.parametrize(
+    ("change", "first"),
+    [
+        (lambda x: {name: x[name].float() for name in ("q_nope", "q_rope", "kv_cache")}, "triton"),
+        (lambda x: {name: x[name].double() for name in ("q_nope", "q_rope", "kv_cache")}, "reference"),
+        (lambda x: {"key_scale": torch.ones(*x["kv_cache"].shape[:2], 4, dtype=BF16, device="cuda")}, "triton"),
+        (lambda x: {}, "cuda"),
+    ],
+    ids=["fp32", "fp64", "key scales of their own", "bf16"],
+)
+def test_what_the_first_backend_refuses_the_next_one_takes(change, first):
+    x = contract().inputs("cuda")
+    x |= change(x)
+    x["kv_cache"] = x["kv_cache"].nan_to_num()
+    assert torch.equal(mla_absorb(**x, scale=SCALE), mla_absorb(**x, scale=SCALE, backend=first))
+
+
+@needs_sm_90
 def test_direct_gives_the_same_bits():
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("the CUDA kernels are for compute capability 9.0")
     for case in PUBLISHED:
         x = case.inputs("cuda")
-        o, lse = cuda.direct()(*(x[name] for name in NAMES), SCALE, True, False)
-        expected = by_op("cuda")(x, case)
+        inputs = [x[name] for name in NAMES]
+        o, lse = cuda.direct()(*inputs, SCALE, True, False, True)
+        alone = cuda.direct()(*inputs, SCALE, True, False, False)
+        expected = cuda.forward(*inputs, SCALE, True, False)
         assert torch.equal(o, expected[0])
         assert torch.equal(lse, expected[1])
+        assert torch.equal(alone, o)
+
+
+@needs_sm_90
+def test_a_workspace_follows_what_launches_need():
+    """Small, large and small again on one stream, and graphs between them, that own theirs."""
+    cases = [replace(PUBLISHED[0], lengths=lengths) for lengths in ((9000,), (9000,) * 40, (9000, 64, 0))]
+    inputs = [[case.inputs("cuda")[name] for name in NAMES] for case in cases]
+    expected = [cuda.forward(*x, SCALE, True, False)[0] for x in inputs]
+    graphs = []
+    for x in inputs:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            graphs.append((graph, cuda.forward(*x, SCALE, True, False)[0]))
+    for _ in range(3):
+        for x, (graph, replayed), o in zip(inputs, graphs, expected, strict=True):
+            graph.replay()
+            assert torch.equal(cuda.forward(*x, SCALE, True, False)[0], o)
+            assert torch.equal(replayed, o)
 
 
 def test_direct_asks_for_the_dispatcher_where_a_gradient_is_wanted():
     x = PUBLISHED[0].inputs("cuda")
     x["q_nope"].requires_grad_()
-    assert isinstance(cuda.direct()(*(x[name] for name in NAMES), SCALE, True, False), str)
+    assert isinstance(cuda.direct()(*(x[name] for name in NAMES), SCALE, True, False, True), str)
 
 
 def test_gradients(backend):

@@ -93,6 +93,10 @@ inline unsigned __reduce_add_sync(unsigned mask, unsigned value) {
   for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(mask, value, offset);
   return value;
 }
+inline int __reduce_max_sync(unsigned mask, int value) {
+  for (int offset = 16; offset > 0; offset /= 2) value = max(value, __shfl_xor_sync(mask, value, offset));
+  return value;
+}
 inline unsigned __ballot_sync(unsigned mask, bool voted) {
   return __reduce_add_sync(mask, voted ? 1u << emulated_lane() : 0u);
 }

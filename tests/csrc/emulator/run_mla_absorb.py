@@ -45,7 +45,7 @@ def native(find: Callable[..., Any]) -> Any:
     def tickets(count: int, device: int) -> Tensor:
         return torch.zeros(count, dtype=torch.int32)
 
-    return cubin.native().MlaAbsorb(torch, load, lambda device: torch.empty(0), tickets, device_type=CPU)
+    return cubin.native().MlaAbsorb(torch, load, lambda device: torch.empty(0), tickets, lambda: False, device_type=CPU)
 
 
 def attend(emulated: Any, x: dict[str, Any], case: Case) -> tuple[Tensor, Tensor]:

@@ -26,16 +26,24 @@ inline Word there(const void* shared, int rank) { return shared_address(shared) 
 inline unsigned char* emulated_place(Word address) {
   return emulated_dynamic_shared(static_cast<int>(address >> 24)) + (address & 0xffffff);
 }
-inline float load_there(Word address) { return *reinterpret_cast<const float*>(emulated_place(address)); }
-inline float4 load_four_there(Word address) { return *reinterpret_cast<const float4*>(emulated_place(address)); }
-
-class Meeting {
+class Mailbox {
  public:
-  void init(int blocks) { barrier_.init(blocks); }
-  void arrive_at(int rank) { reinterpret_cast<Meeting*>(emulated_place(there(this, rank)))->barrier_.arrive(); }
-  void wait(int phase) { barrier_.wait(phase); }
+  void init() { barrier_.init(1); }
+  void send(const void* shared, int rank, const float4& v) { put(shared, rank, v); }
+  void send(const void* shared, int rank, float first, float second) {
+    const float both[2] = {first, second};
+    put(shared, rank, both);
+  }
+  void expect(int bytes) { barrier_.arrive_expecting(bytes); }
+  void await(int phase) { barrier_.wait(phase); }
 
  private:
+  template <class T>
+  void put(const void* shared, int rank, const T& value) {
+    memcpy(emulated_place(there(shared, rank)), &value, sizeof(value));
+    reinterpret_cast<Mailbox*>(emulated_place(there(this, rank)))->barrier_.complete(sizeof(value));
+  }
+
   Barrier barrier_;
 };
 
