@@ -65,6 +65,27 @@ class MlaAbsorb:
 
     def why_not(self, tensors: tuple[Tensor | None, ...], /) -> str | None: ...
 
+class MlaStep:
+    """The decode step of a layer of latent attention. What it does not take it answers with the reason.
+
+    The twelve tensors are q_nope, q_rope, kv_new, w_uk, w_uv, kv_cache, cache_seqlens, position, cos, sin,
+    cache_starts, block_table; the last two may be None.
+    """
+
+    def __init__(
+        self,
+        torch: ModuleType,
+        load: Callable[[int, str, int, int, bool], Kernel | str],
+        attention: MlaAbsorb,
+        device_type: int = 2,
+    ) -> None: ...
+    def run(self, tensors: tuple[Tensor | None, ...], scale: float, key_scale: int | None, /) -> Tensor | str: ...
+    @property
+    def direct(self) -> Callable[..., Tensor | str]:
+        """As `run`: of the tensors one by one, scale and key_scale."""
+
+    def why_not(self, tensors: tuple[Tensor | None, ...], key_scale: int | None, /) -> str | None: ...
+
 class SsdStep:
     """The decode step of the scan, from tensors to its result. What it does not take it answers with the reason.
 

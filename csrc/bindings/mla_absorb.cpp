@@ -143,9 +143,25 @@ void MlaAbsorb::keep(const Workspace& workspace) {
 py::object MlaAbsorb::why_not(const py::tuple& tensors) {
   Inputs inputs{};
   const std::string reason = view(TorchTensors::items<kTensors>(tensors), false, inputs);
+  return reason.empty() ? why_not(inputs) : py::str(reason);
+}
+
+py::object MlaAbsorb::why_not(const Inputs& inputs) {
+  const std::string reason = mla_absorb::why_not(inputs, device_type_);
   if (!reason.empty()) return py::str(reason);
   const Kernels::Loaded& found = loaded(kind_of(inputs));
   return found.kernel == nullptr ? found.found : py::none();
+}
+
+py::object MlaAbsorb::attend(const Inputs& inputs, const mla_absorb::Options& options, void* o, void* stream) {
+  const Kernels::Loaded& found = loaded(kind_of(inputs));
+  if (found.kernel == nullptr) return found.found;
+  const Plan plan = planned(*found.kernel, inputs, {}, options.fixed);
+  const Workspace used = workspace(plan, inputs.q_nope.device, stream);
+  if (!used.seen) return py::str("what torch allocates cannot be seen");
+  mla_absorb::launch(*found.kernel, inputs, options, plan, o, nullptr, used.seen_partial.data, used.seen_tickets.data,
+                     stream);
+  return py::none();
 }
 
 std::string MlaAbsorb::view(PyObject* const* tensors, bool direct, Inputs& x) const {
@@ -187,7 +203,7 @@ void define_mla_absorb(py::module_& m) {
            py::arg("floats"), py::arg("tickets"), py::arg("capturing"), py::arg("device_type") = kCuda)
       .def("run", &MlaAbsorb::run)
       .def_property_readonly("direct", &positional_function<MlaAbsorb, &MlaAbsorb::direct>)
-      .def("why_not", &MlaAbsorb::why_not);
+      .def("why_not", py::overload_cast<const py::tuple&>(&MlaAbsorb::why_not));
 }
 
 }  // namespace hylo

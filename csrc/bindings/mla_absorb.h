@@ -36,6 +36,11 @@ class MlaAbsorb {
   // That reason, or None.
   pybind11::object why_not(const pybind11::tuple& tensors);
 
+  // For other bindings, of tensors that they hold themselves and results that they have room for, as mla_absorb::launch
+  // has it. Again a reason, or None.
+  pybind11::object why_not(const mla_absorb::Inputs& inputs);
+  pybind11::object attend(const mla_absorb::Inputs& inputs, const mla_absorb::Options& options, void* o, void* stream);
+
  private:
   using Kernels = LoadedKernels<mla_absorb::Kind>;
   static constexpr int kTensors = 7;

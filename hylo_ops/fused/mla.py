@@ -1,12 +1,17 @@
 """A whole decode step of an MLA layer, between its down-projections and its output projection."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from hylo_ops import checks
+from hylo_ops.backend import Backend
 from hylo_ops.common.sequences import working_dtype
-from hylo_ops.library import define_op, reference_backend
+from hylo_ops.fused import cuda_mla
+from hylo_ops.library import define_op, may_skip_dispatcher, reference_backend
 from hylo_ops.mla_absorb import reference as attention
+from hylo_ops.mla_absorb.op import mla_absorb
 
 
 def mla_step(
@@ -52,17 +57,22 @@ def mla_step(
         block_table: [B, max pages] int32 | int64. Page of each page-long run of positions.
         key_scale: how many columns of a row, right behind the rope, are key scales (`mla_absorb`'s `key_scale` is the
             view of these columns; the number stands for it since this op writes what that view would show). Divides H.
-        backend: None picks the first that supports the inputs; a named one never falls back.
+        backend: None picks the first that supports the inputs; a named one never falls back. "composed" is PyTorch's
+            own operators around `mla_absorb`.
     Returns:
         o: [B, 1, H, v], dtype of q_nope.
     Raises:
         ValueError: a shape or dtype above is violated; the message quotes it and what it got.
         NotImplementedError: the named backend cannot run these inputs; the message says why.
-    Numerics: fp32 from end to end (fp64 for fp64), rounded once into kv_cache and once into o; not differentiable;
-        deterministic: yes.
+    Numerics: fp32 from end to end (fp64 for fp64), rounded once into kv_cache and once into o; "cuda" and "composed"
+        round to the dtype of q_nope also before and after the attention; not differentiable; deterministic: yes.
     Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1 and appendix C.
     """
     tensors = (q_nope, q_rope, kv_new, w_uk, w_uv, kv_cache, cache_seqlens, position, cos, sin)
+    if (backend is None or backend == "cuda") and may_skip_dispatcher():
+        o = cuda_mla.direct()(*tensors, cache_starts, block_table, scale, key_scale)
+        if not isinstance(o, str):
+            return o
     _check(*tensors, cache_starts, block_table, key_scale)
     return _step(*tensors, cache_starts, block_table, scale, key_scale, backend)
 
@@ -124,14 +134,10 @@ def _reference(
     key_scale: int | None,
 ) -> Tensor:
     compute = working_dtype(q_nope, kv_cache)
-    rank, width = w_uk.shape[2], w_uk.shape[2] + q_rope.shape[3]
-    latent, rope, rest = kv_new.to(compute).tensor_split((rank, width), dim=-1)
-    _write(kv_cache, torch.cat([latent, _rotate(rope, cos, sin), rest], dim=-1)[:, 0], position, block_table)
-
-    shared = (w_uk.shape[0], -1)  # heads that read the same up-projection stand side by side
-    q_latent = torch.einsum("btgqn,gnr->btgqr", q_nope.to(compute).unflatten(2, shared), w_uk.to(compute)).flatten(2, 3)
+    width = w_uk.shape[2] + q_rope.shape[3]
+    _write(kv_cache, _rotated_row(kv_new.to(compute), w_uk.shape[2], cos, sin), position, block_table)
     o, _ = attention.mla_absorb(
-        q_latent,
+        _absorbed(q_nope.to(compute), w_uk.to(compute)),
         _rotate(q_rope.to(compute), cos[:, :, None], sin[:, :, None]),
         kv_cache,
         cache_seqlens.masked_fill(position < 0, 0),
@@ -142,7 +148,24 @@ def _reference(
         True,
         False,
     )
-    return torch.einsum("btgqr,gvr->btgqv", o.unflatten(2, shared), w_uv.to(compute)).flatten(2, 3).to(q_nope.dtype)
+    return _expanded(o, w_uv.to(compute)).to(q_nope.dtype)
+
+
+# Heads that read the same up-projection stand side by side.
+def _absorbed(q_nope: Tensor, w_uk: Tensor) -> Tensor:
+    """[B, 1, H, nope] -> [B, 1, H, R]."""
+    return torch.einsum("btgqn,gnr->btgqr", q_nope.unflatten(2, (w_uk.shape[0], -1)), w_uk).flatten(2, 3)
+
+
+def _expanded(o: Tensor, w_uv: Tensor) -> Tensor:
+    """[B, 1, H, R] -> [B, 1, H, v]."""
+    return torch.einsum("btgqr,gvr->btgqv", o.unflatten(2, (w_uv.shape[0], -1)), w_uv).flatten(2, 3)
+
+
+def _rotated_row(kv_new: Tensor, rank: int, cos: Tensor, sin: Tensor) -> Tensor:
+    """[B, row], as the cache has it."""
+    latent, rope, rest = kv_new.tensor_split((rank, rank + cos.shape[2]), dim=-1)
+    return torch.cat([latent, _rotate(rope, cos, sin), rest], dim=-1)[:, 0]
 
 
 def _rotate(u: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -159,11 +182,68 @@ def _write(kv_cache: Tensor, rows: Tensor, position: Tensor, block_table: Tensor
     kv_cache[outer, slot] = rows[used].to(kv_cache.dtype)
 
 
+def _composed(
+    q_nope: Tensor,
+    q_rope: Tensor,
+    kv_new: Tensor,
+    w_uk: Tensor,
+    w_uv: Tensor,
+    kv_cache: Tensor,
+    cache_seqlens: Tensor,
+    position: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    cache_starts: Tensor | None,
+    block_table: Tensor | None,
+    scale: float,
+    key_scale: int | None,
+) -> Tensor:
+    compute, dtype = working_dtype(q_nope, kv_cache), q_nope.dtype
+    width = w_uk.shape[2] + q_rope.shape[3]
+    row = _rotated_row(kv_new.to(compute), w_uk.shape[2], cos, sin).to(kv_cache.dtype)
+    _write_without_waiting(kv_cache, row, position, block_table)
+    o = mla_absorb(
+        _absorbed(q_nope, w_uk.to(dtype)),
+        _rotate(q_rope.to(compute), cos[:, :, None], sin[:, :, None]).to(dtype),
+        kv_cache,
+        cache_seqlens=cache_seqlens.masked_fill(position < 0, 0),
+        scale=scale,
+        cache_starts=cache_starts,
+        block_table=block_table,
+        key_scale=None if key_scale is None else kv_cache[..., width : width + key_scale],
+    )
+    assert isinstance(o, Tensor)
+    return _expanded(o, w_uv.to(dtype))
+
+
+def _write_without_waiting(kv_cache: Tensor, rows: Tensor, position: Tensor, block_table: Tensor | None) -> None:
+    """As `_write`, without the host knowing which rows are padding: those repeat what the first other one writes."""
+    if not len(position):
+        return
+    used = position >= 0
+    from_row = torch.where(used, torch.arange(len(used), device=used.device), used.int().argmax(0))
+    outer, slot = from_row, position.long()[from_row].clamp(min=0)
+    if block_table is not None:
+        page = kv_cache.shape[1]
+        # where all is padding, the table may hold anything
+        outer, slot = block_table[from_row, slot // page].long().clamp(0, len(kv_cache) - 1), slot % page
+    kv_cache[outer, slot] = torch.where(used.any(), rows[from_row], kv_cache[outer, slot])
+
+
+def _composed_why_not(q_nope: Tensor, **_: Any) -> str | None:
+    """On a CPU the reference does the same and rounds less often."""
+    return None if q_nope.is_cuda else f"q_nope is on {q_nope.device}, not on a CUDA device"
+
+
 _step = define_op(
     "mla_step",
     "(Tensor q_nope, Tensor q_rope, Tensor kv_new, Tensor w_uk, Tensor w_uv, Tensor(a!) kv_cache, "
     "Tensor cache_seqlens, Tensor position, Tensor cos, Tensor sin, Tensor? cache_starts, Tensor? block_table, "
     "float scale, int? key_scale, str? backend) -> Tensor",
-    backends=[reference_backend(_reference)],
+    backends=[
+        Backend("cuda", cuda_mla.why_not, cuda_mla.forward),
+        Backend("composed", _composed_why_not, _composed),
+        reference_backend(_reference),
+    ],
     fake=lambda q_nope, q_rope, kv_new, w_uk, w_uv, *_: q_nope.new_empty(*q_nope.shape[:3], w_uv.shape[1]),
 )

@@ -1,0 +1,178 @@
+#include "bindings/mla_step.h"
+
+#include <utility>
+
+#include "bindings/positional.h"
+
+namespace py = pybind11;
+
+namespace hylo {
+namespace {
+
+using mla_step::Inputs;
+using mla_step::Kind;
+using mla_step::Workspace;
+
+constexpr const char* kUnseen = "a tensor has no memory to be seen";
+
+bool read_scale(py::handle from, float& out) {
+  if (!PyFloat_Check(from.ptr()) && !PyLong_Check(from.ptr())) return false;
+  const double number = PyFloat_AsDouble(from.ptr());
+  if (number == -1.0 && PyErr_Occurred()) throw py::error_already_set();
+  out = static_cast<float>(number);
+  return true;
+}
+
+// None is no column; a number must be positive.
+bool read_columns(py::handle from, std::int64_t& out) {
+  out = 0;
+  if (from.is_none()) return true;
+  if (!PyLong_Check(from.ptr())) return false;
+  out = PyLong_AsLongLong(from.ptr());
+  if (out == -1 && PyErr_Occurred()) throw py::error_already_set();
+  return out > 0;
+}
+
+// What the attention is given: tensors in the workspace, which is not there yet where it is null, and the caller's.
+class AttentionInputs {
+ public:
+  AttentionInputs(const Inputs& x, const Workspace& at, void* workspace) {
+    const std::int64_t B = x.q_nope.shape[0], H = x.q_nope.shape[2], R = x.w_uk.shape[2], E = x.q_rope.shape[3];
+    char* const start = static_cast<char*>(workspace);
+    const auto place = [start](std::int64_t number) { return start == nullptr ? nullptr : start + 2 * number; };
+    set(latent_, {B, 1, H, R}, {H * R, H * R, R, 1});
+    set(rotated_, {B, 1, H, E}, {H * E, H * E, E, 1});
+    set(counted_, {B, 0, 0, 0}, {1, 0, 0, 0});
+    set(scales_, {x.cache.shape[0], x.cache.shape[1], x.key_scales, 0}, {x.cache.strides[0], x.cache.strides[1], 1, 0});
+    const auto tensor = [&x](void* data, int dims, ElementType type, const Layout& of) {
+      return Tensor{data, x.q_nope.device_type, x.q_nope.device, dims, type, of.shape, of.strides, 0};
+    };
+    const ElementType type = x.q_nope.type;
+    all_.q_nope = tensor(place(at.latent), 4, type, latent_);
+    all_.q_rope = tensor(place(at.rotated), 4, type, rotated_);
+    all_.cache = x.cache;
+    all_.lengths = tensor(place(at.counted), 1, kInt32, counted_);
+    all_.starts = x.starts;
+    all_.has_starts = x.has_starts;
+    all_.table = x.table;
+    all_.paged = x.paged;
+    all_.scaled = x.key_scales > 0;
+    all_.scales = tensor(static_cast<char*>(x.cache.data) + (R + E) * x.cache.bytes(), 3, type, scales_);
+  }
+  AttentionInputs(const AttentionInputs&) = delete;
+  AttentionInputs& operator=(const AttentionInputs&) = delete;
+
+  const mla_absorb::Inputs& all() const { return all_; }
+
+ private:
+  struct Layout {
+    std::int64_t shape[4], strides[4];
+  };
+
+  static void set(Layout& of, const std::int64_t (&shape)[4], const std::int64_t (&strides)[4]) {
+    for (int i = 0; i < 4; ++i) {
+      of.shape[i] = shape[i];
+      of.strides[i] = strides[i];
+    }
+  }
+
+  Layout latent_, rotated_, counted_, scales_;
+  mla_absorb::Inputs all_;
+};
+
+bool has_rows(const Inputs& x) { return x.q_nope.shape[0] > 0 && x.q_nope.shape[2] > 0; }
+
+}  // namespace
+
+MlaStep::MlaStep(const py::module_& torch, py::object load, py::object attention, int device_type)
+    : torch_(torch),
+      load_(std::move(load)),
+      held_attention_(std::move(attention)),
+      attention_(held_attention_.cast<MlaAbsorb&>()),
+      device_type_(device_type) {}
+
+py::object MlaStep::run(const py::tuple& tensors, py::handle scale, py::handle key_scale) {
+  return launch(TorchTensors::items<kTensors>(tensors), scale, key_scale, false);
+}
+
+py::object MlaStep::direct(PyObject* const* arguments, Py_ssize_t count) {
+  if (count != kTensors + 2) throw py::type_error("fourteen arguments are expected");
+  return launch(arguments, arguments[kTensors], arguments[kTensors + 1], true);
+}
+
+py::object MlaStep::launch(PyObject* const* tensors, py::handle scale, py::handle key_scale, bool direct) {
+  Inputs x{};
+  mla_absorb::Options options{0.0f, true, false};
+  const std::string reason = view(tensors, key_scale, direct, x);
+  if (!reason.empty()) return py::str(reason);
+  if (!read_scale(scale, options.scale)) return py::str("scale is no number");
+  const Kernel *queries = nullptr, *values = nullptr;
+  if (py::object refused = find(x, queries, values); !refused.is_none()) return refused;
+
+  const Workspace at = workspace_of(x);
+  Tensor seen_o, seen_workspace;
+  py::object o = torch_.empty(tensors[0], {x.q_nope.shape[0], 1, x.q_nope.shape[2], x.w_uv.shape[1]});
+  if (!has_rows(x)) return o;
+  const py::object workspace = torch_.empty(tensors[0], {at.size});
+  if (!torch_.view(o, seen_o) || !torch_.view(workspace, seen_workspace)) {
+    return py::str("what torch allocates cannot be seen");
+  }
+  void* const stream = torch_.stream(x.q_nope);
+  launch_queries(*queries, x, at, seen_workspace.data, stream);
+  void* const results = static_cast<char*>(seen_workspace.data) + 2 * at.results;
+  const AttentionInputs attention(x, at, seen_workspace.data);
+  if (py::object failed = attention_.attend(attention.all(), options, results, stream); !failed.is_none()) {
+    throw std::runtime_error(failed.cast<std::string>());
+  }
+  launch_values(*values, x, at, seen_workspace.data, seen_o.data, stream);
+  return o;
+}
+
+py::object MlaStep::why_not(const py::tuple& tensors, py::handle key_scale) {
+  Inputs x{};
+  const std::string reason = view(TorchTensors::items<kTensors>(tensors), key_scale, false, x);
+  if (!reason.empty()) return py::str(reason);
+  const Kernel *queries = nullptr, *values = nullptr;
+  return find(x, queries, values);
+}
+
+std::string MlaStep::view(PyObject* const* tensors, py::handle key_scale, bool direct, Inputs& x) const {
+  Tensor* const views[] = {&x.q_nope,   &x.q_rope, &x.kv_new, &x.w_uk, &x.w_uv,   &x.cache,
+                           &x.lengths, &x.position, &x.cos,   &x.sin,  &x.starts, &x.table};
+  constexpr int kAlways = 10;
+  bool there[kTensors];
+  if (!torch_.view(tensors, direct, kAlways, views, there)) return kUnseen;
+  if (!read_columns(key_scale, x.key_scales)) return "key_scale is no positive integer";
+  x.has_starts = there[10];
+  x.paged = there[11];
+  return mla_step::why_not(x, device_type_);
+}
+
+py::object MlaStep::find(const Inputs& x, const Kernel*& queries, const Kernel*& values) {
+  if (!has_rows(x)) return py::none();
+  const AttentionInputs attention(x, workspace_of(x), nullptr);
+  if (py::object refused = attention_.why_not(attention.all()); !refused.is_none()) return refused;
+  for (const bool behind : {false, true}) {
+    const Kernels::Loaded& kind = loaded(kind_of(x, behind));
+    if (kind.kernel == nullptr) return kind.found;
+    (behind ? values : queries) = kind.kernel;
+  }
+  return py::none();
+}
+
+const MlaStep::Kernels::Loaded& MlaStep::loaded(const Kind& kind) {
+  return kernels_.find(kind, [this](const Kind& of) {
+    return load_(of.device, build_name(of.type), of.nope, of.R, of.values);
+  });
+}
+
+void define_mla_step(py::module_& m) {
+  py::class_<MlaStep>(m, "MlaStep")
+      .def(py::init<const py::module_&, py::object, py::object, int>(), py::arg("torch"), py::arg("load"),
+           py::arg("attention"), py::arg("device_type") = kCuda)
+      .def("run", &MlaStep::run)
+      .def_property_readonly("direct", &positional_function<MlaStep, &MlaStep::direct>)
+      .def("why_not", &MlaStep::why_not);
+}
+
+}  // namespace hylo
