@@ -13,6 +13,7 @@ from tests.ops import (
     gated_delta_rule_cases,
     gated_delta_rule_fp32_cases,
     mla_absorb_cuda_cases,
+    mla_step_cases,
     ssd_cases,
     ssd_plain_cases,
     ssd_step_cases,
@@ -120,9 +121,21 @@ def run_mla_absorb() -> int:
     return len(cases)
 
 
+def run_mla_step() -> int:
+    """Few sequences and many, with padding; what the published models ask for."""
+    case = mla_step_cases.Case
+    cases = [*mla_step_cases.EMULATED, case(32, 8, 32, 128, 32, 64, padding=(1,)), case(24, 8, 64, 128, 64, 128)]
+    cases += [case(16, 8, 64, 256, 64, 128, scales=8), case(32, 8, 32, 128, 32, 64, (9, 70, 3) * 20)]
+    for one in cases:
+        o = mla_step_cases.by_op(one.inputs("cuda"))
+        assert torch.isfinite(o.cpu()).all(), one.name
+    return len(cases)
+
+
 def main() -> None:
     of_gated_delta_rule = run_gated_delta_rule, run_gated_delta_rule_in_fp32
-    runs = run_gated_rms_norm, *of_gated_delta_rule, run_ssd, run_ssd_on_cuda_cores, run_ssd_steps, run_mla_absorb
+    runs = run_gated_rms_norm, *of_gated_delta_rule, run_ssd, run_ssd_on_cuda_cores, run_ssd_steps
+    runs = *runs, run_mla_absorb, run_mla_step
     print(f"{sum(run() for run in runs)} cases launched")
 
 

@@ -11,6 +11,7 @@ import torch
 
 from hylo_ops import cubin
 from hylo_ops.cubin import Spec
+from hylo_ops.fused import cuda_mla
 from hylo_ops.gated_rms_norm.cuda import BACKWARD_KERNELS, DWEIGHT_KERNEL, KERNEL, MAX_WIDTH
 from hylo_ops.mla_absorb import cuda as mla_absorb
 from hylo_ops.ssd import cuda_chunk, cuda_mamba2, cuda_plain, cuda_recurrent
@@ -203,6 +204,9 @@ MLA_ABSORB = [
 OTHER_MLA_ABSORB = [
     mla_absorb.spec("bf16", *dims) for dims in ((128, 64, 64, True), (256, 64, 48, True), (448, 64, 32, True))
 ]
+MLA_STEP = [
+    cuda_mla.spec(dtype, *widths) for dtype in HALVES for widths in ((32, 128), (64, 128), (64, 256), (128, 512))
+]
 PUBLISHED_BLOCKS = [  # heads, V, K; of x, b and c; norms: HyLo's, then Mamba2's
     (32, 64, 64, (8, 8, 32), 32),
     (24, 128, 128, (8, 8, 24), 24),
@@ -346,6 +350,26 @@ def test_the_build_packaged_mla_absorb(tmp_path):
     assert {f.name for f in packaged.glob("mla_absorb-*")} == {cubin.packaged_path(s).name for s in MLA_ABSORB}
     for spec in MLA_ABSORB:
         check_mla_absorb(cubin.packaged_path(spec).read_bytes(), tmp_path)
+
+
+def check_mla_step(code: bytes, folder: Path) -> None:
+    for kernel in cuda_mla.KERNELS:
+        used = resources(code, folder, kernel)
+        assert used["STACK"] == used["LOCAL"] == 0, kernel
+
+
+@needs_nvrtc
+def test_nvrtc_compiles_mla_step(tmp_path):
+    """At the widths that take most registers."""
+    check_mla_step(cubin.compile_nvrtc(cuda_mla.spec("fp16", 128, 576)), tmp_path)
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed, so no cubin is packaged")
+def test_the_build_packaged_mla_step(tmp_path):
+    packaged = cubin.packaged_path(MLA_STEP[0]).parent
+    assert {f.name for f in packaged.glob("mla_step-*")} == {cubin.packaged_path(s).name for s in MLA_STEP}
+    for spec in MLA_STEP:
+        check_mla_step(cubin.packaged_path(spec).read_bytes(), tmp_path)
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed, so no cubin is packaged")

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from hylo_ops import mla_absorb
-from hylo_ops.fused import mla_step
+from hylo_ops.fused import mla, mla_step
 from hylo_ops.testing import cast, within_budget
+from tests.ops.mla_step_cases import OPTIONAL, TENSORS
 
-BACKENDS = ["reference"]
+BACKENDS = ["reference", "composed"]
 DTYPE = torch.float64
 SCALE = 0.35
 B, H, HK, NOPE, R, E, V, S = 3, 6, 2, 4, 5, 4, 3, 12
@@ -47,6 +48,9 @@ def make(lengths=(9, 1, 12), scales=0, extra=0, page=None, E=E, dtype=DTYPE, see
 
 
 def run(x, backend=None):
+    """The composition is the function behind the backend of that name, which runs on GPUs only."""
+    if backend == "composed":
+        return mla._composed(*(x.get(name) for name in (*TENSORS, *OPTIONAL)), SCALE, x["key_scale"])
     return mla_step(**x, scale=SCALE, backend=backend)
 
 
@@ -192,8 +196,9 @@ def test_strided_views(backend):
     assert torch.isnan(pool[:, :, 0]).all()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("page", [None, 4])
-def test_left_padding(page):
+def test_left_padding(backend, page):
     """What stands before the start of a sequence, NaN or not, changes nothing."""
     x = make(scales=2, page=page)
     starts = torch.tensor([2, 0, 1], dtype=torch.int32)[: len(x["cache_seqlens"])].minimum(x["cache_seqlens"] - 1)
@@ -204,9 +209,9 @@ def test_left_padding(page):
                 dirty[n, t] = torch.nan
             else:
                 dirty[x["block_table"][n, t // page].long(), t % page] = torch.nan
-    one, other = (mla_step(**{**x, "kv_cache": c}, scale=SCALE, cache_starts=starts) for c in (clean, dirty))
+    one, other = (run({**x, "kv_cache": c, "cache_starts": starts}, backend) for c in (clean, dirty))
     assert torch.equal(one, other)
-    unpadded = mla_step(**{**x, "kv_cache": clean}, scale=SCALE)
+    unpadded = run({**x, "kv_cache": clean}, backend)
     assert not torch.allclose(one, unpadded)
 
 
@@ -258,6 +263,20 @@ def test_rejected_inputs(change, message):
         run({**x, **change})
 
 
-def test_a_named_backend_that_is_not_there():
-    with pytest.raises(NotImplementedError, match="no backend 'cuda'"):
-        run(make(), "cuda")
+@pytest.mark.parametrize("backend", ["cuda", "composed"])
+def test_a_named_backend_says_why_it_cannot_run(backend):
+    with pytest.raises(NotImplementedError, match=f"{backend}: q_nope is on cpu, not on a CUDA device"):
+        mla_step(**make(), scale=SCALE, backend=backend)
+
+
+@pytest.mark.parametrize("page", [None, 4])
+@pytest.mark.parametrize("position", [(-1, 0, 11), (-1, -1, -1)])
+def test_the_composition_writes_what_the_reference_writes(page, position):
+    """Padding first: it must not write where the others do."""
+    x = make(page=page)
+    x["position"] = torch.tensor(position)
+    if page is not None:
+        x["block_table"][0] = -1
+    ours, other = x["kv_cache"].clone(), x["kv_cache"].clone()
+    torch.testing.assert_close(run({**x, "kv_cache": ours}, "composed"), run({**x, "kv_cache": other}))
+    torch.testing.assert_close(ours, other, rtol=0, atol=1e-12, equal_nan=True)
