@@ -199,8 +199,9 @@ py::handle MlaAbsorb::floats(int device) {
 
 void define_mla_absorb(py::module_& m) {
   py::class_<MlaAbsorb>(m, "MlaAbsorb")
-      .def(py::init<const py::module_&, py::object, py::object, py::object, py::object, int>(), py::arg("torch"), py::arg("load"),
-           py::arg("floats"), py::arg("tickets"), py::arg("capturing"), py::arg("device_type") = kCuda)
+      .def(py::init<const py::module_&, py::object, py::object, py::object, py::object, int>(), py::arg("torch"),
+           py::arg("load"), py::arg("floats"), py::arg("tickets"), py::arg("capturing"),
+           py::arg("device_type") = kCuda)
       .def("run", &MlaAbsorb::run)
       .def_property_readonly("direct", &positional_function<MlaAbsorb, &MlaAbsorb::direct>)
       .def("why_not", py::overload_cast<const py::tuple&>(&MlaAbsorb::why_not));

@@ -29,8 +29,8 @@ class MlaAbsorb {
   pybind11::object run(const pybind11::tuple& tensors, pybind11::handle scale, bool causal, bool fixed_split,
                        pybind11::handle spread);
 
-  // The same of the seven tensors, scale, causal, fixed_split and return_lse side by side, where TorchTensors::view finds
-  // no need of torch's dispatcher. Without return_lse it gives o alone.
+  // The same of the seven tensors, scale, causal, fixed_split and return_lse side by side, where TorchTensors::view
+  // finds no need of torch's dispatcher. Without return_lse it gives o alone.
   pybind11::object direct(PyObject* const* arguments, Py_ssize_t count);
 
   // That reason, or None.

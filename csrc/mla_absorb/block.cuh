@@ -9,11 +9,6 @@
 
 namespace hylo::mla_absorb {
 
-// What weights are relative to, and their sum.
-struct alignas(8) Total {
-  float top, sum;
-};
-
 template <int kN>
 struct Shared {
   Handover stages[kMaxStages];
@@ -124,7 +119,8 @@ __device__ __forceinline__ void each_piece(const Params& p, Run run, const F& f)
   }
 }
 
-// For warps that merge nothing, after each piece: blocks of a cluster meet before each round of merging, with all warps.
+// For warps that merge nothing, after each piece: blocks of a cluster meet before each round of merging, with all
+// warps.
 template <int kRounds>
 __device__ __forceinline__ void pass_meetings(const Piece& piece) {
   if (cluster_size() == 1) return;

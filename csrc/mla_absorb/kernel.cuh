@@ -23,7 +23,7 @@ class Block {
         stages_(shared),
         queries_(stages_ + kRoom.stages * stage_size(kDims)),
         weights_(queries_ + kRoom.queries * queries_size(kDims)),
-        results_(reinterpret_cast<float*>(weights_ + kGroups * weights_size(kDims))),
+        received_(weights_ + kGroups * weights_size(kDims)),
         shared_(*reinterpret_cast<Shared<kN>*>(shared + tiles_size(kDims))) {}
 
   __device__ __forceinline__ void run() const {
@@ -70,7 +70,7 @@ class Block {
 
   __device__ __forceinline__ void attend(const Run& run, int group) const {
     Attention<T, kR, kE, kN, kScaled> attention(p_, group, weights_ + group * weights_size(kDims), shared_);
-    Merger<T, kR, kE, kN, kScaled> merger(p_, group, results_, shared_);
+    Merger<T, kR, kE, kN, kScaled> merger(p_, group, weights_, received_, shared_);
     unsigned tiles = 0;  // of the block, so far
     each_piece(p_, run, [&](const Piece& piece, int index) {
       const int buffer = uniform(index % kRoom.queries);
@@ -99,7 +99,7 @@ class Block {
   unsigned char* const stages_;
   unsigned char* const queries_;
   unsigned char* const weights_;
-  float* const results_;
+  unsigned char* const received_;
   Shared<kN>& shared_;
 };
 

@@ -1,6 +1,6 @@
-// How results become one: those of a block's warpgroups, then of a cluster's blocks, each of which is sent a part of all
-// of them and merges it, then of a sequence's pieces, by the blocks whose piece is the last to arrive. Always in the same
-// order, whoever comes first, so that the same inputs give the same bits.
+// How results become one: those of a block's warpgroups, then of a cluster's blocks, each of which is sent a part of
+// all of them and merges it, then of a sequence's pieces, by the blocks whose piece is the last to arrive. Always in the
+// same order, whoever comes first, so that the same inputs give the same bits.
 #pragma once
 
 #include "common/cluster.cuh"
@@ -19,31 +19,44 @@ struct Part {
   float4 numbers;
 };
 
-// One of `count` that load(i) gives, so many of which are on their way together.
-template <int kTogether, class F>
-__device__ __forceinline__ Part merge(int count, const F& load) {
-  Part all{kNoTop, 0.0f, make_float4(0.0f, 0.0f, 0.0f, 0.0f)};
+__device__ __forceinline__ Part nothing() { return {kNoTop, 0.0f, make_float4(0.0f, 0.0f, 0.0f, 0.0f)}; }
+
+// Adds the first `count` of some parts.
+template <int kTogether>
+__device__ __forceinline__ void add(Part& all, const Part (&parts)[kTogether], int count) {
+  float most = all.top;
+#pragma unroll
+  for (int i = 0; i < kTogether; ++i) most = i < count ? fmaxf(most, parts[i].top) : most;
+  const float kept = exp2_fast(all.top - most);
+  all = {most, all.total * kept,
+         make_float4(all.numbers.x * kept, all.numbers.y * kept, all.numbers.z * kept, all.numbers.w * kept)};
+#pragma unroll
+  for (int i = 0; i < kTogether; ++i) {
+    const float weight = i < count ? exp2_fast(parts[i].top - most) : 0.0f;
+    all.total += weight * parts[i].total;
+    all.numbers.x += weight * parts[i].numbers.x;
+    all.numbers.y += weight * parts[i].numbers.y;
+    all.numbers.z += weight * parts[i].numbers.z;
+    all.numbers.w += weight * parts[i].numbers.w;
+  }
+}
+
+// Some results at once: the j-th is that of `count` parts load(j, i). Those of so many i are on their way together.
+template <int kTogether, int kResults, class F>
+__device__ __forceinline__ void merge(Part (&all)[kResults], int count, const F& load) {
+#pragma unroll
+  for (int j = 0; j < kResults; ++j) all[j] = nothing();
+#pragma unroll 1
   for (int first = 0; first < count; first += kTogether) {
-    Part parts[kTogether];
-#pragma unroll
-    for (int i = 0; i < kTogether; ++i) parts[i] = load(first + i < count ? first + i : first);
-    float most = all.top;
-#pragma unroll
-    for (int i = 0; i < kTogether; ++i) most = fmaxf(most, parts[i].top);
-    const float kept = exp2_fast(all.top - most);
-    all = {most, all.total * kept,
-           make_float4(all.numbers.x * kept, all.numbers.y * kept, all.numbers.z * kept, all.numbers.w * kept)};
+    Part parts[kResults][kTogether];
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) {
-      const float weight = first + i < count ? exp2_fast(parts[i].top - most) : 0.0f;
-      all.total += weight * parts[i].total;
-      all.numbers.x += weight * parts[i].numbers.x;
-      all.numbers.y += weight * parts[i].numbers.y;
-      all.numbers.z += weight * parts[i].numbers.z;
-      all.numbers.w += weight * parts[i].numbers.w;
+#pragma unroll
+      for (int j = 0; j < kResults; ++j) parts[j][i] = load(j, first + i < count ? first + i : first);
     }
+#pragma unroll
+    for (int j = 0; j < kResults; ++j) add(all[j], parts[j], count - first);
   }
-  return all;
 }
 
 template <class T, int kR, int kE, int kN, bool kScaled>
@@ -52,21 +65,22 @@ class Merger {
   using Attending = Attention<T, kR, kE, kN, kScaled>;
   static constexpr Dims kDims{kR, kE, kN, kScaled};
   static constexpr int kMerged = room(kDims).merged, kRounds = merging_rounds(kDims);
-  static constexpr int kStride = merged_stride(kDims);
   static constexpr int kFours = kR / 4, kAll = kMerged * kFours;  // fours of latents, of a row and of a round
   static_assert(kN % kMerged == 0 && kMerged % 8 == 0, "rounds take whole blocks of an accumulator");
   static_assert(kAll % kMaxCluster == 0, "each block of a cluster has as many");
+  static_assert(kMerged * kTile * 4 <= kGroups * weights_size(kDims), "results take the place of weights");
 
-  // results: results_size bytes.
-  __device__ __forceinline__ Merger(const Params& p, int group, float* results, Shared<kN>& shared)
+  // weights: of both warpgroups, which need them while they attend only. received: received_size bytes.
+  __device__ __forceinline__ Merger(const Params& p, int group, unsigned char* weights, unsigned char* received,
+                                    Shared<kN>& shared)
       : p_(p),
         group_(group),
         thread_(threadIdx.x),
         rank_(cluster_rank()),
         blocks_(cluster_size()),
         part_(kAll >> p.cluster_shift),
-        results_(results),
-        received_(reinterpret_cast<float4*>(results + kMerged * kStride)),
+        results_(reinterpret_cast<float*>(weights)),
+        received_(reinterpret_cast<float4*>(received)),
         shared_(shared) {
     const int left = p.tokens * p.heads - static_cast<int>(blockIdx.y) * kN;
     rows_ = left < kN ? left : kN;
@@ -78,14 +92,21 @@ class Merger {
     float weights[kN / 4];
 #pragma unroll
     for (int c = 0; c < kN / 4; ++c) weights[c] = exp2_fast(attending.top(c) - top_of_groups(Attending::column_of(c)));
-    if (thread_ < kN) leave_total();
+    if (thread_ < kN && blocks_ == 1) shared_.total[thread_] = block_total(thread_);
 #pragma unroll
     for (int round = 0; round < kRounds; ++round) {
-      if (round > 0) sync_attending();  // the last one's results have been read
-      put(attending, weights, round);
-      if (blocks_ > 1) exchange(round);
+      if (blocks_ > 1) open(round);
+#pragma unroll
+      for (int tile = 0; tile < Attending::kWide; ++tile) {
+        put(attending, weights, round, tile);
+        pass_on(piece, round, tile);
+        sync_attending();  // the next ones, or weights, take their place
+      }
+      if (blocks_ == 1) continue;
+      shared_.mailbox.await(received_rounds_++ & 1);
       merge_blocks(piece, round);
-      if (blocks_ > 1 && (round + 1 < kRounds || !piece.ends)) cluster_arrive();  // what was received has been read
+      __syncwarp();
+      if (round + 1 < kRounds || !piece.ends) cluster_arrive();  // what was received has been read
     }
     if (piece.pieces > 1 && is_last(piece)) {
 #pragma unroll 1
@@ -98,108 +119,125 @@ class Merger {
     return fmaxf(shared_.top[0][n], shared_.top[1][n]);
   }
 
-  __device__ __forceinline__ void leave_total() const {
+  __device__ __forceinline__ Total block_total(int n) const {
     float sums[kGroups];
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
       const auto& totals = shared_.totals[group];
-      const float sum = totals[0][thread_] + totals[1][thread_] + totals[2][thread_] + totals[3][thread_];
-      sums[group] = __fmul_rn(sum, exp2_fast(shared_.top[group][thread_] - top_of_groups(thread_)));
+      const float sum = totals[0][n] + totals[1][n] + totals[2][n] + totals[3][n];
+      sums[group] = __fmul_rn(sum, exp2_fast(shared_.top[group][n] - top_of_groups(n)));
     }
-    shared_.total[thread_] = {top_of_groups(thread_), __fadd_rn(sums[0], sums[1])};
+    return {top_of_groups(n), __fadd_rn(sums[0], sums[1])};
   }
 
-  // The warpgroups' sum of some query rows, as rows of latents. It is the same whichever of them had which tiles.
-  __device__ __forceinline__ void put(const Attending& attending, const float (&weights)[kN / 4], int round) const {
-    if (group_ == 1) put<false>(attending, weights, round);
+  // Where the block's result is, of a query row of the round and a latent of the tile. Lanes that store meet no bank
+  // twice, and four latents lie side by side.
+  __device__ __forceinline__ float* result(int n, int latent) const {
+    return results_ + n * kTile + (latent ^ (n / 2 % 4 * 8));
+  }
+
+  // The warpgroups' sum for a round's query rows and a tile of latents. It is the same whichever of them had which
+  // tiles of tokens.
+  __device__ __forceinline__ void put(const Attending& attending, const float (&weights)[kN / 4], int round,
+                                      int tile) const {
+    if (group_ == 1) put<false>(attending, weights, round, tile);
     sync_attending();
-    if (group_ == 0) put<true>(attending, weights, round);
+    if (group_ == 0) put<true>(attending, weights, round, tile);
     sync_attending();
   }
   template <bool kAdds>
-  __device__ __forceinline__ void put(const Attending& attending, const float (&weights)[kN / 4], int round) const {
+  __device__ __forceinline__ void put(const Attending& attending, const float (&weights)[kN / 4], int round,
+                                      int tile) const {
+    if (!attending.has_latents(tile)) return;
 #pragma unroll
-    for (int i = 0; i < Attending::kWide; ++i) {
-      if (!attending.has_latents(i)) continue;
+    for (int c = 0; c < kMerged / 4; ++c) {
+      const int all = round * (kMerged / 4) + c;
 #pragma unroll
-      for (int c = 0; c < kMerged / 4; ++c) {
-        const int all = round * (kMerged / 4) + c;
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          float* const to = results_ + Attending::column_of(c) * kStride + attending.latent(i, r);
-          const float number = __fmul_rn(attending.o[i][Attending::at(all, r)], weights[all]);
-          *to = kAdds ? __fadd_rn(number, *to) : number;
-        }
+      for (int r = 0; r < 2; ++r) {
+        float* const to = result(Attending::column_of(c), attending.latent(0, r));
+        const float number = __fmul_rn(attending.o[tile][Attending::at(all, r)], weights[all]);
+        *to = kAdds ? __fadd_rn(number, *to) : number;
       }
     }
   }
 
-  // Fours of latents of a round's query rows, as far as these exist; each block of the cluster has `part_` in a row.
-  __device__ __forceinline__ int fours(int round) const {
+  // Query rows of a round, as far as they exist.
+  __device__ __forceinline__ int rows_of(int round) const {
     const int left = rows_ - round * kMerged;
-    return (left < 0 ? 0 : left < kMerged ? left : kMerged) * kFours;
+    return left < 0 ? 0 : left < kMerged ? left : kMerged;
   }
+  // Fours of a round, of which each block of the cluster has `part_` in a row.
   __device__ __forceinline__ int fours_here(int round) const {
-    const int left = fours(round) - rank_ * part_;
+    const int left = rows_of(round) * kFours - rank_ * part_;
     return left < 0 ? 0 : left < part_ ? left : part_;
   }
-  __device__ __forceinline__ float4& result(int four) const {
-    return *reinterpret_cast<float4*>(results_ + four / kFours * kStride + four % kFours * 4);
-  }
 
-  // Sends each block of the cluster its part of this block's results, and waits for all that come here.
-  __device__ __forceinline__ void exchange(int round) {
+  // Sends go out once all have read what came in the round before.
+  __device__ __forceinline__ void open(int round) const {
     if (thread_ == 0) {
       shared_.mailbox.expect(blocks_ * (fours_here(round) * 16 + (round == 0 ? rows_ * 8 : 0)));
     }
-    cluster_wait();  // until all have read what came in the round before
-    const int all = fours(round);
-    for (int i = thread_; i < all; i += kAttending) {
-      const int to = (i << p_.cluster_shift) / kAll;
-      shared_.mailbox.send(received_ + rank_ * part_ + i - to * part_, to, result(i));
-    }
-    for (int i = thread_; round == 0 && i < rows_ * blocks_; i += kAttending) {
+    __syncwarp();
+    cluster_wait();
+    for (int i = thread_; round == 0 && i < kN * blocks_; i += kAttending) {
       const int n = i >> p_.cluster_shift;
-      const Total total = shared_.total[n];
-      shared_.mailbox.send(&shared_.neighbours[rank_][n], i & (blocks_ - 1), total.top, total.sum);
+      if (n < rows_) shared_.mailbox.send(&shared_.neighbours[rank_][n], i & (blocks_ - 1), block_total(n));
     }
-    shared_.mailbox.await(received_rounds_ & 1);
-    ++received_rounds_;
+  }
+
+  // This block's results of a tile of latents, to the blocks of the cluster that merge them.
+  __device__ __forceinline__ void pass_on(const Piece& piece, int round, int tile) const {
+    constexpr int kEach = kTile / 4;
+    const int all = rows_of(round) * kEach;
+    for (int i = thread_; i < all; i += kAttending) {
+      const int n = i / kEach, latent = tile * kTile + i % kEach * 4;
+      if (kR % kTile != 0 && latent >= kR) continue;
+      const float4 numbers = *reinterpret_cast<const float4*>(result(n, i % kEach * 4));
+      if (blocks_ == 1) {
+        const Total total = shared_.total[round * kMerged + n];
+        store(piece, round * kMerged + n, latent, {total.top, total.sum, numbers}, latent == 0);
+        continue;
+      }
+      const int four = n * kFours + latent / 4, to = (four << p_.cluster_shift) / kAll;
+      shared_.mailbox.send(received_ + rank_ * part_ + four - to * part_, to, numbers);
+    }
   }
 
   // Calls f(query row, its first latent, four) for each of this block's fours of a round.
   template <class F>
   __device__ __forceinline__ void each_four(int round, const F& f) const {
     const int here = fours_here(round);
-    for (int i = thread_; i < here; i += kAttending) {
-      const int four = rank_ * part_ + i;
-      f(round * kMerged + four / kFours, four % kFours * 4, i);
-    }
+    for (int i = thread_; i < here; i += kAttending) f(row_of(round, i), latent_of(i), i);
   }
-
-  __device__ __forceinline__ Part merged(int n, int i) const {
-    const auto received = [&](int block) {
-      const Total total = shared_.neighbours[block][n];
-      return Part{total.top, total.sum, received_[block * part_ + i]};
-    };
-    if (blocks_ == 1) return {shared_.total[n].top, shared_.total[n].sum, result(i)};
-    return blocks_ > 4 ? merge<8>(blocks_, received) : merge<4>(blocks_, received);
+  __device__ __forceinline__ int row_of(int round, int i) const {
+    return round * kMerged + (rank_ * part_ + i) / kFours;
   }
+  __device__ __forceinline__ int latent_of(int i) const { return (rank_ * part_ + i) % kFours * 4; }
 
   __device__ __forceinline__ void merge_blocks(const Piece& piece, int round) const {
     each_four(round, [&](int n, int latent, int i) {
-      const Part all = merged(n, i);
-      if (piece.pieces == 1) {
-        send(piece, n, latent, all);
-        return;
-      }
-      const int slot = piece.slot(piece.index);
-      *reinterpret_cast<float4*>(partial(slot) + n * kR + latent) = all.numbers;
-      if (latent == 0 || i == 0) {
-        totals(slot)[n] = all.top;
-        totals(slot)[kN + n] = all.total;
-      }
+      const auto received = [&](int, int block) {
+        const Total total = shared_.neighbours[block][n];
+        return Part{total.top, total.sum, received_[block * part_ + i]};
+      };
+      Part all[1];
+      blocks_ > 4 ? merge<8>(all, blocks_, received) : merge<4>(all, blocks_, received);
+      store(piece, n, latent, all[0], latent == 0 || i == 0);
     });
+  }
+
+  // first: of the block's, in the query row.
+  __device__ __forceinline__ void store(const Piece& piece, int n, int latent, const Part& all, bool first) const {
+    if (piece.pieces == 1) {
+      send(piece, n, latent, all);
+      return;
+    }
+    const int slot = piece.slot(piece.index);
+    *reinterpret_cast<float4*>(partial(slot) + n * kR + latent) = all.numbers;
+    if (first) {
+      totals(slot)[n] = all.top;
+      totals(slot)[kN + n] = all.total;
+    }
   }
 
   __device__ __forceinline__ void send(const Piece& piece, int n, int latent, const Part& all) const {
@@ -226,6 +264,7 @@ class Merger {
 
   // Whether all others of the sequence are there.
   __device__ __forceinline__ bool is_last(const Piece& piece) const {
+    sync_attending();  // all have stored what they merged
     if (thread_ == 0) {
       const long long sequence = static_cast<long long>(blockIdx.y) * p_.slots + piece.slot(0);
       shared_.last = draws_last(p_.tickets + sequence * blocks_ + rank_, piece.pieces);
@@ -235,14 +274,25 @@ class Merger {
   }
 
   __device__ __forceinline__ void merge_pieces(const Piece& piece, int round) const {
-    each_four(round, [&](int n, int latent, int) {
-      send(piece, n, latent, merge<8>(piece.pieces, [&](int i) {
-             const int slot = piece.slot(i);
-             const float* const of_row = totals(slot) + n;
-             return Part{load_written(of_row), load_written(of_row + kN),
-                         load_four_written(partial(slot) + n * kR + latent)};
-           }));
-    });
+    constexpr int kResults = 4;
+    const int here = fours_here(round);
+#pragma unroll 1
+    for (int first = thread_; first < here; first += kResults * kAttending) {
+      Part all[kResults];
+      merge<4>(all, piece.pieces, [&](int j, int i) {
+        const int four = first + j * kAttending;
+        if (four >= here) return nothing();
+        const int slot = piece.slot(i), n = row_of(round, four);
+        const float* const of_row = totals(slot) + n;
+        return Part{load_written(of_row), load_written(of_row + kN),
+                    load_four_written(partial(slot) + n * kR + latent_of(four))};
+      });
+#pragma unroll
+      for (int j = 0; j < kResults; ++j) {
+        const int four = first + j * kAttending;
+        if (four < here) send(piece, row_of(round, four), latent_of(four), all[j]);
+      }
+    }
   }
 
   const Params& p_;
@@ -250,7 +300,7 @@ class Merger {
   const int part_;  // fours of a round that a block merges
   int rows_;        // of this tile
   int received_rounds_ = 0;
-  float* const results_;    // of a round, [kMerged, kStride]
+  float* const results_;    // of a round and a tile of latents, [kMerged, kTile]
   float4* const received_;  // of this block's part, [blocks_, part_]
   Shared<kN>& shared_;
 };

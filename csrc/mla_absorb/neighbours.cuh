@@ -37,6 +37,11 @@ __device__ __forceinline__ Word there(const void* shared, int rank) {
   return mapped;
 }
 
+// What weights are relative to, and their sum.
+struct alignas(8) Total {
+  float top, sum;
+};
+
 // Says when the numbers are there that blocks of a cluster, this one included, put into its shared memory, where they
 // lie at the same place in each. That its last numbers have been read is for the cluster's barrier to say.
 class Mailbox {
@@ -50,10 +55,10 @@ class Mailbox {
         "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(there(this, rank))
         : "memory");
   }
-  __device__ __forceinline__ void send(const void* shared, int rank, float first, float second) {
+  __device__ __forceinline__ void send(const void* shared, int rank, const Total& v) {
     asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(
                      there(shared, rank)),
-                 "f"(first), "f"(second), "r"(there(this, rank))
+                 "f"(v.top), "f"(v.sum), "r"(there(this, rank))
                  : "memory");
   }
 

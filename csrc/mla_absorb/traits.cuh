@@ -41,14 +41,11 @@ HYLO_HOST_DEVICE constexpr int stage_size(Dims d) { return key_tiles(d) * kTileS
 HYLO_HOST_DEVICE constexpr int queries_size(Dims d) { return query_tiles(d) * d.N * 128; }
 HYLO_HOST_DEVICE constexpr int weights_size(Dims d) { return d.N * 128; }
 
-// Rows of merged results are padded, so that eight latents of four query rows meet no bank twice.
-HYLO_HOST_DEVICE constexpr int merged_stride(Dims d) { return d.R + 4; }
-
 // Of shared memory, what is no tile and no result.
 HYLO_HOST_DEVICE constexpr int small_size(Dims d) { return 3456 + 208 * d.N; }
 
-// A block's results, and those of a cluster's blocks, as many, that it merges.
-HYLO_HOST_DEVICE constexpr int results_size(Dims d, int rows) { return rows * (merged_stride(d) + d.R) * 4; }
+// Of what a cluster's blocks send to one: parts of query rows, all of which come to so many rows.
+HYLO_HOST_DEVICE constexpr int received_size(Dims d, int rows) { return rows * d.R * 4; }
 
 // How shared memory is dealt out.
 struct Room {
@@ -58,7 +55,7 @@ struct Room {
 };
 
 HYLO_HOST_DEVICE constexpr Room room_with(Dims d, int queries, int merged) {
-  const int others = queries * queries_size(d) + kGroups * weights_size(d) + results_size(d, merged);
+  const int others = queries * queries_size(d) + kGroups * weights_size(d) + received_size(d, merged);
   const int left = kSharedLimit - small_size(d) - 1024 - others;
   const int fit = left < 0 ? 0 : left / stage_size(d) / kGroups * kGroups;
   return {fit < kMaxStages ? fit : kMaxStages, queries, merged};
@@ -81,7 +78,7 @@ HYLO_HOST_DEVICE constexpr Room room(Dims d) {
 HYLO_HOST_DEVICE constexpr int tiles_size(Dims d) {
   const Room r = room(d);
   return r.stages * stage_size(d) + r.queries * queries_size(d) + kGroups * weights_size(d) +
-         results_size(d, r.merged);
+         received_size(d, r.merged);
 }
 HYLO_HOST_DEVICE constexpr int shared_size(Dims d) { return tiles_size(d) + small_size(d) + 1024; }
 

@@ -38,8 +38,8 @@ struct Count {
   int total, most;
 };
 
-// Units of a cluster's run. What one cluster can do `alone` it does: clusters merge slower than its own blocks. Where all
-// sequences are equal, runs end with them, or all after the same part of one, if they are not much longer for it.
+// Units of a cluster's run. What one cluster can do `alone` it does: clusters merge slower than its own blocks. Where
+// all sequences are equal, runs end with them, or all after the same part of one, if they are not much longer for it.
 HYLO_HOST_DEVICE inline int share_of(const Count& units, int batch, int clusters, int alone, int least, bool fixed) {
   if (!fixed && units.total <= alone) return units.total;
   const int equal = cut(units.total, clusters), share = fixed || equal > least ? equal : least;

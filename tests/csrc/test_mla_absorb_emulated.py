@@ -1,9 +1,12 @@
 """The decode kernel of latent attention and its launcher, run on the CPU by an emulated driver."""
 
+import shutil
+import subprocess
+
 import pytest
 import torch
 
-from hylo_ops.cubin import native
+from hylo_ops.cubin import native, source_dir
 from tests.csrc.emulator import build
 from tests.csrc.emulator.run_mla_absorb import CPU, EMULATED, specs
 from tests.ops.mla_absorb_cuda_cases import BENCHMARK, NAMES, Case, with_one_page
@@ -22,6 +25,15 @@ def verdicts(tmp_path_factory):
 @pytest.mark.parametrize("case", EMULATED, ids=lambda case: case.name)
 def test_agrees_with_float64(verdicts, case):
     assert not verdicts[case.name]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+def test_every_tile_is_taken_once(tmp_path):
+    program = tmp_path / "work"
+    source = build.HERE / "mla_absorb_work.cpp"
+    subprocess.run(["g++", "-std=c++17", "-O1", f"-I{source_dir()}", str(source), "-o", str(program)], check=True)
+    done = subprocess.run([str(program)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 def why_not(**changes):

@@ -26,14 +26,15 @@ inline Word there(const void* shared, int rank) { return shared_address(shared) 
 inline unsigned char* emulated_place(Word address) {
   return emulated_dynamic_shared(static_cast<int>(address >> 24)) + (address & 0xffffff);
 }
+struct alignas(8) Total {
+  float top, sum;
+};
+
 class Mailbox {
  public:
   void init() { barrier_.init(1); }
   void send(const void* shared, int rank, const float4& v) { put(shared, rank, v); }
-  void send(const void* shared, int rank, float first, float second) {
-    const float both[2] = {first, second};
-    put(shared, rank, both);
-  }
+  void send(const void* shared, int rank, const Total& v) { put(shared, rank, v); }
   void expect(int bytes) { barrier_.arrive_expecting(bytes); }
   void await(int phase) { barrier_.wait(phase); }
 

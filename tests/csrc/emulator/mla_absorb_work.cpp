@@ -1,0 +1,98 @@
+// How csrc/mla_absorb/work.cuh cuts sequences, checked for many batches: every tile is taken once, by one block; pieces
+// of a sequence know how many there are and have places of their own for what they leave.
+#include "mla_absorb/work.cuh"
+
+#include <cstdio>
+#include <cstdlib>
+#include <map>
+#include <random>
+#include <set>
+#include <utility>
+#include <vector>
+
+using namespace hylo::mla_absorb;
+
+struct Batch {
+  std::vector<int> lengths;
+  int clusters, shift, alone, least;
+  bool fixed;
+};
+
+void require(bool holds, const char* what, const Batch& batch) {
+  if (holds) return;
+  std::printf("%s: %d clusters of %d, alone %d, least %d, fixed %d, lengths", what, batch.clusters, 1 << batch.shift,
+              batch.alone, batch.least, batch.fixed);
+  for (const int length : batch.lengths) std::printf(" %d", length);
+  std::printf("\n");
+  std::exit(1);
+}
+
+// Returns the number of pieces.
+int check(const Batch& batch) {
+  constexpr int kCapacity = 1 << 20;
+  std::vector<Sequence> sequences;
+  Count units{0, 0};
+  for (const int length : batch.lengths) {
+    sequences.push_back(sequence_of(length, 0, kCapacity, batch.fixed));
+    units.total += sequences.back().units;
+    if (sequences.back().units > units.most) units.most = sequences.back().units;
+  }
+  const int count = static_cast<int>(sequences.size());
+  const int share = share_of(units, count, batch.clusters, batch.alone, batch.least, batch.fixed);
+  const long long slots = slots_of(count, kCapacity, batch.clusters, batch.fixed);
+  std::map<std::pair<int, int>, int> tiles;  // how often each is taken
+  std::vector<std::set<int>> indices(sequences.size());
+  std::vector<int> pieces(sequences.size(), -1);
+  std::set<int> taken_slots;
+  for (int cluster = 0; cluster < batch.clusters; ++cluster) {
+    Run run = run_of(cluster, share, units.total);
+    for (int b = 0; b < count && run.first_unit + sequences[b].units <= run.unit; ++b) {
+      run.first_unit += sequences[b].units;
+      run.b = b + 1;
+    }
+    while (run.unit < run.last) {
+      const Piece piece = take(run, sequences[run.b], batch.shift, batch.fixed);
+      require(piece.ends == (run.unit >= run.last), "a run's end", batch);
+      require(indices[piece.b].insert(piece.index).second, "a piece comes twice", batch);
+      require(pieces[piece.b] == -1 || pieces[piece.b] == piece.pieces, "pieces do not agree", batch);
+      pieces[piece.b] = piece.pieces;
+      if (piece.pieces > 1) {
+        const int slot = piece.slot(piece.index);
+        require(slot >= 0 && slot < slots && taken_slots.insert(slot).second, "a slot", batch);
+      }
+      for (int rank = 0; rank < 1 << batch.shift; ++rank) {
+        const Turns turns = turns_of(piece, rank, batch.shift);
+        for (int i = 0; i < turns.count; ++i) ++tiles[{piece.b, turns.first + (i << batch.shift)}];
+      }
+    }
+  }
+  int all_tiles = 0, all_pieces = 0;
+  for (int b = 0; b < count; ++b) {
+    all_tiles += sequences[b].tiles;
+    all_pieces += pieces[b];
+    require(static_cast<int>(indices[b].size()) == pieces[b], "pieces are missing", batch);
+  }
+  require(static_cast<int>(tiles.size()) == all_tiles, "tiles are missing", batch);
+  for (const auto& [tile, times] : tiles) require(times == 1, "a tile is taken twice", batch);
+  return all_pieces;
+}
+
+int main() {
+  std::mt19937 random(0);
+  const auto below = [&](int number) { return static_cast<int>(random() % number); };
+  for (int i = 0; i < 3000; ++i) {
+    Batch batch{{}, 1 + below(20), below(5), below(3) == 0 ? below(60) : 0, 1 + below(20), below(4) == 0};
+    const int count = 1 + below(12), size = 1 << below(14);
+    const bool equal = below(3) == 0;
+    for (int b = 0; b < count; ++b) batch.lengths.push_back(equal && b > 0 ? batch.lengths[0] : below(size));
+    check(batch);
+  }
+  // Equal sequences are cut alike, or not at all, where runs are hardly longer for it.
+  const Batch whole{std::vector<int>(128, 4096), 132, 0, 0, 2, false};
+  require(check(whole) == 128, "sequences are cut", whole);
+  const Batch quarters{std::vector<int>(32, 4096), 132, 0, 0, 2, false};
+  require(check(quarters) == 4 * 32, "sequences are not cut into quarters", quarters);
+  const Batch by_clusters{std::vector<int>(32, 4096), 33, 2, 0, 2, false};
+  require(check(by_clusters) == 32, "sequences are cut", by_clusters);
+  return 0;
+}
