@@ -20,7 +20,8 @@ from hylo_ops.testing import DTYPE_NAMES, relative_error
 CASES = {case.name: case for case in MLA_ABSORB}
 EXTRA_CASES = {case.name: case for case in MLA_ABSORB_LARGE}
 PEERS = [*peers.FORMS, "torch_cudnn"]
-BACKENDS = ["cuda", "triton"]
+BACKENDS = ["cuda", "triton", "composed"]
+NOT_OF = {"attention": ["composed"], "step": ["triton"], "block": ["triton", "composed"]}  # backends, by scope
 PASSES = {"attention": "decode", "step": "layer", "block": "forward"}
 SECONDS = 0.6  # of the clocks, a row
 # Further from float64 than this is another function: fused kernels leave 2e-3 to 3e-3, eager ones up to 1e-2.
@@ -226,7 +227,7 @@ SCOPES = {"attention": attention_sides, "step": step_sides, "block": block_sides
 
 
 def run(case: LatentCase, backends: list[str], chosen_peers: list[str], roofs: Roofs) -> Iterator[dict[str, Any]]:
-    """One row for each backend; correctness first, then the clocks.
+    """One row for each backend that the scope has; correctness first, then the clocks.
 
     Raises:
         AssertionError: a backend of ours computes something else than the float64 reference.
@@ -238,6 +239,7 @@ def run(case: LatentCase, backends: list[str], chosen_peers: list[str], roofs: R
             error = relative_error(result, sides.exact[name])
             assert error <= MAX_ERROR, f"{case.name}: error {error:.1e} of {name}"
 
+    backends = [name for name in backends if name not in NOT_OF[case.scope]]
     ours = contest.prepare_ours({name: sides.ours(name) for name in backends}, sides.exact, accept)
     chosen = {name: contestant for name, contestant in sides.peers.items() if name in chosen_peers}
     others = contest.prepare_peers(chosen, sides.exact, MAX_ERROR)
