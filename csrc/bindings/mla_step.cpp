@@ -1,5 +1,6 @@
 #include "bindings/mla_step.h"
 
+#include <stdexcept>
 #include <utility>
 
 #include "bindings/positional.h"

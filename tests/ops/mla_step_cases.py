@@ -173,5 +173,4 @@ EMULATED = [
     Case(6, 2, 32, 80, 32, 48, page=None, starts=(9, 0, 4, 70), shared=True, integers=torch.int64, spare=3),
     Case(4, 4, 16, 16, 0, 16, (20, 3), page=8, scales=4, dtype=FP16),
     Case(4, 1, 16, 16, 0, 32, (0, 9), page=None, scales=2, padding=(0,), dtype=FP16),
-    Case(8, 8, 16, 16, 0, 1056, (1, 2) * 8 + (3,), page=8, scales=4, dtype=FP16),  # warps with several tiles of rows
 ]

@@ -52,7 +52,9 @@ CASES = [
         for B in (1, 2, 32, 67)
         for page in (None, 16)
     ),
+    # Warps with several tiles of rows.
     *(replace(case, lengths=lengths_of(B, 20)) for case in (HYLO_1B, HYLO_3B) for B in (300, 700)),
+    Case(8, 8, 16, 16, 0, 1056, (1, 2) * 8 + (3,), page=8, scales=4, dtype=FP16),
     *(replace(case, padding=(0, 2), angles=FP32, integers=torch.int64) for case in PUBLISHED),
     *(replace(case, dtype=FP16, shared=True, starts=(700, 3, 0, 776)) for case in PUBLISHED),
     *(Case(8, HK, nope, 64, 32, 32) for HK in (1, 2, 8) for nope in (16, 48, 112)),
