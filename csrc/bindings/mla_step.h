@@ -15,14 +15,14 @@ namespace hylo {
 
 class MlaStep {
  public:
-  // load(device, type, nope, R, values): the kernel before the attention or the one behind it, compiled for that, or a
-  // str, the reason why there is none. attention: an MlaAbsorb. device_type: DLPack's number; another than CUDA's is for
-  // tests with an emulated driver.
+  // load(device, type, nope, R, values): the kernel before the attention or the one behind it, compiled for that, or
+  // a str, the reason why there is none. attention: an MlaAbsorb. device_type: DLPack's number; another than CUDA's is
+  // for tests with an emulated driver.
   MlaStep(const pybind11::module_& torch, pybind11::object load, pybind11::object attention, int device_type);
 
   // Gives o, or a str: the reason why these inputs are not taken. The cache is updated in place.
-  // tensors: q_nope, q_rope, kv_new, w_uk, w_uv, kv_cache, cache_seqlens, position, cos, sin, cache_starts, block_table;
-  // the last two may be None. key_scale: None or a number of columns.
+  // tensors: q_nope, q_rope, kv_new, w_uk, w_uv, kv_cache, cache_seqlens, position, cos, sin, cache_starts,
+  // block_table; the last two may be None. key_scale: None or a number of columns.
   pybind11::object run(const pybind11::tuple& tensors, pybind11::handle scale, pybind11::handle key_scale);
 
   // The same of the twelve tensors, scale and key_scale side by side, where TorchTensors::view finds no need of torch's

@@ -22,7 +22,8 @@ Word word(std::int64_t number) { return static_cast<Word>(number); }
 int number(std::int64_t size) { return static_cast<int>(size); }
 
 bool has_shapes(const Inputs& x) {
-  if (x.q_nope.dims != 4 || x.q_rope.dims != 4 || x.w_uk.dims != 3 || x.w_uv.dims != 3 || x.cache.dims != 3) return false;
+  if (x.q_nope.dims != 4 || x.q_rope.dims != 4 || x.cache.dims != 3) return false;
+  if (x.w_uk.dims != 3 || x.w_uv.dims != 3) return false;
   const auto B = x.q_nope.shape[0], H = x.q_nope.shape[2], nope = x.q_nope.shape[3], E = x.q_rope.shape[3];
   const auto HK = x.w_uk.shape[0], R = x.w_uk.shape[2];
   if (!has_shape(x.q_nope, B, 1, H, nope) || !has_shape(x.q_rope, B, 1, H, E) || E % 2 != 0) return false;

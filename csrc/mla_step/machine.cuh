@@ -5,9 +5,9 @@
 
 namespace hylo::mla_step {
 
-// D [16, 8] += A [16, 16] B [16, 8]. Lane 4 g + t has of D the rows g (its first two numbers) and g + 8, the columns 2 t
-// and 2 t + 1; of A the same rows in turn, at 2 t and 2 t + 1 of the sum (its first two words) and at those plus 8; of B
-// the column g at the same places of the sum.
+// D [16, 8] += A [16, 16] B [16, 8]. Lane 4 g + t has of D the rows g (its first two numbers) and g + 8, the columns
+// 2 t and 2 t + 1; of A the same rows in turn, at 2 t and 2 t + 1 of the sum (its first two words) and at those plus 8;
+// of B the column g at the same places of the sum.
 template <class T>
 __device__ __forceinline__ void multiply(float (&d)[4], const Word (&a)[4], Word b_low, Word b_high) {
 #define HYLO_MMA(TYPE)                                                                                             \

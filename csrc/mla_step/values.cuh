@@ -1,6 +1,6 @@
-// Outputs of heads from those in latent space, o[h] = W_uv[h] latent[h], as o^T = W_uv latent^T. As in queries.cuh, what
-// stands where is chosen so that a lane reads 16 bytes at once: it has two neighbouring rows of the weights and, of each
-// 32 columns, eight neighbours that two products share.
+// Outputs of heads from those in latent space, o[h] = W_uv[h] latent[h], as o^T = W_uv latent^T. As in queries.cuh,
+// what stands where is chosen so that a lane reads 16 bytes at once: it has two neighbouring rows of the weights and,
+// of each 32 columns, eight neighbours that two products share.
 #pragma once
 
 #include "common/dependent.cuh"
