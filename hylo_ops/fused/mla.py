@@ -159,7 +159,8 @@ def _absorbed(q_nope: Tensor, w_uk: Tensor) -> Tensor:
 
 def _expanded(o: Tensor, w_uv: Tensor) -> Tensor:
     """[B, 1, H, R] -> [B, 1, H, v]."""
-    return torch.einsum("btgqr,gvr->btgqv", o.unflatten(2, (w_uv.shape[0], -1)), w_uv).flatten(2, 3)
+    heads = torch.einsum("btgqr,gvr->btgqv", o.unflatten(2, (w_uv.shape[0], -1)), w_uv)
+    return heads.flatten(2, 3).contiguous()
 
 
 def _rotated_row(kv_new: Tensor, rank: int, cos: Tensor, sin: Tensor) -> Tensor:
