@@ -1,11 +1,11 @@
 """The Triton backend of the short causal convolution: which inputs it takes, and its kernels, imported on first use."""
 
-import functools
-import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from hylo_ops.common.triton_device import why_not_on_device_of
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -36,23 +36,9 @@ def recurrent_forward(*inputs: Any) -> Tensor:
 
 def why_not(x: Tensor, weight: Tensor, **_: Any) -> str | None:
     """The reason why the kernels cannot take these inputs, or None. Shapes are taken to be the op's."""
-    if not _has_triton():
-        return "triton is not installed"
-    if not x.is_cuda and not _interpreting():
-        return f"x is on {x.device}, not on a CUDA device"
+    if (reason := why_not_on_device_of("x", x)) is not None:
+        return reason
     for name, tensor in (("x", x), ("weight", weight)):
         if tensor.dtype not in _DTYPES:
             return f"{name} is {tensor.dtype}, not bfloat16, float16 or float32"
     return None
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-@functools.cache
-def _interpreting() -> bool:
-    from hylo_ops.common.triton_math import INTERPRETING
-
-    return INTERPRETING

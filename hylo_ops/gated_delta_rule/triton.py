@@ -1,11 +1,11 @@
 """The Triton backend of the gated delta rule: which inputs it takes, and its kernels, imported on first use."""
 
-import functools
-import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from hylo_ops.common.triton_device import why_not_on_device_of
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MAX_K = 256
@@ -53,10 +53,8 @@ def recurrent_why_not(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, 
 
 
 def _why_not(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None) -> str | None:
-    if not _has_triton():
-        return "triton is not installed"
-    if not q.is_cuda and not _interpreting():
-        return f"q is on {q.device}, not on a CUDA device"
+    if (reason := why_not_on_device_of("q", q)) is not None:
+        return reason
     if q.dtype not in _DTYPES:
         return f"q is {q.dtype}, not bfloat16, float16 or float32"
     if k.dtype != q.dtype or v.dtype != q.dtype:
@@ -69,15 +67,3 @@ def _why_not(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Te
     if V % 16 or not V:
         return f"V is {V}, not a multiple of 16"
     return None
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-@functools.cache
-def _interpreting() -> bool:
-    from hylo_ops.common.triton_math import INTERPRETING
-
-    return INTERPRETING

@@ -1,11 +1,11 @@
 """The Triton backend of the gated RMS norm: which inputs it takes, and its kernels, imported on first use."""
 
-import functools
-import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from hylo_ops.common.triton_device import why_not_on_device_of
 
 MAX_WIDTH = 16384
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -31,10 +31,8 @@ def backward(
 
 def why_not(x: Tensor, gate: Tensor, weight: Tensor, **_: Any) -> str | None:
     """The reason why the kernels cannot take these inputs, or None. Shapes are taken to be the op's."""
-    if not _has_triton():
-        return "triton is not installed"
-    if not x.is_cuda and not _interpreting():
-        return f"x is on {x.device}, not on a CUDA device"
+    if (reason := why_not_on_device_of("x", x)) is not None:
+        return reason
     if x.dtype not in _DTYPES:
         return f"x is {x.dtype}, not bfloat16, float16 or float32"
     if weight.dtype not in _DTYPES:
@@ -45,15 +43,3 @@ def why_not(x: Tensor, gate: Tensor, weight: Tensor, **_: Any) -> str | None:
     if not 0 < x.shape[3] <= MAX_WIDTH:
         return f"V is {x.shape[3]}, not between 1 and {MAX_WIDTH}"
     return None
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-@functools.cache
-def _interpreting() -> bool:
-    from hylo_ops.common.triton_math import INTERPRETING
-
-    return INTERPRETING

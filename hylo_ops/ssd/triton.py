@@ -1,11 +1,11 @@
 """The Triton backend of the SSD scan: which inputs it takes, and its kernels, imported on first use."""
 
-import functools
-import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from hylo_ops.common.triton_device import why_not_on_device_of
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MAX_K = 256
@@ -46,10 +46,8 @@ def recurrent_why_not(x: Tensor, b: Tensor, state: Tensor, **_: Any) -> str | No
 
 
 def _why_not(x: Tensor, b: Tensor, state: Tensor | None) -> str | None:
-    if not _has_triton():
-        return "triton is not installed"
-    if not x.is_cuda and not _interpreting():
-        return f"x is on {x.device}, not on a CUDA device"
+    if (reason := why_not_on_device_of("x", x)) is not None:
+        return reason
     if x.dtype not in _DTYPES:
         return f"x is {x.dtype}, not bfloat16, float16 or float32"
     if state is not None and state.dtype == torch.float64:
@@ -60,15 +58,3 @@ def _why_not(x: Tensor, b: Tensor, state: Tensor | None) -> str | None:
     if V % 16 or not V:
         return f"V is {V}, not a multiple of 16"
     return None
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-@functools.cache
-def _interpreting() -> bool:
-    from hylo_ops.common.triton_math import INTERPRETING
-
-    return INTERPRETING
