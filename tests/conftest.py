@@ -1,6 +1,19 @@
 """Fixtures that several files share. `hylo` is imported inside them, so that the operators' tests run without it."""
 
+import os
+
+# Before torch is imported. Of several processes (pytest -n) each has one core, and so have those that it starts.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
+
+LONGEST = ("test_gated_delta_rule_compiles.py", "test_triton.py")  # minutes each
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that of several processes none is left alone with one."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture(scope="module")

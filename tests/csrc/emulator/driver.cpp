@@ -1,4 +1,5 @@
 // A stand-in for libcuda.so.1: the few calls that csrc/common/driver.cpp makes. A "cubin" is a kernel's name.
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -40,14 +41,15 @@ std::map<std::string, Kernels>& cubins() {
 }
 
 void* current_context = nullptr;
-ucontext_t scheduler;
+jmp_buf scheduler;
 Run running = nullptr;
 const void* running_params = nullptr;
 
 // A thread of one of the blocks that run together.
 struct Fiber {
-  ucontext_t context;
-  std::unique_ptr<char[]> stack{new char[kStackBytes]};
+  ucontext_t beginning;
+  jmp_buf place;  // where it goes on
+  bool began = false;
   unsigned block;
   bool finished = false;
   unsigned long long exchanged = 0;
@@ -58,6 +60,17 @@ struct Fiber {
 };
 std::vector<Fiber> fibers;  // by block, then by thread
 unsigned current = 0;
+
+// A context begins a fiber; to and fro it goes by jumps, which make no system call.
+void give_way() {
+  if (_setjmp(fibers[current].place) == 0) _longjmp(scheduler, 1);
+}
+void let_run(Fiber& fiber) {
+  if (_setjmp(scheduler) != 0) return;
+  if (fiber.began) _longjmp(fiber.place, 1);
+  fiber.began = true;
+  setcontext(&fiber.beginning);
+}
 
 // Threads that meet: a fiber goes on when all of the group came.
 struct Meeting {
@@ -73,7 +86,6 @@ struct Meeting {
     arrive(size);
     while (times == now) give_way();
   }
-  static void give_way() { swapcontext(&fibers[current].context, &scheduler); }
 };
 constexpr unsigned kWarp = 32;
 std::vector<Meeting> of_blocks, of_warps;
@@ -90,6 +102,7 @@ void meet_warp() { of_warps[fibers[current].block * warps() + threadIdx.x / kWar
 void start_thread() {
   running(running_params);
   fibers[current].finished = true;
+  _longjmp(scheduler, 1);
 }
 
 bool can_run(const Fiber& fiber) {
@@ -107,7 +120,7 @@ bool run_warp(unsigned block, unsigned first) {
     current = block * blockDim.x + threadIdx.x;
     if (!can_run(fibers[current])) continue;
     blockIdx.x = first_block + block;
-    swapcontext(&scheduler, &fibers[current].context);
+    let_run(fibers[current]);
     ran = true;
   }
   return ran;
@@ -123,16 +136,17 @@ bool run_block(unsigned block) {
 }
 
 void make_fibers(unsigned blocks) {
+  static std::vector<std::unique_ptr<char[]>> stacks;
   fibers.clear();
   fibers.resize(blocks * blockDim.x);
+  while (stacks.size() < fibers.size()) stacks.emplace_back(new char[kStackBytes]);
   for (unsigned i = 0; i < fibers.size(); ++i) {
     Fiber& fiber = fibers[i];
     fiber.block = i / blockDim.x;
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStackBytes;
-    fiber.context.uc_link = &scheduler;
-    makecontext(&fiber.context, start_thread, 0);
+    getcontext(&fiber.beginning);
+    fiber.beginning.uc_stack.ss_sp = stacks[i].get();
+    fiber.beginning.uc_stack.ss_size = kStackBytes;
+    makecontext(&fiber.beginning, start_thread, 0);
   }
 }
 
@@ -191,14 +205,14 @@ void emulated_cluster_arrive() {
 void emulated_cluster_wait() {
   Fiber& fiber = fibers[current];
   fiber.waits_for_cluster = true;
-  while (fiber.cluster_at == of_cluster.times) Meeting::give_way();
+  while (fiber.cluster_at == of_cluster.times) give_way();
   fiber.waits_for_cluster = false;
 }
 
 void emulated_await_zero(const unsigned long long* number) {
   Fiber& fiber = fibers[current];
   fiber.waits_for_zero = number;
-  while (*number != 0) Meeting::give_way();
+  while (*number != 0) give_way();
   fiber.waits_for_zero = nullptr;
 }
 
@@ -227,7 +241,7 @@ int cuGetErrorString(int status, const char** out) {
   return *out = status == kHangs ? "threads wait for ever" : "no emulated kernel of that name", 0;
 }
 int cuDeviceGet(int* out, int) { return *out = 0, 0; }
-int cuDevicePrimaryCtxRetain(void** out, int) { return *out = &scheduler, 0; }
+int cuDevicePrimaryCtxRetain(void** out, int) { return *out = &fibers, 0; }
 int cuCtxGetCurrent(void** out) { return *out = current_context, 0; }
 int cuCtxPushCurrent_v2(void* context) { return current_context = context, 0; }
 int cuCtxPopCurrent_v2(void** out) { return *out = current_context, current_context = nullptr, 0; }
