@@ -4,6 +4,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 CONSTRAINTS ?= $(if $(shell command -v nvidia-smi),/dev/null,constraints-cpu.txt)
 READY := .venv/ready
+# That share the tests.
+PROCESSES ?= 2
 
 .PHONY: quickstart quickstart-short test lint bench gpu-test stories260k clean
 
@@ -14,7 +16,7 @@ quickstart-short: $(READY)
 	$(BIN)/python -m tests.run_quickstart_short --out runs/quickstart-short
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(PROCESSES)
 
 lint: $(READY)
 	$(BIN)/ruff check .

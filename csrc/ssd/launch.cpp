@@ -187,7 +187,7 @@ void ChunkCall::gradients(const Kernel& kernel, int values, int index, int windo
   for (int i = 0; i < 3; ++i) {
     params.maps[i] = tokens_map(dx_db_dc_ddt[i], shape_[dims[i][0]], shape_[dims[i][1]], strides[i]);
     params.gradients[i] = reinterpret_cast<void*>(dx_db_dc_ddt[i]);
-    params.strides[i] = strides[i][kT];
+    params.strides[i] = static_cast<int>(strides[i][kT]);
   }
   params.ddt = reinterpret_cast<void*>(dx_db_dc_ddt[3]);
   params.parts = reinterpret_cast<float*>(parts);

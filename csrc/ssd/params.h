@@ -72,7 +72,7 @@ struct GradientsParams {
   TensorMap tiles[kTileKinds];  // of x, b, c, d_o; then `states`
   TensorMap maps[3];          // of dx, db, dc: boxes as of x, b, c
   void* gradients[3];         // the same tensors, of the shapes and the type of x, b and c
-  long long strides[3];       // of them, from a token to the next one; heads lie side by side
+  int strides[3];             // of them, in elements, from a token to the next one; heads lie side by side
   void* ddt;                  // [B, T, H], contiguous, of dt's type
   float* parts;               // [kHeadParts, chunks, H]
   float* sums_so_far;         // [2, chunks, K / 64, 16, 128, 2]: accumulators of db and dc, where a window has only some of
