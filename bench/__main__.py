@@ -32,9 +32,9 @@ class BadArgument(Exception):
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description="Time an op against its peers.")
     parser.add_argument("stem", help=f"one of {', '.join(STEMS)}")
-    parser.add_argument("--case", nargs="+", metavar="NAME", help="only these cases")
-    parser.add_argument("--backend", nargs="+", metavar="NAME", help="only these backends of ours")
-    parser.add_argument("--peers", nargs="*", metavar="NAME", help="only these peers")
+    parser.add_argument("--case", nargs="+", action="extend", metavar="NAME", help="only these cases")
+    parser.add_argument("--backend", nargs="+", action="extend", metavar="NAME", help="only these backends of ours")
+    parser.add_argument("--peers", nargs="*", action="extend", metavar="NAME", help="only these peers")
     parser.add_argument("--out", type=Path, help="folder for STEM.json; bench/results/<gpu> by default")
     parser.add_argument("--append", action="store_true", help="keep the other cases of the file that is there")
     parser.add_argument("--commit", help="what the result is of, where there is no git to ask")

@@ -87,6 +87,11 @@ def test_unknown_names_are_quoted(arguments, message):
         command.main(arguments)
 
 
+def test_an_option_given_twice_adds_names():
+    parsed = command.parse(["ssd", "--case", "a", "b", "--case", "c", "--peers", "fla", "--peers"])
+    assert (parsed.case, parsed.peers, parsed.backend) == (["a", "b", "c"], ["fla"], None)
+
+
 def test_names_come_apart_or_with_commas():
     known = ["fla", "flash_qla", "flashinfer"]
     for written in (["fla,flashinfer"], ["fla", "flashinfer"], ["fla,", "flashinfer"]):
