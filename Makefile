@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 CONSTRAINTS ?= $(if $(shell command -v nvidia-smi),/dev/null,constraints-cpu.txt)
 READY := .venv/ready
-# That share the tests.
+# That share the tests, a file to each, so that none makes what the tests of a file have in common a second time.
 PROCESSES ?= 2
 
 .PHONY: quickstart quickstart-short test lint bench gpu-test stories260k clean
@@ -16,7 +16,7 @@ quickstart-short: $(READY)
 	$(BIN)/python -m tests.run_quickstart_short --out runs/quickstart-short
 
 test: $(READY)
-	$(BIN)/python -m pytest -n $(PROCESSES)
+	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -32,3 +32,15 @@ def tokenizer():
     from hylo.quickstart.run import TEACHER
 
     return AutoTokenizer.from_pretrained(TEACHER)
+
+
+@pytest.fixture
+def without_nvrtc(monkeypatch):
+    """On any device, whatever there is."""
+    from hylo_ops import cubin
+
+    monkeypatch.setattr(cubin, "why_not_device", lambda device: None)
+    monkeypatch.setattr(cubin, "why_not_nvrtc", lambda: "NVRTC is not installed")
+    cubin.why_not.cache_clear()
+    yield
+    cubin.why_not.cache_clear()

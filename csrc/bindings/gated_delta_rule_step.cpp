@@ -3,6 +3,8 @@
 #include <cmath>
 #include <utility>
 
+#include "bindings/positional.h"
+
 namespace py = pybind11;
 
 namespace hylo {
@@ -20,11 +22,8 @@ py::object GatedDeltaRuleStep::run(const py::tuple& tensors, py::handle scale, b
   if (!reason.empty()) return py::str(reason);
   const Kernels::Loaded& kind = loaded(step_kind(inputs));
   if (kind.kernel == nullptr) return kind.found;
-  const bool number = PyFloat_Check(scale.ptr()) || PyLong_Check(scale.ptr());
-  if (!scale.is_none() && !number) return py::str("scale is no number");
-  const double by_default = 1.0 / std::sqrt(static_cast<double>(inputs.q.shape[3]));
-  const double factor = scale.is_none() ? by_default : PyFloat_AsDouble(scale.ptr());
-  if (factor == -1.0 && PyErr_Occurred()) throw py::error_already_set();
+  double factor = 1.0 / std::sqrt(static_cast<double>(inputs.q.shape[3]));
+  if (!scale.is_none() && !read_number(scale, factor)) return py::str("scale is no number");
 
   Tensor made;
   py::object o = torch_.empty_like(PyTuple_GET_ITEM(tensors.ptr(), 2), inputs.v);
@@ -47,7 +46,7 @@ std::string GatedDeltaRuleStep::view(const py::tuple& tensors, bool direct, Step
                            &inputs.state, &inputs.a_log, &inputs.dt_bias, &inputs.indices};
   constexpr int kAlways = 6;
   bool there[9];
-  if (!torch_.view(tensors, direct, kAlways, views, there)) return "a tensor has no memory to be seen";
+  if (!torch_.view(tensors, direct, kAlways, views, there)) return TorchTensors::kUnseen;
   inputs.raw = there[6] || there[7];
   inputs.pool = there[8];
   return step_why_not(inputs, device_type_);

@@ -16,16 +16,6 @@ using mla_absorb::Kind;
 using mla_absorb::Plan;
 using mla_absorb::Spread;
 
-constexpr const char* kUnseen = "a tensor has no memory to be seen";
-
-bool read_scale(py::handle from, float& out) {
-  if (!PyFloat_Check(from.ptr()) && !PyLong_Check(from.ptr())) return false;
-  const double number = PyFloat_AsDouble(from.ptr());
-  if (number == -1.0 && PyErr_Occurred()) throw py::error_already_set();
-  out = static_cast<float>(number);
-  return true;
-}
-
 Spread read_spread(py::handle from) {
   if (from.is_none()) return {};
   const auto [cluster, alone, least] = from.cast<std::tuple<int, int, int>>();
@@ -68,7 +58,7 @@ py::object MlaAbsorb::launch(PyObject* const* tensors, const Call& call) {
   mla_absorb::Options options{0.0f, call.causal, call.fixed_split};
   const std::string reason = view(tensors, call.direct, inputs);
   if (!reason.empty()) return py::str(reason);
-  if (!read_scale(call.scale, options.scale)) return py::str("scale is no number");
+  if (!read_number(call.scale, options.scale)) return py::str("scale is no number");
   const Kernels::Loaded& found = loaded(kind_of(inputs));
   if (found.kernel == nullptr) return found.found;
 
@@ -168,7 +158,7 @@ std::string MlaAbsorb::view(PyObject* const* tensors, bool direct, Inputs& x) co
   Tensor* const views[] = {&x.q_nope, &x.q_rope, &x.cache, &x.lengths, &x.starts, &x.table, &x.scales};
   constexpr int kAlways = 4;
   bool there[kTensors];
-  if (!torch_.view(tensors, direct, kAlways, views, there)) return kUnseen;
+  if (!torch_.view(tensors, direct, kAlways, views, there)) return TorchTensors::kUnseen;
   x.has_starts = there[4];
   x.paged = there[5];
   x.scaled = there[6];

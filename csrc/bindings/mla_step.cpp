@@ -14,16 +14,6 @@ using mla_step::Inputs;
 using mla_step::Kind;
 using mla_step::Workspace;
 
-constexpr const char* kUnseen = "a tensor has no memory to be seen";
-
-bool read_scale(py::handle from, float& out) {
-  if (!PyFloat_Check(from.ptr()) && !PyLong_Check(from.ptr())) return false;
-  const double number = PyFloat_AsDouble(from.ptr());
-  if (number == -1.0 && PyErr_Occurred()) throw py::error_already_set();
-  out = static_cast<float>(number);
-  return true;
-}
-
 // None is no column; a number must be positive.
 bool read_columns(py::handle from, std::int64_t& out) {
   out = 0;
@@ -106,7 +96,7 @@ py::object MlaStep::launch(PyObject* const* tensors, py::handle scale, py::handl
   mla_absorb::Options options{0.0f, true, false};
   const std::string reason = view(tensors, key_scale, direct, x);
   if (!reason.empty()) return py::str(reason);
-  if (!read_scale(scale, options.scale)) return py::str("scale is no number");
+  if (!read_number(scale, options.scale)) return py::str("scale is no number");
   const Kernel *queries = nullptr, *values = nullptr;
   if (py::object refused = find(x, queries, values); !refused.is_none()) return refused;
 
@@ -142,7 +132,7 @@ std::string MlaStep::view(PyObject* const* tensors, py::handle key_scale, bool d
                            &x.lengths, &x.position, &x.cos,   &x.sin,  &x.starts, &x.table};
   constexpr int kAlways = 10;
   bool there[kTensors];
-  if (!torch_.view(tensors, direct, kAlways, views, there)) return kUnseen;
+  if (!torch_.view(tensors, direct, kAlways, views, there)) return TorchTensors::kUnseen;
   if (!read_columns(key_scale, x.key_scales)) return "key_scale is no positive integer";
   x.has_starts = there[10];
   x.paged = there[11];

@@ -9,6 +9,16 @@
 
 namespace hylo {
 
+// Whether it is a Python number, and which.
+template <class Number>
+bool read_number(pybind11::handle from, Number& out) {
+  if (!PyFloat_Check(from.ptr()) && !PyLong_Check(from.ptr())) return false;
+  const double number = PyFloat_AsDouble(from.ptr());
+  if (number == -1.0 && PyErr_Occurred()) throw pybind11::error_already_set();
+  out = static_cast<Number>(number);
+  return true;
+}
+
 // A function that calls the method, and keeps its owner alive. The method is given the arguments, borrowed, and how
 // many there are; it throws as one that pybind11 binds.
 template <class Owner, pybind11::object (Owner::*kMethod)(PyObject* const* arguments, Py_ssize_t count)>

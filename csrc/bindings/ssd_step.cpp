@@ -18,15 +18,7 @@ using ssd::StepInputs;
 using ssd::StepKind;
 using ssd::StepOptions;
 
-constexpr const char* kUnseen = "a tensor has no memory to be seen";
 constexpr const char* kTooMany = "more heads share channels or a norm than a cluster of thread blocks has room for";
-
-bool read_number(py::handle from, double& out) {
-  if (!PyFloat_Check(from.ptr()) && !PyLong_Check(from.ptr())) return false;
-  out = PyFloat_AsDouble(from.ptr());
-  if (out == -1.0 && PyErr_Occurred()) throw py::error_already_set();
-  return true;
-}
 
 bool read_limits(py::handle dt_limit, StepOptions& out) {
   double least = -std::numeric_limits<double>::infinity(), greatest = -least;
@@ -110,7 +102,7 @@ std::string SsdStep::view(PyObject* const* tensors, bool direct, StepInputs& x) 
                            &x.state, &x.gates.d, &x.gates.dt_bias, &x.indices};
   constexpr int kAlways = 6;
   bool there[kTensors];
-  if (!torch_.view(tensors, direct, kAlways, views, there)) return kUnseen;
+  if (!torch_.view(tensors, direct, kAlways, views, there)) return TorchTensors::kUnseen;
   x.gates.has_d = there[6];
   x.gates.has_bias = there[7];
   x.pool = there[8];
@@ -181,7 +173,7 @@ std::string Mamba2Step::view(PyObject* const* tensors, PyObject* const* dims, bo
                            &x.indices};
   constexpr int kAlways = 8;
   bool there[kTensors];
-  if (!torch_.view(tensors, direct, kAlways, views, there)) return kUnseen;
+  if (!torch_.view(tensors, direct, kAlways, views, there)) return TorchTensors::kUnseen;
   if (!read_dims(dims, x)) return "d_state, x_heads or b_heads is no integer";
   x.has_conv_bias = there[8];
   x.gates.has_d = there[9];

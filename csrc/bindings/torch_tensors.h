@@ -12,6 +12,8 @@ namespace hylo {
 
 class TorchTensors {
  public:
+  static constexpr const char* kUnseen = "a tensor has no memory to be seen";
+
   // torch: the module. Throws where it offers no table that we know.
   explicit TorchTensors(const pybind11::module_& torch);
 

@@ -1,5 +1,5 @@
-// PTX for 16 bytes of global memory at once. As intrinsics or plain C++ the compiler splits
-// some of these accesses into words.
+// PTX for global memory: 16 bytes at once, which as intrinsics or plain C++ the compiler splits into words in places,
+// and a hint.
 #pragma once
 
 #include "common/portable.h"
@@ -22,6 +22,12 @@ __device__ __forceinline__ Words load_words(const void* address) {
 __device__ __forceinline__ void store_words(void* address, const Words& words) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(words.at[0]), "r"(words.at[1]),
                "r"(words.at[2]), "r"(words.at[3]));
+}
+
+// Has the line of an address come as far as the second cache. What other kernels write is seen there at once, so this
+// may be said before they have ended.
+__device__ __forceinline__ void prefetch(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 }
 
 // Makes the compiler take these words for new ones. It would keep what it once unpacked of them: twice the registers.

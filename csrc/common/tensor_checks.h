@@ -10,6 +10,7 @@ namespace hylo {
 
 constexpr int kRowAlignment = 16;  // bytes
 constexpr int kNoScalar = -1;
+constexpr const char* kWrongShapes = "the shapes are not the op's";  // the op says itself which
 
 inline int scalar_type(const ElementType& type) {
   if (type == kBf16) return kScalarBf16;
@@ -23,6 +24,13 @@ inline Scalar scalar(const Tensor& tensor) {
   const bool of_batch = tensor.dims == 3;
   return {tensor.data, of_batch ? tensor.strides[0] : 0, tensor.strides[tensor.dims - 1], scalar_type(tensor.type)};
 }
+
+inline bool is_integer(const Tensor& tensor) { return tensor.type == kInt32 || tensor.type == kInt64; }
+inline Integers integers_of(bool there, const Tensor& tensor) {
+  return there ? Integers{tensor.data, tensor.strides[0], tensor.type == kInt64} : Integers{};
+}
+
+inline const Tensor* if_there(bool there, const Tensor& tensor) { return there ? &tensor : nullptr; }
 
 template <class... Sizes>
 bool has_shape(const Tensor& tensor, Sizes... sizes) {

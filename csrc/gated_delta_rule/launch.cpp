@@ -37,7 +37,7 @@ std::string step_why_not(const StepInputs& x, int device_type) {
     if (gate->data != nullptr && scalar_type(gate->type) == kNoScalar) return "a gate is of no floating dtype";
   }
   if (x.state.type != kFp32 && x.state.type != kBf16) return "the state is not float32 or bfloat16";
-  if (x.pool && x.indices.type != kInt32 && x.indices.type != kInt64) return "state_indices are not int32 or int64";
+  if (x.pool && !is_integer(x.indices)) return "state_indices are not int32 or int64";
   const auto B = x.q.shape[0], K = x.q.shape[3], H = x.v.shape[2], V = x.v.shape[3];
   if (K % kWidthUnit != 0 || K == 0 || K > kMaxK) {
     return "K is " + std::to_string(K) + ", not a multiple of 16 up to 256";

@@ -10,8 +10,6 @@ constexpr int kElementsPerThread = 16;  // of x and of the gate, held in registe
 constexpr int kMinBlock = 128;
 constexpr int kMaxWidth = 1024 * kElementsPerThread;
 
-HYLO_HOST_DEVICE constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
-
 HYLO_HOST_DEVICE constexpr int next_power_of_two(int n) {
   int power = 1;
   while (power < n) power *= 2;

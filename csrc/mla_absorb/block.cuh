@@ -82,7 +82,7 @@ __device__ __forceinline__ Run find_run_of_few(const Params& p) {
 // All warps count, 32 sequences at a time, and one goes through the counts.
 template <int kN>
 __device__ __forceinline__ Run find_run_of_many(const Params& p, Shared<kN>& shared) {
-  const int sets = cut(p.batch, 32);
+  const int sets = ceil_div(p.batch, 32);
 #pragma unroll 1
   for (int set = threadIdx.x / 32; set < sets; set += kThreads / 32) {
     const int units = units_at(p, 32 * set + lane());

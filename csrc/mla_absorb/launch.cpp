@@ -12,7 +12,6 @@
 namespace hylo::mla_absorb {
 namespace {
 
-constexpr const char* kWrongShapes = "the shapes are not the op's";
 constexpr std::int64_t kMaxR = 576, kMaxE = 64, kWidthUnit = 16;
 constexpr std::int64_t kLeastBox = 8;        // rows that swizzled tiles are made of
 constexpr std::int64_t kMaxRowTiles = 16;    // each reads the cache once more
@@ -20,10 +19,6 @@ constexpr std::int64_t kMaxTokens = 1 << 30;
 constexpr std::int64_t kMaxStride = std::int64_t{1} << 39;  // elements
 constexpr int kRowsOfTile[] = {8, 16, 24, 32, 48, 64};
 constexpr double kLog2E = 1.4426950408889634;
-
-bool is_integer(const Tensor& tensor) { return tensor.type == kInt32 || tensor.type == kInt64; }
-
-const Tensor* if_there(bool there, const Tensor& tensor) { return there ? &tensor : nullptr; }
 
 std::int64_t rows_of(const Inputs& x) { return x.q_nope.shape[1] * x.q_nope.shape[2]; }
 std::int64_t page_of(const Inputs& x) { return x.cache.shape[1]; }
@@ -157,10 +152,6 @@ TensorMap cache_map(const Inputs& x) {
 
 Queries queries_of(const Tensor& q) { return {q.data, q.strides[0], q.strides[1], q.strides[2]}; }
 
-Integers integers_of(bool there, const Tensor& tensor) {
-  return there ? Integers{tensor.data, tensor.strides[0], tensor.type == kInt64} : Integers{};
-}
-
 }  // namespace
 
 std::string why_not(const Inputs& x, int device_type) {
@@ -205,7 +196,7 @@ Plan plan_of(const Inputs& x, const Spread& spread, int resident, bool fixed) {
   Plan plan{};
   plan.spread = spread;
   plan.row_tiles = static_cast<int>((rows_of(x) + dims.N - 1) / dims.N);
-  const long long tiles = static_cast<long long>(B) * std::max(cut(capacity, kTokens), 1);
+  const long long tiles = static_cast<long long>(B) * std::max(ceil_div(capacity, kTokens), 1);
   const long long most = fixed ? slots_of(B, capacity, 0, true) : (tiles + spread.least - 1) / spread.least;
   plan.clusters = static_cast<int>(std::min<long long>(std::max(resident / plan.row_tiles, 1), most));
   plan.slots = slots_of(B, capacity, plan.clusters, fixed);

@@ -4,6 +4,7 @@
 
 #include "common/chunks.cuh"
 #include "common/copy_engine.cuh"
+#include "common/global_access.cuh"
 
 namespace hylo::mla_absorb {
 
@@ -77,11 +78,6 @@ class Mailbox {
  private:
   Barrier barrier_;
 };
-
-// Has the line of an address come as far as the second cache.
-__device__ __forceinline__ void prefetch(const void* address) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
-}
 
 // Numbers that blocks of other multiprocessors wrote: past the first cache, which does not know of that.
 __device__ __forceinline__ float load_written(const float* address) {

@@ -2,16 +2,10 @@
 #pragma once
 
 #include "common/divider.h"
+#include "common/scalar.h"
 #include "common/tensor_map.h"
 
 namespace hylo::mla_absorb {
-
-// A vector or, with a stride between rows, a matrix of int32 or int64; data is null where there is none.
-struct Integers {
-  const void* data;
-  long long stride;
-  int wide;  // int64
-};
 
 // [B, T, H, width], widths contiguous. Strides in elements.
 struct Queries {

@@ -8,7 +8,6 @@
 namespace hylo::mla_absorb {
 
 HYLO_HOST_DEVICE constexpr int least_of(long long a, long long b) { return static_cast<int>(a < b ? a : b); }
-HYLO_HOST_DEVICE constexpr int cut(int number, int by) { return (number + by - 1) / by; }
 
 struct Sequence {
   int first;       // token that tiles are counted from
@@ -22,13 +21,13 @@ HYLO_HOST_DEVICE inline Sequence sequence_of(long long length, long long start, 
   s.end = length < 0 ? 0 : least_of(length, capacity);
   s.start = start < 0 ? 0 : least_of(start, s.end);
   s.first = s.start / kTokens * kTokens;
-  s.tiles = s.start < s.end ? cut(s.end - s.first, kTokens) : 0;
+  s.tiles = s.start < s.end ? ceil_div(s.end - s.first, kTokens) : 0;
   s.unit = 1;
   s.units = s.tiles == 0 ? 1 : s.tiles;
   if (fixed) {
-    const int by_length = cut(s.tiles, kFixedUnits);
+    const int by_length = ceil_div(s.tiles, kFixedUnits);
     s.unit = by_length > kFixedTiles ? by_length : kFixedTiles;
-    s.units = s.tiles == 0 ? 1 : cut(s.tiles, s.unit);
+    s.units = s.tiles == 0 ? 1 : ceil_div(s.tiles, s.unit);
   }
   return s;
 }
@@ -42,9 +41,10 @@ struct Count {
 // all sequences are equal, runs end with them, or all after the same part of one, if they are not much longer for it.
 HYLO_HOST_DEVICE inline int share_of(const Count& units, int batch, int clusters, int alone, int least, bool fixed) {
   if (!fixed && units.total <= alone) return units.total;
-  const int equal = cut(units.total, clusters), share = fixed || equal > least ? equal : least;
+  const int equal = ceil_div(units.total, clusters), share = fixed || equal > least ? equal : least;
   if (fixed || static_cast<long long>(units.most) * batch != units.total) return share;
-  const int even = share < units.most ? cut(units.most, units.most / share) : cut(share, units.most) * units.most;
+  const int even = share < units.most ? ceil_div(units.most, units.most / share)
+                                      : ceil_div(share, units.most) * units.most;
   return even - share <= share / kUneven ? even : share;
 }
 
@@ -126,7 +126,7 @@ HYLO_HOST_DEVICE inline Turns turns_of(const Piece& piece, int rank, int cluster
 // Partial results that a launch may have, for each tile of query rows.
 HYLO_HOST_DEVICE inline long long slots_of(int batch, int capacity, int clusters, bool fixed) {
   if (!fixed) return 2LL * clusters;
-  const int most = cut(cut(capacity, kTokens), kFixedTiles);
+  const int most = ceil_div(ceil_div(capacity, kTokens), kFixedTiles);
   return static_cast<long long>(batch) * (most < 1 ? 1 : most < kFixedUnits ? most : kFixedUnits);
 }
 

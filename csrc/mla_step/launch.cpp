@@ -11,12 +11,7 @@
 namespace hylo::mla_step {
 namespace {
 
-constexpr const char* kWrongShapes = "the shapes are not the op's";
 constexpr std::int64_t kMostRows = 1 << 24;  // query rows of all sequences
-
-const Tensor* if_there(bool there, const Tensor& tensor) { return there ? &tensor : nullptr; }
-
-bool is_integer(const Tensor& tensor) { return tensor.type == kInt32 || tensor.type == kInt64; }
 
 Word word(std::int64_t number) { return static_cast<Word>(number); }
 int number(std::int64_t size) { return static_cast<int>(size); }
@@ -77,9 +72,9 @@ Share share_of(const Inputs& x, std::int64_t parts) {
   share.parts = number(parts);
   share.group = number(group);
   share.rows = number(x.q_nope.shape[0] * group);
-  const int units = number(HK * parts), tiles = cut(share.rows, kTileRows);
-  share.tiles = std::max(cut(tiles, std::max(kManyWarps / units, 1)), 1);
-  share.runs = cut(tiles, share.tiles);
+  const int units = number(HK * parts), tiles = ceil_div(share.rows, kTileRows);
+  share.tiles = std::max(ceil_div(tiles, std::max(kManyWarps / units, 1)), 1);
+  share.runs = ceil_div(tiles, share.tiles);
   share.warps = units * share.runs;
   share.by_runs = divider(word(share.runs));
   share.by_parts = divider(word(parts));
@@ -87,9 +82,7 @@ Share share_of(const Inputs& x, std::int64_t parts) {
   return share;
 }
 
-unsigned blocks_of(const Share& share) { return static_cast<unsigned>(cut(share.warps, kThreads / 32)); }
-
-Integers integers_of(const Tensor& tensor) { return {tensor.data, tensor.strides[0], tensor.type == kInt64}; }
+unsigned blocks_of(const Share& share) { return static_cast<unsigned>(ceil_div(share.warps, kThreads / 32)); }
 
 Scalar angles_of(const Tensor& tensor) {
   return {tensor.data, tensor.shape[0] == 1 ? 0 : tensor.strides[0], tensor.strides[2], scalar_type(tensor.type)};
@@ -141,9 +134,9 @@ void launch_queries(const Kernel& kernel, const Inputs& x, const Workspace& at, 
   params.latent = place(workspace, at.latent);
   params.rotated = place(workspace, at.rotated);
   params.counted = reinterpret_cast<int*>(place(workspace, at.counted));
-  params.lengths = integers_of(x.lengths);
-  params.position = integers_of(x.position);
-  if (x.paged) params.table = integers_of(x.table);
+  params.lengths = integers_of(true, x.lengths);
+  params.position = integers_of(true, x.position);
+  params.table = integers_of(x.paged, x.table);
   params.cos = angles_of(x.cos);
   params.sin = angles_of(x.sin);
   params.q_nope_b = x.q_nope.strides[0];

@@ -1,4 +1,4 @@
-// PTX: the warp's matrix product, and a hint to the second cache.
+// PTX: the warp's matrix product.
 #pragma once
 
 #include "common/dtype.cuh"
@@ -21,11 +21,6 @@ __device__ __forceinline__ void multiply(float (&d)[4], const Word (&a)[4], Word
     HYLO_MMA("f16");
   }
 #undef HYLO_MMA
-}
-
-// Into the second cache, where what other kernels write is seen at once: allowed before they have ended.
-__device__ __forceinline__ void prefetch(const void* address) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 }
 
 }  // namespace hylo::mla_step

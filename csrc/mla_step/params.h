@@ -6,13 +6,6 @@
 
 namespace hylo::mla_step {
 
-// A vector of int32 or int64 or, with a stride between rows, a matrix; data is null where there is none.
-struct Integers {
-  const void* data;
-  long long stride;
-  int wide;  // int64
-};
-
 // How the warps of a launch share products: each has one part of the weights and some tiles of query rows.
 struct Share {
   int warps;

@@ -25,7 +25,7 @@ class Task {
   __device__ __forceinline__ int head() const { return head_; }  // of the weights
   __device__ __forceinline__ int part() const { return unit_ - head_ * share_.parts; }
   __device__ __forceinline__ int first() const { return first_; }  // of its tiles
-  __device__ __forceinline__ int last() const { return min(first_ + share_.tiles, cut(share_.rows, kTileRows)); }
+  __device__ __forceinline__ int last() const { return min(first_ + share_.tiles, ceil_div(share_.rows, kTileRows)); }
 
   __device__ __forceinline__ Row row(int tile, int i) const {
     const int at = tile * kTileRows + i;

@@ -11,9 +11,7 @@ constexpr int kColumns = 64;    // of the latent, that a warp has of the key up-
 constexpr int kValues = 16;     // of a head, that a warp has of the value up-projection
 constexpr int kStep = 16;       // numbers that one product sums over
 constexpr int kElements = 4;    // that a thread rotates or copies
-constexpr int kMaxNope = 128, kMaxRank = 576;  // the weights that a lane keeps in registers
+constexpr int kMaxNope = 128;   // numbers of each of its columns, whose weights a warp keeps in registers
 constexpr int kManyWarps = 1056;  // eight to a multiprocessor; beyond, each has several tiles for its weights
-
-HYLO_HOST_DEVICE constexpr int cut(int number, int size) { return (number + size - 1) / size; }
 
 }  // namespace hylo::mla_step

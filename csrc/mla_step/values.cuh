@@ -59,7 +59,7 @@ class Expander {
   }
 
  private:
-  static constexpr int kChunk = 2 * kStep, kChunks = cut(kR, kChunk);
+  static constexpr int kChunk = 2 * kStep, kChunks = ceil_div(kR, kChunk);
 
   // This lane's eight columns of a chunk; zeros beyond the last.
   __device__ __forceinline__ Words load(const T* row, int chunk) const {

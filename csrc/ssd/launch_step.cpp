@@ -11,13 +11,10 @@ namespace hylo::ssd {
 namespace {
 
 constexpr std::int64_t kWidthUnit = 16, kMaxK = 256, kMaxGrid = 65535;
-constexpr const char* kWrongShapes = "the shapes are not the op's";
 
 bool is_kernel_type(const ElementType& type) { return type == kBf16 || type == kFp16 || type == kFp32; }
 
 bool divides(std::int64_t of, std::int64_t heads) { return of > 0 && heads % of == 0; }
-
-const Tensor* if_there(bool there, const Tensor& tensor) { return there ? &tensor : nullptr; }
 
 bool has_shapes(const StepGateInputs& x, std::int64_t B, std::int64_t H) {
   return has_shape(x.dt, B, 1, H) && has_shape(x.a, H) && (!x.has_d || has_shape(x.d, H)) &&
@@ -32,7 +29,7 @@ std::string why_not(const StepGateInputs& gates, const Tensor& state, bool pool,
     if (gate != nullptr && scalar_type(gate->type) == kNoScalar) return "dt, a, d or dt_bias is of no floating dtype";
   }
   if (state.type != kFp32 && state.type != kBf16) return "the state is not float32 or bfloat16";
-  if (pool && indices.type != kInt32 && indices.type != kInt64) return "state_indices are not int32 or int64";
+  if (pool && !is_integer(indices)) return "state_indices are not int32 or int64";
   const auto H = state.shape[1], V = state.shape[2], K = state.shape[3];
   if (K % kWidthUnit != 0 || K == 0 || K > kMaxK) {
     return "K is " + std::to_string(K) + ", not a multiple of 16 up to 256";
@@ -62,9 +59,6 @@ StepGates gates_of(const StepGateInputs& x, const StepOptions& options) {
           options.least, options.greatest, options.softplus};
 }
 
-StepIndices indices_of(bool pool, const Tensor& indices) {
-  return pool ? StepIndices{indices.data, indices.strides[0], indices.type == kInt64} : StepIndices{};
-}
 
 }  // namespace
 
@@ -106,7 +100,7 @@ void step(const Kernel& kernel, const StepInputs& x, const StepOptions& options,
   params.c = x.c.data;
   params.state = x.state.data;
   params.o = o;
-  params.indices = indices_of(x.pool, x.indices);
+  params.indices = integers_of(x.pool, x.indices);
   params.gates = gates_of(x.gates, options);
   params.x_b = x.x.strides[0];
   params.x_h = x.x.strides[2];
@@ -276,7 +270,7 @@ void mamba2_step(const Kernel& kernel, const Mamba2Inputs& x, const Mamba2Plan& 
   params.conv_state = x.conv_state.data;
   params.state = x.state.data;
   params.y = y;
-  params.indices = indices_of(x.pool, x.indices);
+  params.indices = integers_of(x.pool, x.indices);
   params.gates = gates_of(x.gates, options.step);
   params.z_b = x.z.strides[0];
   params.z_h = x.z.strides[2];

@@ -17,20 +17,13 @@ struct StepGates {
   int softplus;
 };
 
-// Rows of a pool, by sequence; data is null where each has its own.
-struct StepIndices {
-  const void* data;  // [B]
-  long long stride;
-  int wide;  // int64, not int32
-};
-
 struct StepParams {
   const void* x;  // [B, 1, HX, V]
   const void* b;  // [B, 1, GB, K]
   const void* c;  // [B, 1, G, K]
   void* state;    // [B or P, H, V, K], updated in place
   void* o;        // [B, 1, H, V], contiguous
-  StepIndices indices;
+  Integers indices;  // [B]: rows of a pool; null where each sequence has its own state
   StepGates gates;
   // Strides in elements: of the batch, of the heads. Widths are contiguous, as are the states of a head.
   long long x_b, x_h, b_b, b_h, c_b, c_h, state_b, state_h;
@@ -47,7 +40,7 @@ struct Mamba2StepParams {
   void* conv_state;         // [B or P, D, W], updated in place
   void* state;              // [B or P, H, V, K], updated in place
   void* y;                  // [B, 1, H, V], contiguous
-  StepIndices indices;
+  Integers indices;  // [B]: rows of a pool; null where each sequence has its own state
   StepGates gates;
   // Strides in elements, as above.
   long long z_b, z_h, xbc_b, conv_b, state_b, state_h;

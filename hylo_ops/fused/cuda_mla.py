@@ -6,7 +6,7 @@ csrc/mla_step/launch.cpp and csrc/mla_absorb/launch.cpp.
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,36 +20,20 @@ if TYPE_CHECKING:
 KERNELS = ("mla_step_fwd_kernel_queries", "mla_step_fwd_kernel_values")
 
 
-def forward(
-    q_nope: Tensor,
-    q_rope: Tensor,
-    kv_new: Tensor,
-    w_uk: Tensor,
-    w_uv: Tensor,
-    kv_cache: Tensor,
-    cache_seqlens: Tensor,
-    position: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    cache_starts: Tensor | None,
-    block_table: Tensor | None,
-    scale: float,
-    key_scale: int | None,
-    *,
-    cubin_source: str | None = None,
-) -> Tensor:
+def forward(*inputs: Any, cubin_source: str | None = None) -> Tensor:
     """`fused.mla_step` for the inputs of its op; on the current stream, never synchronises.
 
     A position beyond what the cache holds is not written. The first call of a shape loads its kernels, which a CUDA
     graph cannot capture.
 
     Args:
+        inputs: the op's, in its order, without the backend.
         cubin_source: None | "packaged" | "nvrtc", as `hylo_ops.cubin.device_code` has it.
     Raises:
         NotImplementedError: the inputs are not for this backend; the message says why.
     """
-    tensors = (q_nope, q_rope, kv_new, w_uk, w_uv, kv_cache, cache_seqlens, position, cos, sin)
-    o = _native(cubin_source).run((*tensors, cache_starts, block_table), scale, key_scale)
+    *tensors, scale, key_scale = inputs
+    o = _native(cubin_source).run(tuple(tensors), scale, key_scale)
     if isinstance(o, str):
         raise NotImplementedError(o)
     return o

@@ -1,11 +1,11 @@
 """The Triton backend of absorbed latent attention: which inputs it takes, and its kernel, imported on first use."""
 
-import functools
-import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from hylo_ops.common.triton_device import why_not_on_device_of
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MAX_R, _MAX_E = 576, 128
@@ -33,10 +33,8 @@ def why_not(
     **_: Any,
 ) -> str | None:
     """The reason why the kernel cannot take these inputs, or None. Shapes are taken to be the op's."""
-    if not _has_triton():
-        return "triton is not installed"
-    if not q_nope.is_cuda and not _interpreting():
-        return f"q_nope is on {q_nope.device}, not on a CUDA device"
+    if (reason := why_not_on_device_of("q_nope", q_nope)) is not None:
+        return reason
     for name, tensor in (("q_nope", q_nope), ("kv_cache", kv_cache), ("key_scale", key_scale)):
         if tensor is not None and tensor.dtype not in _DTYPES:
             return f"{name} is {tensor.dtype}, not bfloat16, float16 or float32"
@@ -54,15 +52,3 @@ def why_not(
     if E % 16 or E > _MAX_E:
         return f"E is {E}, not a multiple of 16 up to {_MAX_E}"
     return None
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-@functools.cache
-def _interpreting() -> bool:
-    from hylo_ops.common.triton_math import INTERPRETING
-
-    return INTERPRETING

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hylo_ops import cubin, recurrent_gated_delta_rule
 from hylo_ops.gated_delta_rule import cuda_recurrent
 from tests.ops.gated_delta_rule_step_cases import Case
+from tests.ops.layouts import strided
 
 CPU = 1  # DLPack's number
 NO_KERNEL = "there is no kernel in this test"
@@ -137,18 +138,9 @@ def test_wrong_input_gets_its_own_message(direct):
     assert direct == ["the shapes are not the op's"]
 
 
-def test_without_nvrtc_only_what_is_packaged_runs(monkeypatch):
-    monkeypatch.setattr(cubin, "why_not_device", lambda device: None)
-    monkeypatch.setattr(cubin, "why_not_nvrtc", lambda: "NVRTC is not installed")
-    cubin.why_not.cache_clear()
-    try:
-        assert cuda_recurrent._load(None, 0, "bf16", "fp32", 176, False, 64) == "NVRTC is not installed"
-    finally:
-        cubin.why_not.cache_clear()
-
-
-def strided(t):
-    return torch.stack([t, t], -1)[..., 0]
+@pytest.mark.usefixtures("without_nvrtc")
+def test_without_nvrtc_only_what_is_packaged_runs():
+    assert cuda_recurrent._load(None, 0, "bf16", "fp32", 176, False, 64) == "NVRTC is not installed"
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 from hylo_ops import cubin
 from hylo_ops.fused import cuda_mla, mla_step
 from tests.csrc.emulator.run_mla_step import NO_KERNEL, step
+from tests.ops.layouts import shifted, strided
 from tests.ops.mla_step_cases import SCALE, Case, arguments
 
 UNSEEN = "a tensor has no memory to be seen"
@@ -76,15 +77,6 @@ def test_the_native_function_counts_its_arguments(native):
         native.direct(*range(13))
 
 
-def strided(t):
-    return torch.stack([t, t], -1)[..., 0]
-
-
-def shifted(t):
-    """At an odd address."""
-    return torch.zeros(t.numel() + 1, dtype=t.dtype)[1:].view(t.shape)
-
-
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -122,11 +114,6 @@ def test_what_is_no_number_of_columns(native, columns):
     assert native.why_not(arguments(CASE.inputs("cpu")), columns) == "key_scale is no positive integer"
 
 
-def test_without_nvrtc_only_what_is_packaged_runs(monkeypatch):
-    monkeypatch.setattr(cubin, "why_not_device", lambda device: None)
-    monkeypatch.setattr(cubin, "why_not_nvrtc", lambda: "NVRTC is not installed")
-    cubin.why_not.cache_clear()
-    try:
-        assert cuda_mla._load(None, 0, "bf16", 112, 48, True) == "NVRTC is not installed"
-    finally:
-        cubin.why_not.cache_clear()
+@pytest.mark.usefixtures("without_nvrtc")
+def test_without_nvrtc_only_what_is_packaged_runs():
+    assert cuda_mla._load(None, 0, "bf16", 112, 48, True) == "NVRTC is not installed"

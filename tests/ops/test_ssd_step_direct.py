@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hylo_ops import cubin
 from hylo_ops.ssd import cuda_mamba2, cuda_recurrent
 from tests.csrc.emulator.run_ssd_step import natives
+from tests.ops.layouts import shifted, strided
 from tests.ops.ssd_step_cases import Case, Mamba2Case
 
 NO_KERNEL = "there is no kernel in this test"
@@ -153,25 +154,11 @@ def test_wrong_options_of_a_block_get_their_own_message(direct):
     assert direct == ["eps is no number", WRONG_SHAPES]
 
 
-def test_without_nvrtc_only_what_is_packaged_runs(monkeypatch):
-    monkeypatch.setattr(cubin, "why_not_device", lambda device: None)
-    monkeypatch.setattr(cubin, "why_not_nvrtc", lambda: "NVRTC is not installed")
-    cubin.why_not.cache_clear()
-    try:
-        assert cuda_recurrent._load(None, 0, "bf16", "fp32", 176, 64, 1) == "NVRTC is not installed"
-        kind = ("bf16", "bf16", "bf16", "fp32", 176, 4, 256, 1)
-        assert cuda_mamba2._load(None, 0, *kind, 0, 1) == "NVRTC is not installed"
-    finally:
-        cubin.why_not.cache_clear()
-
-
-def strided(t):
-    return torch.stack([t, t], -1)[..., 0]
-
-
-def shifted(t):
-    """At an odd address."""
-    return torch.zeros(t.numel() + 1, dtype=t.dtype)[1:].view(t.shape)
+@pytest.mark.usefixtures("without_nvrtc")
+def test_without_nvrtc_only_what_is_packaged_runs():
+    assert cuda_recurrent._load(None, 0, "bf16", "fp32", 176, 64, 1) == "NVRTC is not installed"
+    kind = ("bf16", "bf16", "bf16", "fp32", 176, 4, 256, 1)
+    assert cuda_mamba2._load(None, 0, *kind, 0, 1) == "NVRTC is not installed"
 
 
 @pytest.mark.parametrize(

@@ -18,5 +18,6 @@ inline void store_words(void* address, const Words& words) {
 }
 
 inline void forget_uses(Words&) {}
+inline void prefetch(const void*) {}
 
 }  // namespace hylo

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/copy_engine.cuh"
+#include "common/global_access.cuh"
 
 namespace hylo {
 
@@ -48,7 +49,6 @@ class Mailbox {
   Barrier barrier_;
 };
 
-inline void prefetch(const void*) {}
 inline float load_written(const float* address) { return *address; }
 inline float4 load_four_written(const float* address) { return *reinterpret_cast<const float4*>(address); }
 

@@ -26,6 +26,4 @@ void multiply(float (&d)[4], const Word (&a)[4], Word b_low, Word b_high) {
   }
 }
 
-inline void prefetch(const void*) {}
-
 }  // namespace hylo::mla_step
