@@ -17,8 +17,9 @@ class Backend:
         name: what the caller writes as `backend=`.
         why_not: called with the op's arguments; the reason why it cannot run them, or None.
         forward: called with the op's arguments, without `backend`.
-        backward: called with the list of output gradients and the op's arguments; gives one gradient for each
-            differentiable input that is a tensor. None: inference only.
+        backward: called with the list of output gradients, the list of what the forward saved for it where the op has
+            that, and the op's arguments; gives one gradient for each differentiable input that is a tensor. None:
+            inference only.
         backward_why_not: the reason why it cannot run their backward, or None; `why_not` where that is the same.
     """
 

@@ -49,6 +49,7 @@ def define_op(
     backends: Sequence[Backend],
     fake: Callable[..., Any],
     differentiable: Sequence[str] = (),
+    saved: int = 0,
     skips_dispatcher: bool = False,
 ) -> Callable[..., Any]:
     """Registers `hylo_ops::<name>`; the schema's last argument is `str? backend`.
@@ -56,6 +57,8 @@ def define_op(
     Args:
         differentiable: names of the inputs that get a gradient, through `hylo_ops::<name>_backward`. Empty for
             ops that update a state in place.
+        saved: how many of the results, the last ones, are for the backward alone, which gets them behind the gradients
+            of the others.
         skips_dispatcher: whether a call goes straight to its backend where nothing can tell, 15 us on the host; for a
             decode step without a gradient.
     Returns:
@@ -72,7 +75,7 @@ def define_op(
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"hylo_ops::{name}", lambda *args: fake(*args[:-1]), lib=_LIBRARY)
     if differentiable:
-        _define_backward(name, schema, arguments, backends, differentiable)
+        _define_backward(name, schema, arguments, backends, differentiable, saved)
     op: Callable[..., Any] = getattr(torch.ops.hylo_ops, name)
 
     def call(*args: Any) -> Any:
@@ -82,34 +85,47 @@ def define_op(
 
 
 def _define_backward(
-    name: str, schema: str, arguments: list[str], backends: Sequence[Backend], differentiable: Sequence[str]
+    name: str,
+    schema: str,
+    arguments: list[str],
+    backends: Sequence[Backend],
+    differentiable: Sequence[str],
+    saved: int,
 ) -> None:
     positions = [arguments.index(argument) for argument in differentiable]
-    able = [
-        dataclasses.replace(backend, why_not=backend.backward_why_not or backend.why_not)
-        for backend in backends
-        if backend.backward is not None
-    ]
-    backward_schema = f"(Tensor[] grads, {schema[1 : schema.index(')')]}) -> Tensor[]"
+    able = able_backward(backends)
+    of_forward = "Tensor[] grads, Tensor[] saved" if saved else "Tensor[] grads"
+    backward_schema = f"({of_forward}, {schema[1 : schema.index(')')]}) -> Tensor[]"
 
     def wanted(inputs: Sequence[Any]) -> list[Tensor]:
         return [inputs[i] for i in positions if inputs[i] is not None]
 
-    def run(grads: list[Tensor], *args: Any) -> list[Tensor]:
-        *inputs, requested = args
+    def run(*args: Any) -> list[Tensor]:
+        given, inputs, requested = args[: -len(arguments)], args[-len(arguments) : -1], args[-1]
         backend = choose(f"{name}_backward", able, requested, dict(zip(arguments, inputs, strict=False)))
         assert backend.backward is not None
-        return [gradient.contiguous() for gradient in backend.backward(grads, *inputs)]
+        return [gradient.contiguous() for gradient in backend.backward(*given, *inputs)]
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.tensors = [isinstance(value, Tensor) for value in inputs]
         ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
-        ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
+        left: tuple[Tensor, ...] = ()
+        if saved:
+            left = output[-saved:]
+            ctx.mark_non_differentiable(*left)
+            # Autograd would fill gradients of zeros for these, too.
+            ctx.set_materialize_grads(False)
+            ctx.results = [(result.shape, result.dtype) for result in output[:-saved]]
+        ctx.save_for_backward(*left, *(value for value in inputs if isinstance(value, Tensor)))
 
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        saved = iter(ctx.saved_tensors)
-        inputs = [next(saved) if is_tensor else other for is_tensor, other in zip(ctx.tensors, ctx.others, strict=True)]
-        results = iter(backward_op(list(grads), *inputs))
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        left, kept = ctx.saved_tensors[:saved], iter(ctx.saved_tensors[saved:])
+        inputs = [next(kept) if is_tensor else other for is_tensor, other in zip(ctx.tensors, ctx.others, strict=True)]
+        given: list[Any] = [list(grads)]
+        if saved:
+            like = next(value for value in inputs if isinstance(value, Tensor))
+            given = [[_materialized(*pair, like) for pair in zip(grads, ctx.results, strict=False)], list(left)]
+        results = iter(backward_op(*given, *inputs))
         found = {i: next(results) for i in positions if inputs[i] is not None}
         return tuple(found.get(i) for i in range(len(inputs)))
 
@@ -117,11 +133,28 @@ def _define_backward(
     _LIBRARY.impl(f"{name}_backward", run, "CompositeExplicitAutograd")
     torch.library.register_fake(
         f"hylo_ops::{name}_backward",
-        lambda grads, *args: [torch.empty_like(t, memory_format=torch.contiguous_format) for t in wanted(args)],
+        lambda *args: [
+            torch.empty_like(t, memory_format=torch.contiguous_format) for t in wanted(args[-len(arguments) :])
+        ],
         lib=_LIBRARY,
     )
     backward_op = getattr(torch.ops.hylo_ops, f"{name}_backward")
     torch.library.register_autograd(f"hylo_ops::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
+
+
+def able_backward(backends: Sequence[Backend]) -> list[Backend]:
+    """Those with a backward, each as one that says of which inputs it can run that."""
+    return [
+        dataclasses.replace(backend, why_not=backend.backward_why_not or backend.why_not)
+        for backend in backends
+        if backend.backward is not None
+    ]
+
+
+def _materialized(gradient: Tensor | None, of: tuple[torch.Size, torch.dtype], like: Tensor) -> Tensor:
+    """Zeros for a gradient that nothing asked for."""
+    shape, dtype = of
+    return like.new_zeros(shape, dtype=dtype) if gradient is None else gradient
 
 
 def reference_backend(forward: Callable[..., Any], differentiable: Sequence[str] = ()) -> Backend:

@@ -79,9 +79,11 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<const std::array<std::uintptr_t, 3>&, const std::array<hylo::ssd::Strides, 3>&,
                     const hylo::ssd::ScalarView&, const hylo::ssd::ScalarView&, const hylo::ssd::ScalarView&,
                     const hylo::ssd::ScalarView&, std::uintptr_t, std::uintptr_t, const hylo::ssd::Shape&, int, int,
-                    int, std::uintptr_t, std::uintptr_t, bool, float, float, std::uintptr_t>())
+                    int, int, const std::array<std::uintptr_t, 2>&, const std::array<std::uintptr_t, 2>&, bool, float,
+                    float, std::uintptr_t>())
       .def("set_gradients", &SsdCall::set_gradients)
       .def("begin", &SsdCall::begin, no_gil())
+      .def("begin_mixed", &SsdCall::begin_mixed, no_gil())
       .def("outputs", &SsdCall::outputs, no_gil())
       .def("window_heads", &SsdCall::window_heads)
       .def("owed_rows", &SsdCall::owed_rows)

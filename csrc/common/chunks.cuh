@@ -20,6 +20,13 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
+// Within one unit in the last place; 0 for what is above the largest normal float's.
+__device__ __forceinline__ float reciprocal_fast(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 __device__ __forceinline__ int chunks_of(int tokens) { return (tokens + kChunk - 1) / kChunk; }
 
 // A sequence: which, the batch entry and token where it starts, and its tokens.

@@ -12,5 +12,5 @@ extern "C" __global__ void __launch_bounds__(32 * hylo::ssd::kVectorWarps)
 extern "C" __global__ void __launch_bounds__(hylo::ssd::pass_threads(hylo::ssd::kStates, HYLO_K), 1)
     ssd_bwd_kernel_states(const __grid_constant__ hylo::ssd::PassParams p) {
   extern __shared__ unsigned char shared[];
-  hylo::ssd::pass<hylo::HYLO_T, hylo::ssd::kStates, HYLO_K>(p.common, p.slots, hylo::aligned(shared));
+  hylo::ssd::pass<hylo::HYLO_T, hylo::ssd::kStates, HYLO_K>(p, hylo::aligned(shared));
 }

@@ -1,4 +1,4 @@
-// From what each segment adds to the state alone to what it begins with, in place; and where a sequence ends. Back, the
+// From what each piece of a sequence adds to the state alone to what it begins with, in place; and where a sequence ends. Back, the
 // same of the gradients of the states.
 #pragma once
 
@@ -9,7 +9,7 @@
 
 namespace hylo::ssd {
 
-constexpr int kAhead = 8;  // segments
+constexpr int kAhead = 8;  // pieces
 
 // Through `pieces` of a sequence: each adds `*place(i)` to the state, which decays by `decay(i)` in it, and is left what
 // it begins with.
@@ -43,19 +43,20 @@ __device__ __forceinline__ void carry(const Params& p) {
   await_kernel_before();
   if (element >= size) return;
   const int head = blockIdx.y, sequence = blockIdx.z % p.sequences;
-  const bool back = static_cast<int>(blockIdx.z) >= p.sequences;
+  const bool back = static_cast<int>(blockIdx.z) / p.sequences + p.first_direction == kBack;
   const float* given = back ? p.last_gradient : p.first_state;
   float4 state = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
   if (given != nullptr) {
     state = *reinterpret_cast<const float4*>(given + (static_cast<long long>(sequence) * p.heads + head) * size + element);
   }
   const auto piece = [&](int i) {
-    const int segment = back ? p.segments - 1 - i : i;
-    return (static_cast<long long>(blockIdx.z) * p.segments + segment) * p.heads + head;
+    return (static_cast<long long>(sequence) * p.pieces + (back ? p.pieces - 1 - i : i)) * p.heads + head;
   };
+  float* const ends = p.ends[back] + element;
+  const float* const totals = p.totals[back];
   carry_on(
-      state, p.segments, [&](int i) { return reinterpret_cast<float4*>(p.ends + piece(i) * size + element); },
-      [&](int i) { return p.totals[piece(i)]; });
+      state, p.pieces, [&](int i) { return reinterpret_cast<float4*>(ends + piece(i) * size); },
+      [&](int i) { return totals[piece(i)]; });
 }
 
 }  // namespace hylo::ssd

@@ -35,21 +35,24 @@ struct Stage {
   unsigned char* base;
   const Slots& slots;
 
-  __device__ __forceinline__ unsigned char* values(int chain) const {
-    return base + (slots.values == 1 ? 0 : chain) * kTileSize;
+  // Where a tile lies that comes after so many others, of the values and behind those.
+  __device__ __forceinline__ unsigned char* tile(int index) const {
+    const int halos = index < slots.values ? index + 1 : slots.values;
+    return base + index * kTileSize + halos * halo_size(kPass);
   }
+  __device__ __forceinline__ unsigned char* values(int chain) const { return tile(slots.values == 1 ? 0 : chain); }
   __device__ __forceinline__ unsigned char* keys(int chain) const {
-    return base + (slots.values + (slots.keys == 1 ? 0 : chain) * kWide) * kTileSize;
+    return tile(slots.values + (slots.keys == 1 ? 0 : chain) * kWide);
   }
   __device__ __forceinline__ unsigned char* queries(int chain) const {
-    return base + (slots.values + (slots.keys + (slots.queries == 1 ? 0 : chain)) * kWide) * kTileSize;
+    return tile(slots.values + (slots.keys + (slots.queries == 1 ? 0 : chain)) * kWide);
   }
   // In the backward: what is multiplied with the queries' results, the values of the pass the other way.
   __device__ __forceinline__ unsigned char* others(int chain) const {
-    return base + (slots.values + (slots.keys + slots.queries) * kWide + chain) * kTileSize;
+    return tile(slots.values + (slots.keys + slots.queries) * kWide + chain);
   }
   __device__ __forceinline__ float* factors(int chain) const {
-    return reinterpret_cast<float*>(base + stage_tiles(kPass, kK, slots) * kTileSize + chain * kPassFactorsSize);
+    return reinterpret_cast<float*>(base + stage_tiles_size(kPass, kK, slots) + chain * kPassFactorsSize);
   }
 };
 
@@ -262,7 +265,7 @@ class Chain {
   __device__ __forceinline__ void update_state(const Inputs& stage, const Factors& factors) {
     add_values(s_, stage, factors, [&](int block) {
       float2 weight = factors.columns(kWeight, block);
-      if constexpr (kPass == kEnds) weight.x *= passed_, weight.y *= passed_;
+      if constexpr (makes_ends(kPass)) weight.x *= passed_, weight.y *= passed_;
       return weight;
     });
   }
@@ -271,7 +274,7 @@ class Chain {
   template <class Weight>
   __device__ __forceinline__ void add_values(float (&state)[kK / 2], const Inputs& stage, const Factors& factors,
                                              const Weight& weight) {
-    if constexpr (kPass != kEnds) scale(state, factors.whole());
+    if constexpr (!makes_ends(kPass)) scale(state, factors.whole());
     const DoubleWord b = wgmma::descriptor_n_major(shared_address(stage.keys(index_)), kTileSize);
     Word values[4][4], rests[4][4];
 #pragma unroll

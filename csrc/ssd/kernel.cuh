@@ -6,8 +6,16 @@
 extern "C" __global__ void __launch_bounds__(hylo::ssd::pass_threads(hylo::ssd::kEnds, HYLO_K), 1)
     ssd_fwd_kernel_ends(const __grid_constant__ hylo::ssd::PassParams p) {
   extern __shared__ unsigned char shared[];
-  hylo::ssd::pass<hylo::HYLO_T, hylo::ssd::kEnds, HYLO_K>(p.common, p.slots, hylo::aligned(shared));
+  hylo::ssd::pass<hylo::HYLO_T, hylo::ssd::kEnds, HYLO_K>(p, hylo::aligned(shared));
 }
+
+#if HYLO_K <= 128  // a wider state leaves no registers to convolve with
+extern "C" __global__ void __launch_bounds__(hylo::ssd::pass_threads(hylo::ssd::kMixedEnds, HYLO_K), 1)
+    ssd_fwd_kernel_mixed_ends(const __grid_constant__ hylo::ssd::PassParams p) {
+  extern __shared__ unsigned char shared[];
+  hylo::ssd::pass<hylo::HYLO_T, hylo::ssd::kMixedEnds, HYLO_K>(p, hylo::aligned(shared));
+}
+#endif
 
 extern "C" __global__ void __launch_bounds__(hylo::ssd::kCarryThreads)
     ssd_fwd_kernel_carry(const __grid_constant__ hylo::ssd::PassParams p) {
@@ -17,5 +25,5 @@ extern "C" __global__ void __launch_bounds__(hylo::ssd::kCarryThreads)
 extern "C" __global__ void __launch_bounds__(hylo::ssd::pass_threads(hylo::ssd::kOutputs, HYLO_K), 1)
     ssd_fwd_kernel_o(const __grid_constant__ hylo::ssd::PassParams p) {
   extern __shared__ unsigned char shared[];
-  hylo::ssd::pass<hylo::HYLO_T, hylo::ssd::kOutputs, HYLO_K>(p.common, p.slots, hylo::aligned(shared));
+  hylo::ssd::pass<hylo::HYLO_T, hylo::ssd::kOutputs, HYLO_K>(p, hylo::aligned(shared));
 }

@@ -28,6 +28,7 @@ Slots slots_of(bool back, int width, const Shape& shape) {
 
 Pass pass_named(const std::string& kernel) {
   if (kernel == "ends") return kEnds;
+  if (kernel == "mixed_ends") return kMixedEnds;
   if (kernel == "o") return kOutputs;
   if (kernel == "states") return kStates;
   throw std::invalid_argument("there is no chunked kernel '" + kernel + "'");
@@ -80,7 +81,7 @@ int place_gradients(int values, int width, GradientsParams& p) {
 int chunk_shared_bytes(const std::string& kernel, int width, const Shape& shape) {
   if (kernel == "carry" || kernel == "vectors") return 0;
   const Pass pass = pass_named(kernel);
-  if (pass == kOutputs) return pass_shared(pass, width, slots_of(false, width, shape));
+  if (pass == kOutputs || pass == kMixedEnds) return pass_shared(pass, width, slots_of(false, width, shape));
   return std::max(pass_shared(pass, width, slots_of(false, width, shape)),
                   pass_shared(pass, width, slots_of(true, width, shape)));
 }
@@ -100,9 +101,11 @@ int gradients_shared_bytes(int values, int width, const Shape& shape) {
 ChunkCall::ChunkCall(const std::array<std::uintptr_t, 3>& x_b_c, const std::array<Strides, 3>& strides,
                      const ScalarView& dt, const ScalarView& a, const ScalarView& d, const ScalarView& dt_bias,
                      std::uintptr_t cu_seqlens, std::uintptr_t initial_state, const Shape& shape, int width, int chunks,
-                     int segments, std::uintptr_t ends, std::uintptr_t totals, bool softplus, float least,
-                     float greatest, std::uintptr_t stream)
-    : shape_(shape), width_(width), chunks_(chunks), stream_(reinterpret_cast<void*>(stream)) {
+                     int pieces, int merged, const std::array<std::uintptr_t, 2>& ends,
+                     const std::array<std::uintptr_t, 2>& totals, bool softplus, float least, float greatest,
+                     std::uintptr_t stream)
+    : shape_(shape), width_(width), merged_(merged), chunks_(chunks), stream_(reinterpret_cast<void*>(stream)) {
+  if (pieces % merged != 0) throw std::invalid_argument("segments must have equally many pieces");
   if (width % kTile != 0 || width < shape[kK]) throw std::invalid_argument("kernels are too narrow for K");
   if (chunks > 0) {
     params_.x = tokens_map(x_b_c[0], shape[kHX], shape[kV], strides[0]);
@@ -110,14 +113,17 @@ ChunkCall::ChunkCall(const std::array<std::uintptr_t, 3>& x_b_c, const std::arra
     params_.c = tokens_map(x_b_c[2], shape[kG], shape[kK], strides[2]);
   }
   set_gates(params_, dt, a, d, dt_bias, softplus, least, greatest);
-  params_.ends = reinterpret_cast<float*>(ends);
-  params_.totals = reinterpret_cast<float*>(totals);
+  for (const Direction direction : {kForth, kBack}) {
+    params_.ends[direction] = reinterpret_cast<float*>(ends[direction]);
+    params_.totals[direction] = reinterpret_cast<float*>(totals[direction]);
+  }
+  params_.pieces = pieces;
+  params_.merged = 1;
   params_.first_state = reinterpret_cast<const float*>(initial_state);
   params_.cu_seqlens = reinterpret_cast<const int*>(cu_seqlens);
   set_shape(params_, shape);
   params_.chunks = chunks;
   params_.window = {0, params_.heads};
-  params_.segments = segments;
 }
 
 void ChunkCall::set_gradients(std::uintptr_t d_o, std::uintptr_t d_final_state) {
@@ -126,7 +132,7 @@ void ChunkCall::set_gradients(std::uintptr_t d_o, std::uintptr_t d_final_state) 
 }
 
 int ChunkCall::owed_rows() const {
-  return static_cast<int>(2 * shape_[kN] * params_.segments * ceil_div(shape_[kV], kTile) * kOwedParts);
+  return static_cast<int>(2 * shape_[kN] * (params_.pieces / merged_) * ceil_div(shape_[kV], kTile) * kOwedParts);
 }
 
 Window ChunkCall::window(int index, int windows) const {
@@ -141,12 +147,27 @@ int ChunkCall::window_heads(int windows) const {
   return most;
 }
 
-void ChunkCall::begin(const Kernel& ends, const Kernel& carry, int directions) const {
-  if (params_.segments == 1) return;
-  launch(kEnds, ends, directions, params_);
-  PassParams params{params_, {}};
+void ChunkCall::begin(const Kernel& ends, const Kernel& carry, bool forth, bool back) const {
+  if (params_.pieces == 1) return;
+  Params params = params_;
+  params.first_direction = forth ? kForth : kBack;
+  const int directions = forth + back;
+  launch(kEnds, ends, directions, back, {params, {}, {}});
+  carry_on(carry, directions, params);
+}
+
+void ChunkCall::begin_mixed(const Kernel& ends, const Kernel& carry, std::uintptr_t raw, const Strides& strides,
+                            const ScalarView& weight, const ScalarView& bias, int taps) const {
+  if (taps > kTaps) throw std::invalid_argument("a convolution is too wide");
+  const TensorMap map = tokens_map(raw, shape_[kHX], shape_[kV], strides, kHalo + kChunk);
+  launch(kMixedEnds, ends, 1, false, {params_, {}, {map, of_heads(weight), of_heads(bias), taps}});
+  carry_on(carry, 1, params_);
+}
+
+void ChunkCall::carry_on(const Kernel& carry, int directions, const Params& params) const {
+  PassParams all{params, {}, {}};
   const std::int64_t blocks = ceil_div(shape_[kV] * shape_[kK], kCarryThreads * kCarryEach);
-  carry.launch_early({count(blocks), count(shape_[kH]), count(directions * shape_[kN])}, kCarryThreads, &params, stream_);
+  carry.launch_early({count(blocks), count(shape_[kH]), count(directions * shape_[kN])}, kCarryThreads, &all, stream_);
 }
 
 void ChunkCall::outputs(const Kernel& kernel, std::uintptr_t o, std::uintptr_t final_state) const {
@@ -154,12 +175,13 @@ void ChunkCall::outputs(const Kernel& kernel, std::uintptr_t o, std::uintptr_t f
   if (chunks_ > 0) params.o = values_map(o);
   params.o_at = reinterpret_cast<void*>(o);
   params.last_state = reinterpret_cast<float*>(final_state);
-  launch(kOutputs, kernel, 1, params);
+  launch(kOutputs, kernel, 1, false, {params, {}, {}});
 }
 
 void ChunkCall::states(const Kernel& kernel, int index, int windows, std::uintptr_t states, std::uintptr_t dstates,
                        std::uintptr_t d_initial_state, std::uintptr_t parts) const {
   Params params = params_;
+  params.merged = merged_;
   params.window = window(index, windows);
   if (chunks_ > 0) {
     params.states[kForth] = states_map(states, params.window.count);
@@ -167,7 +189,7 @@ void ChunkCall::states(const Kernel& kernel, int index, int windows, std::uintpt
   }
   params.first_gradient = reinterpret_cast<float*>(d_initial_state);
   params.owed = reinterpret_cast<float*>(parts) + kHeadParts * chunks_ * shape_[kH];
-  launch(kStates, kernel, 2, params);
+  launch(kStates, kernel, 2, true, {params, {}, {}});
 }
 
 void ChunkCall::gradients(const Kernel& kernel, int values, int index, int windows, std::uintptr_t states,
@@ -210,18 +232,19 @@ void ChunkCall::vectors(const Kernel& kernel, std::uintptr_t parts, const std::a
   kernel.launch_early({count(ceil_div(shape_[kH], 32)), 3}, 32 * kVectorWarps, &params, stream_);
 }
 
-void ChunkCall::launch(Pass pass, const Kernel& kernel, int directions, const Params& params) const {
-  PassParams all{params, slots_of(directions > 1, width_, shape_)};
-  const std::int64_t units = params.window.count * ceil_div(shape_[kV], kTile);
-  const Grid grid{count(ceil_div(units, chains(width_))), count(shape_[kN] * params.segments), count(directions)};
-  kernel.launch_early(grid, count(pass_threads(pass, width_)), &all, stream_);
+void ChunkCall::launch(Pass pass, const Kernel& kernel, int directions, bool back, PassParams params) const {
+  params.slots = slots_of(back, width_, shape_);
+  const Params& p = params.common;
+  const std::int64_t units = p.window.count * ceil_div(shape_[kV], kTile), segments = p.pieces / p.merged;
+  const Grid grid{count(ceil_div(units, chains(width_))), count(shape_[kN] * segments), count(directions)};
+  kernel.launch_early(grid, count(pass_threads(pass, width_)), &params, stream_);
 }
 
-// Boxes of 64 tokens x 64 columns of one head.
-TensorMap ChunkCall::tokens_map(std::uintptr_t tensor, std::int64_t heads, std::int64_t width,
-                                const Strides& strides) const {
+// Boxes of so many tokens x 64 columns of one head.
+TensorMap ChunkCall::tokens_map(std::uintptr_t tensor, std::int64_t heads, std::int64_t width, const Strides& strides,
+                                int tokens) const {
   return box_map(tensor, {size(width), size(heads), size(shape_[kT]), size(shape_[kB])},
-                 {strides[3], strides[2], strides[1], strides[0]}, kTile, kChunk, 2);
+                 {strides[3], strides[2], strides[1], strides[0]}, kTile, tokens, 2);
 }
 
 // The same of a contiguous tensor as o is.

@@ -12,8 +12,8 @@
 
 namespace hylo::ssd {
 
-// Dynamic shared memory, in bytes, of a kernel ("ends", "carry", "o", "states", "vectors") at a shape, compiled for a
-// width.
+// Dynamic shared memory, in bytes, of a kernel ("ends", "mixed_ends", "carry", "o", "states", "vectors") at a shape,
+// compiled for a width.
 int chunk_shared_bytes(const std::string& kernel, int width, const Shape& shape);
 int gradients_shared_bytes(int values, int width, const Shape& shape);
 
@@ -24,21 +24,29 @@ int most_windows(const Shape& shape);
 // params.h, 0 stands for an absent one; all launches are asynchronous, on the caller's stream.
 class ChunkCall {
  public:
-  // chunks: of all sequences, or a bound. segments: that a sequence is cut into; ends and totals have room for them, and
-  // for both directions where states are wanted. Strides in elements, of the dims B, T, heads, width; the last is 1, the
-  // others are multiples of 8 (where a dim has more than one entry). width: HYLO_K of the kernels, at least K.
+  // chunks: of all sequences, or a bound. pieces: that a sequence is cut into; merged, a divisor: of them one after the
+  // other that a block of `states` walks. ends, totals: for each direction that is wanted, room for what pieces begin with
+  // and for their decays, where there are more than one. Strides in elements, of the dims B, T, heads, width; the last is
+  // 1, the others are multiples of 8 (where a dim has more than one entry). width: HYLO_K of the kernels, at least K.
   ChunkCall(const std::array<std::uintptr_t, 3>& x_b_c, const std::array<Strides, 3>& strides, const ScalarView& dt,
             const ScalarView& a, const ScalarView& d, const ScalarView& dt_bias, std::uintptr_t cu_seqlens,
-            std::uintptr_t initial_state, const Shape& shape, int width, int chunks, int segments, std::uintptr_t ends,
-            std::uintptr_t totals, bool softplus, float least, float greatest, std::uintptr_t stream);
+            std::uintptr_t initial_state, const Shape& shape, int width, int chunks, int pieces, int merged,
+            const std::array<std::uintptr_t, 2>& ends, const std::array<std::uintptr_t, 2>& totals, bool softplus,
+            float least, float greatest, std::uintptr_t stream);
 
   // Of the backward: the gradients of o, contiguous, and of the final state.
   void set_gradients(std::uintptr_t d_o, std::uintptr_t d_final_state);
 
   // Each launch may begin before the kernel ahead of it in the stream has ended; those of a call follow each other.
 
-  // What each segment begins with, in so many directions; nothing is launched where there is one segment.
-  void begin(const Kernel& ends, const Kernel& carry, int directions) const;
+  // What each piece begins with, forth, back or both; nothing is launched where there is one piece.
+  void begin(const Kernel& ends, const Kernel& carry, bool forth, bool back) const;
+
+  // The same forth, and first x: silu of a convolution of `raw`, of x's shape, with weight [D, taps], contiguous, and
+  // bias [D] or none, x's channels first. There are as many heads of x as of dt, and no cu_seqlens. The kernel ahead in
+  // the stream may be the one that makes b and c, if that has not begun early: all else is read without waiting for it.
+  void begin_mixed(const Kernel& ends, const Kernel& carry, std::uintptr_t raw, const Strides& strides,
+                   const ScalarView& weight, const ScalarView& bias, int taps) const;
 
   // o and the final state.
   void outputs(const Kernel& kernel, std::uintptr_t o, std::uintptr_t final_state) const;
@@ -70,14 +78,16 @@ class ChunkCall {
 
  private:
   Window window(int index, int windows) const;
-  void launch(Pass pass, const Kernel& kernel, int directions, const Params& params) const;
-  TensorMap tokens_map(std::uintptr_t tensor, std::int64_t heads, std::int64_t width, const Strides& strides) const;
+  void launch(Pass pass, const Kernel& kernel, int directions, bool back, PassParams params) const;
+  void carry_on(const Kernel& carry, int directions, const Params& params) const;
+  TensorMap tokens_map(std::uintptr_t tensor, std::int64_t heads, std::int64_t width, const Strides& strides,
+                       int tokens = kChunk) const;
   TensorMap values_map(std::uintptr_t tensor) const;
   TensorMap states_map(std::uintptr_t tensor, std::int64_t heads) const;
 
   Params params_{};
   Shape shape_;
-  int width_;
+  int width_, merged_;
   std::int64_t chunks_;
   void* stream_;
 };

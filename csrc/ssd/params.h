@@ -32,8 +32,8 @@ struct Params {
   TokenScalar dt;
   Scalar a, d, dt_bias;     // of the heads alone; without memory: none
   void* o_at;               // of `o`, contiguous
-  float* ends;              // [directions, N, segments, H, V, K]: of each segment alone, then what it begins with
-  float* totals;            // [directions, N, segments, H]: a segment's whole decay
+  float* ends[2];           // of a direction [N, pieces, H, V, K]: of each piece alone, then what it begins with
+  float* totals[2];         // of a direction [N, pieces, H]: a piece's whole decay
   const float* first_state;  // [N, H, V, K] or null: the initial state
   const float* last_gradient;  // [N, H, V, K] or null: the gradient of the final state
   float* last_state;        // [N, H, V, K] or null: the final state
@@ -47,16 +47,26 @@ struct Params {
   int values;               // V
   int width;                // K
   int chunks;               // of all sequences; with cu_seqlens an upper bound
-  int segments;             // that a sequence is cut into
+  int pieces;               // that a sequence is cut into
+  int merged;               // of them one after the other that are a block's segment
+  Direction first_direction;  // of a launch's blocks
   Window window;
   int softplus;
   float least, greatest;    // step
+};
+
+// The convolution ahead of the scan, where a pass makes x of what it convolves.
+struct Mixing {
+  TensorMap raw;        // [B, T, HX, V], boxes of 72 tokens x 64 columns of one head: 8 tokens and the chunk behind them
+  Scalar weight, bias;  // [D, taps], contiguous, and [D] or without memory: of x's channels first
+  int taps;             // at most kTaps
 };
 
 // Of a pass.
 struct PassParams {
   Params common;
   Slots slots;
+  Mixing mixing;
 };
 
 // Where tiles are in shared memory: so many slots of so many bytes. `group` heads have one tile in common, and `turns` of

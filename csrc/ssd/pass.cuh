@@ -1,21 +1,23 @@
 // A pass over the chunks of a sequence, forth or back. A block has one or two chains (chain.cuh), a warpgroup each.
-// Beside them are a warp that loads and three that make the gates' factors; and, where there are outputs, a warpgroup
-// that makes the weights of the chunk's own tokens, L * step * (C B^T), for all chains.
+// Beside them are a warp that loads and three that make the gates' factors; and a warpgroup that helps: where there are
+// outputs it makes the weights of the chunk's own tokens, L * step * (C B^T), for all chains; or it makes X, of what is
+// convolved (mix.cuh).
 //
 //   forth:   S <- whole S + (to_end step X)^T B
 //   back:    S <- whole S + (from_start dO)^T C                    S: the gradient of the state
 //   outputs: O = from_start C S^T + (L * step * (C B^T)) X + d X
 //
-// What a segment adds to the state (_ends) is a sum over its chunks, each decayed by those after it: that pass goes the
+// What a piece of a sequence adds to the state (_ends) is a sum over its chunks, each decayed by those after it: that pass goes the
 // other way round, so that it is the values that decays are multiplied to, not the state.
 #pragma once
 
 #include "common/dependent.cuh"
 #include "ssd/chain.cuh"
+#include "ssd/mix.cuh"
 
 namespace hylo::ssd {
 
-// The chunks of a segment, [begin, end), and where they lie.
+// The chunks of a segment, one or more pieces of a sequence, [begin, end), and where they lie.
 struct Segment {
   Sequence sequence;
   int index, begin, end;
@@ -24,12 +26,16 @@ struct Segment {
   __device__ __forceinline__ int count() const { return end - begin; }
 };
 
+// Of a sequence.
+__device__ __forceinline__ int segments_of(const Params& p) { return p.pieces / p.merged; }
+
 // Called by whole warps.
-__device__ __forceinline__ Segment segment_of(const Params& p, int piece) {
+__device__ __forceinline__ Segment segment_of(const Params& p, int row) {
   Segment segment;
-  segment.sequence = sequence_at(p, piece / p.segments);
-  segment.index = piece % p.segments;
-  const int chunks = chunks_of(segment.sequence.tokens), each = (chunks + p.segments - 1) / p.segments;
+  const int segments = segments_of(p);
+  segment.sequence = sequence_at(p, row / segments);
+  segment.index = row % segments;
+  const int chunks = chunks_of(segment.sequence.tokens), each = p.merged * ((chunks + p.pieces - 1) / p.pieces);
   const int begin = segment.index * each, end = begin + each;
   segment.begin = begin < chunks ? begin : chunks;
   segment.end = end < chunks ? end : chunks;
@@ -42,6 +48,7 @@ struct Ring {
   Segment segment;
   Handover stages[kPassRing];
   Handover weights[2];  // of each chain
+  Barrier mixed[kPassRing][2];  // for each chain
 };
 
 template <class T, Pass kPass, int kK>
@@ -50,19 +57,26 @@ class PassBlock {
   static constexpr int kChains = chains(kK);
   using Inputs = Stage<kPass, kK>;
 
-  // Whether it is a call's first kernel, and the one ahead of it may be what makes the inputs.
-  static __device__ __forceinline__ bool comes_first(const Params& p) { return kPass == kEnds || p.segments == 1; }
+  // Whether it is a call's first kernel, and the one ahead of it may be what makes the inputs. The one ahead of a
+  // convolution makes b and c alone, and began when all else was there.
+  static __device__ __forceinline__ bool comes_first(const Params& p) { return kPass == kEnds || p.pieces == 1; }
 
-  __device__ __forceinline__ PassBlock(const Params& p, const Slots& slots, unsigned char* shared, Ring& ring)
-      : p_(p), slots_(slots), shared_(shared), ring_(ring), back_(kPass != kOutputs && blockIdx.z == kBack) {}
+  __device__ __forceinline__ PassBlock(const PassParams& p, unsigned char* shared, Ring& ring)
+      : p_(p.common),
+        slots_(p.slots),
+        mixing_(p.mixing),
+        shared_(shared),
+        ring_(ring),
+        back_((kPass == kEnds || kPass == kStates) && blockIdx.z + p.common.first_direction == kBack) {}
 
   // A warp, of which each lane has a box of a stage's tiles: there are at most 12.
   __device__ __forceinline__ void load() const {
-    const int tiles = stage_tiles(kPass, kK, slots_), size = tiles * kTileSize;
+    const int tiles = stage_tiles(kPass, kK, slots_), size = stage_tiles_size(kPass, kK, slots_);
     const Box box = box_at(lane());
+    const int halo = kPass == kMixedEnds && lane() < slots_.values ? kHalo : 0;
     const bool exists = lane() < tiles;
     if (exists) prefetch_map(*box.map);
-    if (comes_first(p_)) await_kernel_before();
+    if (makes_ends(kPass) || comes_first(p_)) await_kernel_before();
     start_next_kernel();  // not before the inputs are there: those that follow read them without waiting
     each_chunk([&](int at, int turn, const Chunk& chunk, int) {
       Handover& stage = ring_.stages[at];
@@ -70,8 +84,8 @@ class PassBlock {
       if (lane() == 0) stage.full.arrive_expecting(size);
       __syncwarp();
       if (exists) {
-        unsigned char* const to = this->stage(at).base + lane() * kTileSize;
-        copy_box(to, *box.map, stage.full, box.column, box.head, chunk.begin, chunk.batch);
+        unsigned char* const to = this->stage(at).tile(lane()) - halo * kRowSize;
+        copy_box(to, *box.map, stage.full, box.column, box.head, chunk.begin - halo, chunk.batch);
       }
     });
   }
@@ -117,25 +131,57 @@ class PassBlock {
     await_kernel_before();  // which makes what segments begin with, or the inputs
     const float skip = kPass == kOutputs ? number_of_head(p_.d, unit.head) : 0.0f;
     const int ring = stages(kPass, kK, slots_);
-    chain.start(kPass == kEnds ? nullptr : begins_with(unit, back_));
+    chain.start(makes_ends(kPass) ? nullptr : begins_with(unit, back_));
     each_chunk([&](int at, int turn, const Chunk& chunk, int c) {
       const Inputs inputs = stage(at);
       if constexpr (kPass == kStates) chain.leave_state(p_.states[back_], ring_.segment.first + c);
       ring_.stages[at].full.wait(turn & 1);
-      if (p_.cu_seqlens != nullptr && chunk.tokens < kChunk) clear_tail(inputs, index, chunk.tokens);
+      if constexpr (kPass == kMixedEnds) {
+        ring_.mixed[at][index].wait(turn & 1);
+      } else if (p_.cu_seqlens != nullptr && chunk.tokens < kChunk) {
+        clear_tail(inputs, index, chunk.tokens);
+      }
       if constexpr (kPass == kOutputs) {
         chain.run_with_outputs(inputs, chunk, skip, ring_.weights[index], (turn * ring + at) & 1);
       } else if constexpr (kPass == kStates) {
         back_ ? chain.template run_and_differentiate<false>(inputs) : chain.template run_and_differentiate<true>(inputs);
       } else {
-        back_ ? chain.template run<kFromStart>(inputs) : chain.template run<kWritten>(inputs);
+        kPass == kEnds && back_ ? chain.template run<kFromStart>(inputs) : chain.template run<kWritten>(inputs);
       }
       ring_.stages[at].empty.arrive();
     });
-    if (kPass == kEnds && threadIdx.x % 128 == 0) p_.totals[piece(back_) * p_.heads + unit.head] = chain.passed();
+    if (makes_ends(kPass) && threadIdx.x % 128 == 0) {
+      p_.totals[back_][static_cast<long long>(blockIdx.y) * p_.heads + unit.head] = chain.passed();
+    }
     if constexpr (kPass == kStates) leave_owed(chain.all_owed(back_ ? nullptr : begins_with(unit, true)), unit);
     if (float* to = ends_in(unit)) chain.finish(to);
     await_copies_out<0>();
+  }
+
+  // A warpgroup that convolves a chain's tiles where they lie, for it and for the kernels after this one.
+  __device__ __forceinline__ void mix(int index) const {
+    const int thread = threadIdx.x % 128, barrier = 1 + kChains + index;
+    const Unit unit = this->unit(index);
+    const Mixer<T> mixer(p_, mixing_, unit, thread);
+    int last = -1;
+    each_chunk([&](int at, int turn, const Chunk& chunk, int) {
+      unsigned char* const tile = stage(at).values(index);
+      ring_.stages[at].full.wait(turn & 1);
+      mixer.convolve(tile, [&] { sync_threads(barrier, 128); });
+      fence_async();
+      ring_.mixed[at][index].arrive();
+      sync_threads(barrier, 128);
+      if (thread > 0) {
+        ring_.stages[at].empty.arrive();
+        return;
+      }
+      copy_box_out(p_.x, tile, unit.column(), unit.head, chunk.begin, chunk.batch);
+      commit_copies_out();
+      await_copies_out<1>();  // a stage is empty when its tiles have been sent, which takes the time of another
+      if (last >= 0) ring_.stages[last].empty.arrive();
+      last = at;
+    });
+    if (thread == 0) await_copies_out<0>();
   }
 
   // The warpgroup of the weights, where chains share b and c with one product for both.
@@ -171,6 +217,7 @@ class PassBlock {
   }
 
  private:
+  static constexpr int kRowSize = kTile * 2;       // of a tile, in bytes
   static constexpr int kPrefetch = 12 * kChains;  // units that are on their way into the second cache
 
   // What one copy of a stage brings.
@@ -187,7 +234,8 @@ class PassBlock {
     return values_box(unit(others), !back_);
   }
   __device__ __forceinline__ Box values_box(const Unit& unit, bool back) const {
-    return {back ? &p_.d_o : &p_.x, unit.column(), unit.head / (back ? 1 : p_.x_group)};
+    const TensorMap* const forth = kPass == kMixedEnds ? &mixing_.raw : &p_.x;
+    return {back ? &p_.d_o : forth, unit.column(), unit.head / (back ? 1 : p_.x_group)};
   }
   __device__ __forceinline__ Box keys_box(const Unit& unit, int tile, bool back) const {
     return {back ? &p_.c : &p_.b, tile * kTile, unit.head / (back ? p_.c_group : p_.b_group)};
@@ -204,37 +252,37 @@ class PassBlock {
     return {shared_ + at * stage_size(kPass, kK, slots_), slots_};
   }
 
-  // Of all sequences, segments and directions.
-  __device__ __forceinline__ long long piece(bool back) const {
-    return static_cast<long long>(back) * gridDim.y + blockIdx.y;
-  }
   __device__ __forceinline__ long long state(long long of, const Unit& unit) const {
     return (of * p_.heads + unit.head) * p_.values * p_.width;
   }
 
   // What the segment's chains begin with, forth or back.
   __device__ __forceinline__ const float* begins_with(const Unit& unit, bool back) const {
-    if (p_.segments > 1) return p_.ends + state(piece(back), unit);
+    if (p_.pieces > 1) {
+      const int first = ring_.segment.index * p_.merged, piece = back ? first + p_.merged - 1 : first;
+      return p_.ends[back] + state(static_cast<long long>(ring_.segment.sequence.index) * p_.pieces + piece, unit);
+    }
     const float* given = back ? p_.last_gradient : p_.first_state;
     return given == nullptr ? nullptr : given + state(ring_.segment.sequence.index, unit);
   }
   __device__ __forceinline__ float* ends_in(const Unit& unit) const {
-    if constexpr (kPass == kEnds) return p_.ends + state(piece(back_), unit);
+    if constexpr (makes_ends(kPass)) return p_.ends[back_] + state(blockIdx.y, unit);
     float* wanted = back_ ? p_.first_gradient : kPass == kOutputs ? p_.last_state : nullptr;
-    const bool last = ring_.segment.index == (back_ ? 0 : p_.segments - 1);
+    const bool last = ring_.segment.index == (back_ ? 0 : segments_of(p_) - 1);
     return last && wanted != nullptr ? wanted + state(ring_.segment.sequence.index, unit) : nullptr;
   }
 
   // A warp's.
   __device__ __forceinline__ void leave_owed(float owed, const Unit& unit) const {
     const int tiles = (p_.values + kTile - 1) / kTile;
-    const long long row = (piece(back_) * tiles + unit.tile) * kOwedParts + warp_of_four();
+    const long long segment = static_cast<long long>(back_) * gridDim.y + blockIdx.y;
+    const long long row = (segment * tiles + unit.tile) * kOwedParts + warp_of_four();
     if (lane() == 0) p_.owed[row * p_.heads + unit.head] = owed;
   }
 
   // The i-th that the block comes to.
   __device__ __forceinline__ int which(int i) const {
-    return back_ != (kPass == kEnds) ? ring_.segment.end - 1 - i : ring_.segment.begin + i;
+    return back_ != makes_ends(kPass) ? ring_.segment.end - 1 - i : ring_.segment.begin + i;
   }
   __device__ __forceinline__ Chunk chunk(int i) const { return chunk_of(ring_.segment.sequence, which(i)); }
 
@@ -263,21 +311,23 @@ class PassBlock {
     await_clear();
   }
   __device__ __forceinline__ void await_clear() const {
-    sync_threads(1 + kChains, 128 * (kChains + weighers(kPass)));
+    sync_threads(1 + kChains, 128 * (kChains + helpers(kPass)));
   }
 
   const Params& p_;
   const Slots& slots_;
+  const Mixing& mixing_;
   unsigned char* const shared_;
   Ring& ring_;
   const bool back_;
 };
 
 template <class T, Pass kPass, int kK>
-__device__ __forceinline__ void pass(const Params& p, const Slots& slots, unsigned char* shared) {
-  constexpr int kChains = chains(kK);
-  constexpr bool kSplit = kChains + weighers(kPass) > 1;  // whether registers are dealt out anew
-  static_assert(kChains * chain_registers(kPass, kK) + weighers(kPass) * kWeigherRegisters + loader_registers(kPass) <= 504,
+__device__ __forceinline__ void pass(const PassParams& all, unsigned char* shared) {
+  const Params& p = all.common;
+  constexpr int kChains = chains(kK), kHelpers = helpers(kPass);
+  constexpr bool kSplit = kChains + kHelpers > 1;  // whether registers are dealt out anew
+  static_assert(kChains * chain_registers(kPass, kK) + kHelpers * helper_registers(kPass) + loader_registers(kPass) <= all_registers(kPass),
                 "warpgroups would wait forever for registers that none gives back");
   __shared__ Ring ring;
   using Block = PassBlock<T, kPass, kK>;
@@ -286,22 +336,22 @@ __device__ __forceinline__ void pass(const Params& p, const Slots& slots, unsign
     const Segment segment = segment_of(p, blockIdx.y);
     if (lane() == 0) {
       ring.segment = segment;
-      for (Handover& stage : ring.stages) stage.init(1 + 32 * kChains, 128 * (kChains + weighers(kPass)));
+      for (Handover& stage : ring.stages) stage.init(1 + 32 * kChains, 128 * (kChains + kHelpers));
       for (Handover& weights : ring.weights) weights.init(128, 128);
+      for (auto& stage : ring.mixed) stage[0].init(128), stage[1].init(128);
       fence_barrier_init();
     }
   }
   __syncthreads();
-  const Block block(p, slots, shared, ring);
+  const Block block(all, shared, ring);
   const int warpgroup = uniform(threadIdx.x / 128);
   if (warpgroup < kChains) {
     if constexpr (kSplit) claim_registers<chain_registers(kPass, kK)>();
     block.run(kChains == 1 ? 0 : warpgroup);
-  } else if (warpgroup < kChains + weighers(kPass)) {
-    if constexpr (kPass == kOutputs) {
-      release_registers<kWeigherRegisters>();
-      block.weigh();
-    }
+  } else if (warpgroup < kChains + kHelpers) {
+    if constexpr (kHelpers > 0) release_registers<helper_registers(kPass)>();
+    if constexpr (kPass == kOutputs) block.weigh();
+    if constexpr (kPass == kMixedEnds) block.mix(warpgroup - kChains);
   } else {
     if constexpr (kSplit) release_registers<loader_registers(kPass)>();
     const int warp = uniform(warp_of_four());

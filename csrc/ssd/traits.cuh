@@ -34,31 +34,40 @@ constexpr int kBlock = 16;
 // --- the passes over the chunks of a sequence: a block has one or two chains, each with 64 columns of V of a head ---
 
 enum Pass {
-  kEnds,     // ssd_fwd_kernel_ends: what each segment adds to the state
+  kEnds,     // ssd_fwd_kernel_ends: what each piece of a sequence adds to the state
+  kMixedEnds,  // ssd_fwd_kernel_mixed_ends: the same forth, and the convolution that makes x
   kOutputs,  // ssd_fwd_kernel_o
   kStates,   // ssd_bwd_kernel_states: the state before every chunk, and the gradient of the state after it
 };
 
 // Wide states leave a second one neither registers nor shared memory.
 HYLO_HOST_DEVICE constexpr int chains(int width) { return width > 128 ? 1 : 2; }
-// Warpgroups that make weights.
-HYLO_HOST_DEVICE constexpr int weighers(Pass pass) { return pass == kOutputs ? 1 : 0; }
-HYLO_HOST_DEVICE constexpr int pass_threads(Pass pass, int width) { return 128 * (chains(width) + weighers(pass) + 1); }
+HYLO_HOST_DEVICE constexpr bool makes_ends(Pass pass) { return pass == kEnds || pass == kMixedEnds; }
+// Warpgroups that make weights, or convolve, a tile each.
+HYLO_HOST_DEVICE constexpr int helpers(Pass pass) { return pass == kOutputs ? 1 : pass == kMixedEnds ? 2 : 0; }
+HYLO_HOST_DEVICE constexpr int pass_threads(Pass pass, int width) { return 128 * (chains(width) + helpers(pass) + 1); }
 constexpr int kGateWarps = 3;
 constexpr int kPassRing = 8;         // stages, at most
 constexpr int kPassBarriers = 1024;  // bytes
 
+constexpr int kTaps = 4;
+constexpr int kHalo = 8;  // tokens before a chunk that come with it to be convolved: a tile's rows repeat after eight
+HYLO_HOST_DEVICE constexpr int halo_size(Pass pass) { return pass == kMixedEnds ? kHalo * kTile * 2 : 0; }
+
 HYLO_HOST_DEVICE constexpr int stage_tiles(Pass pass, int width, const Slots& slots) {
-  const int queries = pass == kEnds ? 0 : slots.queries, others = pass == kStates ? chains(width) : 0;
+  const int queries = makes_ends(pass) ? 0 : slots.queries, others = pass == kStates ? chains(width) : 0;
   return slots.values + width / kTile * (slots.keys + queries) + others;
 }
+HYLO_HOST_DEVICE constexpr int stage_tiles_size(Pass pass, int width, const Slots& slots) {
+  return stage_tiles(pass, width, slots) * kTileSize + slots.values * halo_size(pass);
+}
 HYLO_HOST_DEVICE constexpr int stage_size(Pass pass, int width, const Slots& slots) {
-  return stage_tiles(pass, width, slots) * kTileSize + chains(width) * kPassFactorsSize;
+  return stage_tiles_size(pass, width, slots) + chains(width) * kPassFactorsSize;
 }
 
 // Of a chain: what it leaves for the copy engine or for its own next chunk, the state in 16 bits and outputs; and weights.
 HYLO_HOST_DEVICE constexpr int chain_size(Pass pass, int width) {
-  if (pass == kEnds) return 0;
+  if (makes_ends(pass)) return 0;
   return width / kTile * kTileSize + (pass == kOutputs ? 2 * kTileSize : 0);
 }
 
@@ -72,11 +81,13 @@ HYLO_HOST_DEVICE constexpr int pass_shared(Pass pass, int width, const Slots& sl
   return stages(pass, width, slots) * stage_size(pass, width, slots) + chains(width) * chain_size(pass, width) + 1024;
 }
 
-// Of a thread: at most 504 for a thread of each warpgroup.
+// Of a thread; and what there is for a thread of each warpgroup together, in eights each.
 HYLO_HOST_DEVICE constexpr int chain_registers(Pass pass, int width) {
+  if (pass == kMixedEnds) return 136;
   return pass != kOutputs ? 216 : chains(width) == 1 ? 248 : 168;
 }
-HYLO_HOST_DEVICE constexpr int loader_registers(Pass pass) { return pass == kOutputs ? 56 : 72; }
-constexpr int kWeigherRegisters = 112;
+HYLO_HOST_DEVICE constexpr int helper_registers(Pass pass) { return pass == kMixedEnds ? 80 : 112; }
+HYLO_HOST_DEVICE constexpr int loader_registers(Pass pass) { return pass == kMixedEnds ? 48 : pass == kOutputs ? 56 : 72; }
+HYLO_HOST_DEVICE constexpr int all_registers(Pass pass) { return pass == kMixedEnds ? 480 : 504; }
 
 }  // namespace hylo::ssd

@@ -101,7 +101,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | Non
     return x.shape[0], x.shape[1], x.shape[2]
 
 
-def _fake_forward(
+def fake_forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -115,15 +115,17 @@ def _fake_forward(
 
 _DIFFERENTIABLE = ("x", "weight", "bias", "initial_state")
 
+BACKENDS = [
+    Backend("triton", triton.why_not, triton.forward, triton.backward),
+    reference_backend(reference.causal_conv1d, _DIFFERENTIABLE),
+]
+
 _forward = define_op(
     "causal_conv1d",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? cu_seqlens, str? activation, "
     "str? backend) -> (Tensor, Tensor)",
-    backends=[
-        Backend("triton", triton.why_not, triton.forward, triton.backward),
-        reference_backend(reference.causal_conv1d, _DIFFERENTIABLE),
-    ],
-    fake=_fake_forward,
+    backends=BACKENDS,
+    fake=fake_forward,
     differentiable=_DIFFERENTIABLE,
 )
 

@@ -9,14 +9,14 @@ from torch import Tensor
 from hylo_ops import checks
 from hylo_ops.backend import Backend
 from hylo_ops.causal_conv1d import reference as convolution
-from hylo_ops.causal_conv1d.op import causal_conv1d, recurrent_causal_conv1d
+from hylo_ops.causal_conv1d.op import recurrent_causal_conv1d
 from hylo_ops.common.sequences import working_dtype
 from hylo_ops.gated_rms_norm import reference as norm
 from hylo_ops.gated_rms_norm.op import gated_rms_norm
 from hylo_ops.library import define_op, may_skip_dispatcher, reference_backend
 from hylo_ops.ssd import cuda_mamba2
 from hylo_ops.ssd import reference as ssd
-from hylo_ops.ssd.joined import chunk_joined_ssd, split
+from hylo_ops.ssd.convolved import convolved_ssd, split
 from hylo_ops.ssd.op import recurrent_ssd
 
 _WIDTHS = (2, 3, 4)
@@ -86,17 +86,11 @@ def mamba2_scan(
     _check(z, xbc, dt, conv_weight, conv_bias, a, norm_weight, d, dt_bias, d_state, x_heads, b_heads, dt_limit)
     if conv_state is not None:
         checks.shape("conv_state", conv_state, checks.sequences(cu_seqlens, z.shape[0]), *conv_weight.shape)
-    mixed, last_inputs = causal_conv1d(
+        checks.same_device("z", z, conv_state=conv_state)
+    o, final_state, last_inputs = convolved_ssd(
         xbc,
         conv_weight,
         conv_bias,
-        activation="silu",
-        initial_state=conv_state,
-        cu_seqlens=cu_seqlens,
-        backend=backend,
-    )
-    o, final_state = chunk_joined_ssd(
-        mixed,
         dt,
         a,
         (z.shape[3], d_state, x_heads, b_heads),
@@ -104,6 +98,7 @@ def mamba2_scan(
         dt_bias=dt_bias,
         dt_softplus=dt_softplus,
         dt_limit=dt_limit,
+        conv_state=conv_state,
         initial_state=initial_state,
         cu_seqlens=cu_seqlens,
         backend=backend,

@@ -1,7 +1,8 @@
 """The chunked kernels of the CUDA backend on tensor cores: which inputs they take, and their launches on the current
 stream.
 
-docs/ssd.md has what each kernel computes. The backward recomputes the states, so autograd keeps nothing but the inputs.
+docs/ssd.md has what each kernel computes. The backward recomputes the states; autograd keeps nothing but the inputs
+and, of a sequence that is cut into pieces, the states these begin with.
 """
 
 import functools
@@ -22,15 +23,18 @@ if TYPE_CHECKING:
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 _WIDTHS = (64, 128, 256)  # of K that kernels are compiled for; a head of another width runs in the next wider one's
 _COLUMNS = 64  # of V, each chain's
-_MAX_SEGMENTS = 64
-_LEAST_SEGMENT = 4  # chunks
+_MAX_PIECES = 64
+_LEAST_PIECE = 4  # chunks
 _START = 2  # chunks that a block could have done before its first one is there
 _CUT_COST = 1.4  # of a walk with outputs, one without them before it included
 _VALUES = (64, 128)  # of V that the gradients' kernel is compiled for
 _MOST_BACK = 128  # of V and K
+_MOST_MIXED = 128  # of K, where the convolution is made in the same kernel, and its taps
+_MOST_TAPS = 4
 _MOST_STATES = 64 << 20  # bytes of them that the backward has at a time, or twice what o takes
 _UNITS = {
     "ends": "kernel",
+    "mixed_ends": "kernel",
     "carry": "kernel",
     "o": "kernel",
     "states": "backward",
@@ -40,6 +44,19 @@ _UNITS = {
 
 
 Room = Sequence[Tensor]
+
+
+class Mixing(NamedTuple):
+    """A convolution with silu that makes x.
+
+    Args:
+        raw: what it convolves, [B, T, H, V]: as many heads as dt has.
+        weight: [D, taps], x's channels first.   bias: [D] or None.
+    """
+
+    raw: Tensor
+    weight: Tensor
+    bias: Tensor | None
 
 
 class _Sizes(NamedTuple):
@@ -74,7 +91,8 @@ class _Call:
     def __init__(
         self,
         source: str | None,
-        directions: int,
+        back: bool,
+        states: Tensor | None,
         x: Tensor,
         dt: Tensor,
         a: Tensor,
@@ -88,21 +106,29 @@ class _Call:
         dt_limit: Sequence[float] | None,
         fixed_split: bool,
     ):
-        (B, T, HX, V), (GB, K), G, H = x.shape, b.shape[2:], c.shape[2], dt.shape[2]
-        N = chunk_inputs.sequences(B, cu_seqlens)
-        self.sizes = sizes = _Sizes(B, T, HX, GB, G, H, V, K, N)
-        self.device, self.dtype, self.source, self.directions = x.get_device(), x.dtype, source, directions
-        self.chunks = chunk_inputs.most_chunks(B, T, cu_seqlens)
-        self.windows = _windows(sizes, self.chunks) if directions == 2 else 1
+        self.sizes = sizes = _sizes(x, dt, b, c, cu_seqlens)
+        self.device, self.dtype, self.source, self.back = x.get_device(), x.dtype, source, back
+        self.chunks = chunk_inputs.most_chunks(sizes.B, sizes.T, cu_seqlens)
+        self.windows = _windows(sizes, self.chunks) if back else 1
+        self.begun = states is not None and states.numel() > 0
         multiprocessors = _multiprocessors(self.device)
-        segments = 1 if fixed_split else _segments(sizes, self.chunks, directions, self.windows, multiprocessors)
-        ends = totals = None  # room for what each segment adds, which becomes what it begins with
-        if segments > 1:
-            ends = x.new_empty((directions, N, segments, H, V, K), dtype=torch.float32)
-            totals = x.new_empty((directions, N, segments, H), dtype=torch.float32)
+        if self.begun:
+            assert states is not None
+            self.pieces = states.shape[1]
+            merged = _merged(sizes, self.chunks, self.windows, self.pieces, multiprocessors)
+        else:
+            directions = 2 if back else 1
+            cut = sizes, self.chunks, directions, self.windows, multiprocessors
+            self.pieces, merged = 1 if fixed_split else _pieces(*cut), 1
+        # Room for what each piece adds, forth and back, which becomes what it begins with.
+        self.ends: list[Tensor | None] = [states if self.begun else None, None]
+        totals: list[Tensor | None] = [None, None]
+        for direction in self.directions if self.pieces > 1 else ():
+            self.ends[direction] = x.new_empty(_ends_shape(sizes, self.pieces), dtype=torch.float32)
+            totals[direction] = x.new_empty((sizes.N, self.pieces, sizes.H), dtype=torch.float32)
         initial_state = None if initial_state is None else initial_state.float().contiguous()
         bounds = None if cu_seqlens is None else cu_seqlens.int().contiguous()
-        self.kept = ends, totals, bounds, initial_state  # until the last launch
+        self.kept = totals, bounds, initial_state  # until the last launch
         least, greatest = (-math.inf, math.inf) if dt_limit is None else dt_limit
         self.native = cubin.native().SsdChunkCall(
             [t.data_ptr() for t in (x, b, c)],
@@ -116,9 +142,10 @@ class _Call:
             sizes,
             sizes.width,
             self.chunks,
-            segments,
-            chunk_inputs.pointer(ends),
-            chunk_inputs.pointer(totals),
+            self.pieces,
+            merged,
+            [chunk_inputs.pointer(t) for t in self.ends],
+            [chunk_inputs.pointer(t) for t in totals],
             dt_softplus,
             least,
             greatest,
@@ -130,44 +157,67 @@ class _Call:
         values = sizes.most_values if name == "gradients" else None
         return _kernel(self.device, self.dtype, sizes.width, values, name, _shared_bytes(name, sizes), self.source)
 
+    @property
+    def directions(self) -> list[int]:
+        """That it is still to be found out of what pieces begin with: forth (0), back (1)."""
+        return [*([] if self.begun else [0]), *([1] if self.back else [])]
+
     def begin(self) -> None:
-        """What each segment begins with."""
-        self.native.begin(self.kernel("ends"), self.kernel("carry"), self.directions)
+        """What each piece begins with."""
+        self.native.begin(self.kernel("ends"), self.kernel("carry"), *(way in self.directions for way in (0, 1)))
+
+    def begin_mixed(self, mixing: Mixing) -> None:
+        """The same forth, and x."""
+        raw, weight, bias = mixing.raw, mixing.weight.contiguous(), mixing.bias
+        of_weight = weight.data_ptr(), cuda_inputs.NUMBERS[weight.dtype], 0, 0, 1
+        vectors = of_weight, cuda_inputs.of_heads(bias), weight.shape[1]
+        kernels = self.kernel("mixed_ends"), self.kernel("carry")
+        self.native.begin_mixed(*kernels, raw.data_ptr(), raw.stride(), *vectors)
 
 
-def forward(*inputs: Any, cubin_source: str | None = None) -> tuple[Tensor, Tensor]:
-    """`chunk_ssd` for inputs that `why_not` lets pass.
+def forward(
+    *inputs: Any, save_states: bool = False, mixing: Mixing | None = None, cubin_source: str | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`chunk_ssd` for inputs that `why_not` lets pass; and the states that pieces of the sequences begin with,
+    [N, pieces, H, V, K], or an empty tensor where these are not asked for or nothing is cut.
 
     Never synchronises. The first call of a shape loads its kernels, which a CUDA graph cannot capture.
 
     Args:
-        inputs: the op's, in its order, without the backend.
+        inputs: the op's, in its order, up to fixed_split.
+        mixing: what makes x, which is then room for it, for inputs that `mixing_why_not` lets pass.
         cubin_source: None | "packaged" | "nvrtc", as `hylo_ops.cubin.device_code` has it.
     """
-    call = _Call(cubin_source, 1, *inputs)
+    call = _Call(cubin_source, False, None, *inputs)
     x, sizes = inputs[0], call.sizes
     o = x.new_empty((sizes.B, sizes.T, sizes.H, sizes.V))
     final_state = x.new_empty((sizes.N, sizes.H, sizes.V, sizes.K), dtype=torch.float32)
     if final_state.numel():
-        call.begin()
+        call.begin() if mixing is None else call.begin_mixed(mixing)
         call.native.outputs(call.kernel("o"), o.data_ptr(), final_state.data_ptr())
-    return o, final_state
+    states = call.ends[0] if save_states else None
+    return o, final_state, x.new_empty(0, dtype=torch.float32) if states is None else states
 
 
 def backward(
-    grads: list[Tensor], *inputs: Any, room: Room | None = None, cubin_source: str | None = None
+    grads: list[Tensor],
+    *inputs: Any,
+    states: Tensor | None = None,
+    room: Room | None = None,
+    cubin_source: str | None = None,
 ) -> list[Tensor]:
     """Gradients of x, dt, a, b, c and, where given, d, dt_bias and initial_state, in their dtypes; as `forward`
     otherwise.
 
     Args:
         grads: gradients of o and of final_state.
-        inputs: the op's, in its order, without the backend.
+        inputs: the op's, in its order, up to fixed_split.
+        states: that `forward` saved.
         room: for the gradients of x, b and c, of their shapes and dtype. Heads lie side by side; tokens and batch
             entries may lie further apart, by multiples of 8 elements.
     """
     x, dt, a, b, c, d, dt_bias, initial_state, cu_seqlens = inputs[:9]
-    call = _Call(cubin_source, 2, *inputs)
+    call = _Call(cubin_source, True, states, *inputs)
     sizes = call.sizes
     d_o, d_final_state = grads[0].to(x.dtype).contiguous(), grads[1].float().contiguous()
     call.native.set_gradients(d_o.data_ptr(), d_final_state.data_ptr())
@@ -219,6 +269,33 @@ def backward_why_not(x: Tensor, b: Tensor, **others: Any) -> str | None:
     return why_not(x, b=b, **others)
 
 
+def mixing_why_not(x: Tensor, dt: Tensor, b: Tensor, c: Tensor, cu_seqlens: Tensor | None, taps: int) -> str | None:
+    """The reason why the convolution ahead of the scan is not made in one of its kernels, or None; of inputs that
+    `why_not` lets pass."""
+    sizes = _sizes(x, dt, b, c, cu_seqlens)
+    if sizes.HX != sizes.H:
+        return f"x has {sizes.HX} heads and dt {sizes.H}: each head of x would be convolved several times"
+    if sizes.width > _MOST_MIXED:
+        return f"K is {sizes.K}, more than {_MOST_MIXED}"
+    if taps > _MOST_TAPS:
+        return f"the convolution has {taps} taps, more than {_MOST_TAPS}"
+    if cu_seqlens is not None:
+        return "sequences are packed"
+    if len(saved_shape(x, dt, b, c, cu_seqlens, False)) == 1:
+        return "no sequence is cut: x is read once"
+    return None
+
+
+def saved_shape(
+    x: Tensor, dt: Tensor, b: Tensor, c: Tensor, cu_seqlens: Tensor | None, fixed_split: bool
+) -> tuple[int, ...]:
+    """Of the states that `forward` saves."""
+    sizes = _sizes(x, dt, b, c, cu_seqlens)
+    chunks = chunk_inputs.most_chunks(sizes.B, sizes.T, cu_seqlens)
+    pieces = 1 if fixed_split else _pieces(sizes, chunks, 1, 1, _multiprocessors(x.get_device()))
+    return (0,) if pieces == 1 else _ends_shape(sizes, pieces)
+
+
 def has_room_back(x: Tensor, b: Tensor) -> bool:
     """Whether `backward` takes heads of these widths."""
     return max(x.shape[3], b.shape[3]) <= _MOST_BACK
@@ -237,20 +314,40 @@ def _windows(sizes: _Sizes, chunks: int) -> int:
 
 
 @functools.cache
-def _segments(sizes: _Sizes, chunks: int, directions: int, windows: int, multiprocessors: int) -> int:
-    """Parts that a sequence is cut into: as many as end soonest where blocks run in full waves.
+def _pieces(sizes: _Sizes, chunks: int, directions: int, windows: int, multiprocessors: int) -> int:
+    """That a sequence is cut into: as many as end soonest where blocks run in full waves.
 
-    A cut sequence is walked twice, first for what each segment begins with.
+    A cut sequence is walked twice, first for what each piece begins with.
     """
     sequences = max(1, sizes.N)
     blocks, each = directions * -(-sizes.blocks // windows), chunks // sequences
 
-    def chunks_run(segments: int) -> float:
-        waves = windows * -(-blocks * segments // multiprocessors)
-        return waves * (-(-each // segments) + _START) * (_CUT_COST if segments > 1 else 1.0)
+    def chunks_run(pieces: int) -> float:
+        waves = windows * -(-blocks * pieces // multiprocessors)
+        return waves * (-(-each // pieces) + _START) * (_CUT_COST if pieces > 1 else 1.0)
 
-    most = max(1, min(_MAX_SEGMENTS, each // _LEAST_SEGMENT, cuda_inputs.MAX_GRID // sequences))
+    most = max(1, min(_MAX_PIECES, each // _LEAST_PIECE, cuda_inputs.MAX_GRID // sequences))
     return min(range(1, most + 1), key=chunks_run)
+
+
+@functools.cache
+def _merged(sizes: _Sizes, chunks: int, windows: int, pieces: int, multiprocessors: int) -> int:
+    """Pieces that a block of the backward walks one after the other, by the same measure."""
+    blocks, each = 2 * -(-sizes.blocks // windows), -(-chunks // (max(1, sizes.N) * pieces))
+
+    def chunks_run(merged: int) -> int:
+        return -(-blocks * (pieces // merged) // multiprocessors) * (each * merged + _START)
+
+    return min((merged for merged in range(1, pieces + 1) if pieces % merged == 0), key=chunks_run)
+
+
+def _ends_shape(sizes: _Sizes, pieces: int) -> tuple[int, ...]:
+    return sizes.N, pieces, sizes.H, sizes.V, sizes.K
+
+
+def _sizes(x: Tensor, dt: Tensor, b: Tensor, c: Tensor, cu_seqlens: Tensor | None) -> _Sizes:
+    (B, T, HX, V), (GB, K) = x.shape, b.shape[2:]
+    return _Sizes(B, T, HX, GB, c.shape[2], dt.shape[2], V, K, chunk_inputs.sequences(B, cu_seqlens))
 
 
 def spec(dtype: str, width: int, values: int | None, unit: str) -> cubin.Spec:

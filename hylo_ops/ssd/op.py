@@ -1,6 +1,8 @@
 """Public functions of the SSD scan."""
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,7 +60,15 @@ def chunk_ssd(
     Source: Mamba2 (arXiv 2405.21060), equation 2 and section 6; fewer heads of x and b: arXiv 2408.15237.
     """
     check_chunk(x, dt, a, b, c, d, dt_bias, dt_limit, initial_state, cu_seqlens)
-    return _forward(x, dt, a, b, c, d, dt_bias, initial_state, cu_seqlens, dt_softplus, dt_limit, fixed_split, backend)
+    inputs = (x, dt, a, b, c, d, dt_bias, initial_state, cu_seqlens)
+    o, final_state, _ = _forward(*inputs, dt_softplus, dt_limit, fixed_split, saves_states(backend), backend)
+    return o, final_state
+
+
+def saves_states(backend: str | None) -> bool:
+    """Whether the forward hands the states that it has to the backward, so that those are not made again. How many
+    there are depends on the length in steps, on which a compiled graph would have to be specialised."""
+    return backend not in ("triton", "reference") and not torch.compiler.is_compiling()
 
 
 def recurrent_ssd(
@@ -174,31 +184,50 @@ def fake_chunk(
     dt_bias: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-    *_: object,
-) -> tuple[Tensor, Tensor]:
+    dt_softplus: bool,
+    dt_limit: Sequence[float] | None,
+    fixed_split: bool,
+    save_states: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     count = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     state_shape = (count, dt.shape[2], x.shape[3], b.shape[3])
     o = x.new_empty(*dt.shape, x.shape[3])
-    return o, x.new_empty(state_shape, dtype=working_dtype(x, initial_state))
+    states = cuda.saved_states(x, dt, b, c, cu_seqlens, fixed_split, save_states)
+    return o, x.new_empty(state_shape, dtype=working_dtype(x, initial_state)), states
+
+
+def _saving_nothing(backend: Backend) -> Backend:
+    """One that makes the states again in the backward."""
+    backward = backend.backward
+    assert backward is not None
+
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return *backend.forward(*inputs[:-1]), inputs[0].new_empty(0, dtype=torch.float32)
+
+    return dataclasses.replace(
+        backend, forward=forward, backward=lambda grads, saved, *inputs: backward(grads, *inputs[:-1])
+    )
 
 
 _DIFFERENTIABLE = ("x", "dt", "a", "b", "c", "d", "dt_bias", "initial_state")
 
 CHUNK_BACKENDS = [
     Backend("cuda", cuda.chunk_why_not, cuda.chunk_forward, cuda.chunk_backward, cuda.fast_backward_why_not),
-    Backend("triton", triton.chunk_why_not, triton.chunk_forward, triton.chunk_backward),
+    _saving_nothing(Backend("triton", triton.chunk_why_not, triton.chunk_forward, triton.chunk_backward)),
     # Where Triton's backward is the faster one.
     Backend("cuda", cuda.chunk_why_not, cuda.chunk_forward, cuda.chunk_backward),
-    reference_backend(reference.chunk_ssd, _DIFFERENTIABLE),
+    _saving_nothing(reference_backend(reference.chunk_ssd, _DIFFERENTIABLE)),
 ]
 
 _forward = define_op(
     "chunk_ssd",
     "(Tensor x, Tensor dt, Tensor a, Tensor b, Tensor c, Tensor? d, Tensor? dt_bias, Tensor? initial_state, "
-    "Tensor? cu_seqlens, bool dt_softplus, float[]? dt_limit, bool fixed_split, str? backend) -> (Tensor, Tensor)",
+    "Tensor? cu_seqlens, bool dt_softplus, float[]? dt_limit, bool fixed_split, bool save_states, str? backend) "
+    "-> (Tensor, Tensor, Tensor)",
     backends=CHUNK_BACKENDS,
     fake=fake_chunk,
     differentiable=_DIFFERENTIABLE,
+    saved=1,
 )
 
 _recurrent = define_op(

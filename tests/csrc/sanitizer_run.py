@@ -10,6 +10,7 @@ from hylo_ops.mla_absorb import cuda as mla_absorb
 from hylo_ops.ssd import cuda_chunk as ssd_chunk
 from tests.csrc import gated_rms_norm_cases
 from tests.ops import (
+    convolved_ssd_cases,
     gated_delta_rule_cases,
     gated_delta_rule_fp32_cases,
     mla_absorb_cuda_cases,
@@ -79,12 +80,22 @@ def run_ssd() -> int:
             names = "x", "dt", "a", "b", "c", "d", "dt_bias", "initial_state"
             tensors = [inputs[name] for name in names]
             options = cu_seqlens, True, None, False
-            results = ssd_chunk.forward(*tensors, *options)
-            gradients = ssd_chunk.backward(list(results), *tensors, *options)
+            *results, states = ssd_chunk.forward(*tensors, *options, save_states=True)
+            gradients = ssd_chunk.backward(results, *tensors, *options, states=states)
+            gradients += ssd_chunk.backward(results, *tensors, *options)
             for result in (*results, *gradients):
                 assert torch.isfinite(result.cpu()).all(), (kind, V, K, T)
             count += 1
     return count
+
+
+def run_convolved_ssd() -> int:
+    for case in convolved_ssd_cases.CASES:
+        inputs = [case.inputs("cuda")[name] for name in convolved_ssd_cases.NAMES]
+        options = *case.dims, True, None, True, "fused"
+        *results, mixed, _ = torch.ops.hylo_ops.convolved_ssd(*inputs, None, *options)
+        assert all(torch.isfinite(result.cpu()).all() for result in (*results, mixed)), case.name
+    return len(convolved_ssd_cases.CASES)
 
 
 def run_ssd_on_cuda_cores() -> int:
@@ -134,7 +145,8 @@ def run_mla_step() -> int:
 
 def main() -> None:
     of_gated_delta_rule = run_gated_delta_rule, run_gated_delta_rule_in_fp32
-    runs = run_gated_rms_norm, *of_gated_delta_rule, run_ssd, run_ssd_on_cuda_cores, run_ssd_steps
+    runs = run_gated_rms_norm, *of_gated_delta_rule, run_ssd, run_convolved_ssd, run_ssd_on_cuda_cores
+    runs = *runs, run_ssd_steps
     runs = *runs, run_mla_absorb, run_mla_step
     print(f"{sum(run() for run in runs)} cases launched")
 

@@ -119,5 +119,23 @@ def test_rejected_inputs(change, message):
 
 
 def test_a_named_backend_is_asked_of_each_op():
-    with pytest.raises(NotImplementedError, match=r"causal_conv1d .*no_such"):
+    with pytest.raises(NotImplementedError, match=r"convolved_ssd .*no_such"):
         mamba2_scan(**make("hylo", 3), backend="no_such")
+
+
+def test_registration():
+    x = make("mamba2", 5, dtype=torch.float32)
+    names = "xbc", "conv_weight", "conv_bias", "dt", "a", "d", "dt_bias", "conv_state", "initial_state"
+    leaves = [x[name].requires_grad_() for name in names]
+    options = None, x["z"].shape[3], x["d_state"], x["x_heads"], x["b_heads"], True, None, True, None
+    torch.library.opcheck(torch.ops.hylo_ops.convolved_ssd, (*leaves, *options))
+
+
+def test_compiles_without_a_graph_break():
+    x = make("mamba2", 40, dtype=torch.float32)
+    leaf = x["xbc"].requires_grad_()
+    found = []
+    for function in (mamba2_scan, torch.compile(mamba2_scan, fullgraph=True, backend="aot_eager")):
+        y, conv_state, state = function(**x)
+        found.append((y, conv_state, state, *torch.autograd.grad(y.square().sum() + state.sum(), leaf)))
+    close(*found, atol=1e-5)

@@ -277,7 +277,7 @@ def test_strided_views(backend):
 
 
 def positional(x, cu=None, dt_limit=None):
-    return (*x.values(), cu, True, dt_limit, False, None)
+    return (*x.values(), cu, True, dt_limit, False, True, None)
 
 
 def test_registration():

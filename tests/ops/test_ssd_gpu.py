@@ -7,8 +7,9 @@ from functools import partial
 import pytest
 import torch
 
-from hylo_ops import chunk_ssd, recurrent_ssd
-from hylo_ops.ssd import cuda, joined, triton
+from hylo_ops import causal_conv1d, chunk_ssd, recurrent_ssd
+from hylo_ops.ssd import cuda, cuda_chunk, triton
+from hylo_ops.ssd.convolved import convolved_ssd, split
 from hylo_ops.testing import cast, gradients, relative_error
 from tests.ops import ssd_plain_cases
 from tests.ops.ssd_cases import GATES, HEADS, WIDTHS, make
@@ -238,23 +239,42 @@ def test_gradients_of_short_sequences(backend, dtype, T):
 @pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
 @pytest.mark.parametrize("kind", HEADS)
 def test_gradients_of_x_b_and_c_in_one_tensor(backend, dtype, packed, kind):
-    """Of three views and of what they are views of: the same bits, also at sequences' ends within a chunk."""
+    """Of three views of a convolution's output and of the convolution: the same bits, also at sequences' ends within a
+    chunk."""
     inputs = make(1, 300, kind, 64, 128, dtype, states=3 if packed else 1, device="cuda")
     bounds = torch.tensor([0, 70, 128, 300], dtype=torch.int32, device="cuda") if packed else None
     x, b, c = (inputs.pop(name) for name in ("x", "b", "c"))
     inputs["xbc"] = torch.cat([t.flatten(2) for t in (x, b, c)], -1)
+    generator = torch.Generator(device="cuda").manual_seed(1)
+    inputs["weight"] = torch.randn(inputs["xbc"].shape[2], 4, generator=generator, device="cuda")
     dims = 64, 128, x.shape[2], b.shape[2]
-    options = {"dt_softplus": True, "dt_limit": None, "cu_seqlens": bounds, "backend": backend}
+    options = {"dt_softplus": True, "dt_limit": None, "cu_seqlens": bounds}
 
-    def of_views(xbc, **others):
-        x, b, c = joined.split(xbc, dims)
-        return chunk_ssd(x=x, b=b, c=c, **others)
+    def of_views(xbc, weight, **others):
+        mixed, _ = causal_conv1d(xbc, weight, activation="silu", cu_seqlens=bounds)
+        x, b, c = split(mixed, dims)
+        return chunk_ssd(x=x, b=b, c=c, **others, backend=backend)
 
-    def of_one(xbc, dt, a, **others):
-        return joined.chunk_joined_ssd(xbc, dt, a, dims, **others)
+    def of_one(xbc, weight, dt, a, **others):
+        name = "composed" if backend == "cuda" else backend
+        return convolved_ssd(xbc, weight, None, dt, a, dims, **others, conv_state=None, backend=name)[:2]
 
     found = gradients(partial(of_one, **options), inputs, list(inputs))
     same(found.values(), gradients(partial(of_views, **options), inputs, list(inputs)).values())
+
+
+@pytest.mark.parametrize(("kind", "V", "K"), [("hylo", 64, 64), ("mamba2", 64, 128), ("hylo", 128, 128)])
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+def test_gradients_from_saved_states_and_from_none(packed, kind, V, K):
+    inputs = make(1, 4000, kind, V, K, BF16, states=4 if packed else 1, device="cuda")
+    bounds = torch.tensor([0, 70, 70, 1500, 4000], dtype=torch.int32, device="cuda") if packed else None
+    given = (*inputs.values(), bounds, True, None, False)
+    o, final_state, states = cuda_chunk.forward(*given, save_states=True)
+    assert states.shape[1] > 1
+    grads = [torch.ones_like(o), torch.ones_like(final_state)]
+    found, again = cuda_chunk.backward(grads, *given, states=states), cuda_chunk.backward(grads, *given)
+    for name, one, other in zip(NAMES, found, again, strict=True):
+        assert relative_error(one, other.double()) < 2e-3, name
 
 
 @pytest.mark.parametrize("case", ssd_plain_cases.CASES, ids=lambda case: case.name)
