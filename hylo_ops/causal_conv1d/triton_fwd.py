@@ -45,15 +45,11 @@ class Config(NamedTuple):
         """Side by side in a program."""
         return 32 * self.num_warps * self.elements // self.channels
 
-    def fitted(self, B: int, T: int, D: int, first: int = 0) -> "Config":
-        """For these dims: no more channels than there are, and walks short enough to make `_PROGRAMS` programs.
-
-        Channels before `first` have no walks.
-        """
+    def fitted(self, B: int, T: int, D: int) -> "Config":
+        """For these dims: no more channels than there are, and walks short enough to make `_PROGRAMS` programs."""
         channels = min(self.channels, triton.next_power_of_2(D))
         fitted = self._replace(channels=channels)
-        blocks = triton.cdiv(D, channels) - first // channels
-        wanted = B * T * blocks // (fitted.walks * _PROGRAMS)
+        wanted = B * T * triton.cdiv(D, channels) // (fitted.walks * _PROGRAMS)
         return fitted._replace(length=min(max(wanted // self.ahead, 1) * self.ahead, self.length))
 
 
@@ -239,21 +235,20 @@ def _edge(
     b_bias,
     p_state,
     p_y,
-    y_stride,
     p_final,
     length,
     o_d,
     m_d,
-    m_y,
+    D: tl.constexpr,
     W: tl.constexpr,
     SILU: tl.constexpr,
     PRECISE: tl.constexpr,
 ):
-    """Of one sequence: the outputs of its first W - 1 tokens where m_y, and its last W inputs where m_d."""
-    b_inputs = load_first_inputs(p_x, x_stride, p_state, o_d, m_y, length, W - 1, W)
+    """Of one sequence: the outputs of its first W - 1 tokens, and its last W inputs."""
+    b_inputs = load_first_inputs(p_x, x_stride, p_state, o_d, m_d, length, W - 1, W)
     for t in tl.static_range(W - 1):
         b_y = activate(convolve(b_weight, b_bias, b_inputs[t : t + W], W), SILU, PRECISE)
-        tl.store(p_y + t * y_stride + o_d, b_y.to(p_y.dtype.element_ty), mask=m_y & (t < length))
+        tl.store(p_y + t * D + o_d, b_y.to(p_y.dtype.element_ty), mask=m_d & (t < length))
     b_last = load_inputs(p_x, x_stride, o_d, m_d, length - W, length, W)
     for w in tl.static_range(W):
         b_x = b_last[w]
@@ -270,15 +265,14 @@ def _walk(
     b_weight,
     b_bias,
     p_y,
-    y_stride,
     p_bounds,
     o_t,
     m_d,
-    m_y,
     first,
     last,
     T,
     L,
+    D: tl.constexpr,
     W: tl.constexpr,
     U: tl.constexpr,
     STAGES: tl.constexpr,
@@ -286,7 +280,7 @@ def _walk(
     PRECISE: tl.constexpr,
     INNER: tl.constexpr,
 ):
-    """Outputs, where m_y [1, BD], of L tokens from o_t [R] on, which p_x and p_y [R, BD] point at.
+    """Outputs of L tokens from o_t [R] on, which p_x and p_y [R, BD] point at.
 
     INNER: all have the whole window in their sequence. Otherwise those of the sequences first..last that have it count.
     """
@@ -305,17 +299,17 @@ def _walk(
             b_y = activate(convolve(b_weight, b_bias, b_window, W), SILU, PRECISE)
             b_window = b_window[1:]
             if INNER:
-                m_stored = m_y
+                m_y = m_d
             else:
                 o_y = o_t + (i + u)
                 begin, _ = bounds_of(o_y, p_bounds, first, last, T)
-                m_stored = m_y & ((o_y < T) & (o_y - begin >= W - 1))[:, None]
-            tl.store(p_y + u * y_stride, b_y.to(p_y.dtype.element_ty), mask=m_stored)
+                m_y = m_d & ((o_y < T) & (o_y - begin >= W - 1))[:, None]
+            tl.store(p_y + u * D, b_y.to(p_y.dtype.element_ty), mask=m_y)
         p_x += U * x_stride
-        p_y += U * y_stride
+        p_y += U * D
 
 
-@triton.jit(do_not_specialize=["T", "N", "edges", "L", "x_stride_b", "x_stride_t", "y_stride_b", "y_stride_t"])
+@triton.jit(do_not_specialize=["T", "N", "edges", "L", "x_stride_b", "x_stride_t"])
 def causal_conv1d_fwd_kernel_y(
     p_x,
     p_weight,
@@ -330,10 +324,7 @@ def causal_conv1d_fwd_kernel_y(
     L,
     x_stride_b,
     x_stride_t,
-    y_stride_b,
-    y_stride_t,
     D: tl.constexpr,
-    FIRST: tl.constexpr,
     W: tl.constexpr,
     BD: tl.constexpr,
     R: tl.constexpr,
@@ -346,7 +337,6 @@ def causal_conv1d_fwd_kernel_y(
 ):
     """For BD channels each, first the edges' programs, then one per R walks of L tokens. Strides count VEC elements.
 
-    FIRST: channels before it have a final state, but no outputs and no walks.
     STARTS_NEXT: lets a kernel that is launched to begin early do so; what it reads of this one it waits for.
     """
     if STARTS_NEXT:
@@ -354,36 +344,29 @@ def causal_conv1d_fwd_kernel_y(
     ND: tl.constexpr = (D + BD - 1) // BD
     i_d = tl.program_id(0) % ND
     i_row = tl.program_id(0) // ND
-    if FIRST >= BD and i_row >= edges:
-        i_walk = tl.program_id(0) - edges * ND
-        i_d = FIRST // BD + i_walk % (ND - FIRST // BD)
-        i_row = edges + i_walk // (ND - FIRST // BD)
     x_stride_b = x_stride_b.to(tl.int64) * VEC
     x_stride_t = x_stride_t.to(tl.int64) * VEC
-    y_stride_b = y_stride_b.to(tl.int64) * VEC
-    y_stride_t = tl.full([], D, tl.int64) if y_stride_t is None else y_stride_t.to(tl.int64) * VEC
+    y_stride_t = tl.full([], D, tl.int64)
     o_d = i_d * BD + tl.arange(0, BD)
     m_d = o_d < D if D % BD else tl.full([BD], True, tl.int1)
-    m_y = m_d & (o_d >= FIRST) if FIRST else m_d
-    b_weight = in_float32(load_columns(p_weight, o_d, m_y, W, BD), W)
-    b_bias = load_channels(p_bias, o_d, m_y)
+    b_weight = in_float32(load_columns(p_weight, o_d, m_d, W, BD), W)
+    b_bias = load_channels(p_bias, o_d, m_d)
     if i_row < edges:
         for n in range(i_row, N, edges):
             row, begin, end = place_of(n, p_bounds, T)
-            o_state = tl.full([], D * W, tl.int64) * n
+            o_state = y_stride_t * W * n
             _edge(
                 p_x + (x_stride_b * row + x_stride_t * begin),
                 x_stride_t,
                 b_weight,
                 b_bias,
                 p_state + o_state if p_state is not None else None,
-                p_y + (y_stride_b * row + y_stride_t * begin),
-                y_stride_t,
+                p_y + (y_stride_t * T * row + y_stride_t * begin),
                 p_final + o_state,
                 end - begin,
                 o_d,
                 m_d,
-                m_y,
+                D,
                 W,
                 SILU,
                 PRECISE,
@@ -392,16 +375,14 @@ def causal_conv1d_fwd_kernel_y(
     row, begin_tile, o_t = tile_of(i_row - edges, T, L, R)
     begin, end, first, last = sequences_of(begin_tile, R * L, p_bounds, N, T)
     p_x += x_stride_b * row + o_t[:, None] * x_stride_t + o_d[None, :]
-    p_y += y_stride_b * row + o_t[:, None] * y_stride_t + o_d[None, :]
+    p_y += y_stride_t * T * row + o_t[:, None] * y_stride_t + o_d[None, :]
     b_weight = as_rows(b_weight, W)
     b_bias = b_bias[None, :]
-    m_d = m_d[None, :]
-    m_y = m_y[None, :] if FIRST % BD else m_d
-    tile = (p_x, x_stride_t, b_weight, b_bias, p_y, y_stride_t, p_bounds, o_t, m_d, m_y, first, last, T, L)
+    tile = (p_x, x_stride_t, b_weight, b_bias, p_y, p_bounds, o_t, m_d[None, :], first, last, T, L)
     if (begin_tile - begin >= W - 1) & (begin_tile + R * L <= end):
-        _walk(*tile, W, U, STAGES, SILU, PRECISE, True)
+        _walk(*tile, D, W, U, STAGES, SILU, PRECISE, True)
     else:
-        _walk(*tile, W, U, STAGES, SILU, PRECISE, False)
+        _walk(*tile, D, W, U, STAGES, SILU, PRECISE, False)
 
 
 # The fastest of eleven on an H100 at 8192 tokens x 2304 channels, bf16: 29.1 us, a copy takes 27.1.
@@ -416,30 +397,20 @@ def forward(
     cu_seqlens: Tensor | None,
     activation: str | None,
     config: Config | None = None,
-    *,
-    y: Tensor | None = None,
-    first: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """The op's forward; x may be strided along B and T.
-
-    Args:
-        y: room for the outputs, [B, T, D] in the dtype of x; may be strided along B and T.
-        first: of the channels that have outputs, 0 <= first < D; y is not written before it.
-    """
+    """The op's forward; x may be strided along B and T."""
     x = x if x.stride(2) == 1 else x.contiguous()
     (B, T, D), W = x.shape, weight.shape[1]
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    if y is None:
-        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
     final_state = x.new_empty(N, D, W)
     if not final_state.numel():
         return y, final_state
-    config = (config or CONFIG).fitted(B, T, D, first)
+    config = (config or CONFIG).fitted(B, T, D)
     edges = min(N, MOST_EDGES)
-    tiles = B * triton.cdiv(T, config.walks * config.length)
-    blocks = triton.cdiv(D, config.channels)
-    vector = access(x, y)
-    causal_conv1d_fwd_kernel_y[(edges * blocks + tiles * (blocks - first // config.channels),)](
+    programs = edges + B * triton.cdiv(T, config.walks * config.length)
+    vector = access(x)
+    causal_conv1d_fwd_kernel_y[(programs * triton.cdiv(D, config.channels),)](
         x,
         *(None if t is None else t.contiguous() for t in (weight, bias, initial_state, cu_seqlens)),
         y,
@@ -450,10 +421,7 @@ def forward(
         config.length,
         x.stride(0) // vector,
         x.stride(1) // vector,
-        y.stride(0) // vector,
-        y.stride(1) // vector if y.stride(1) != D else None,
         D,
-        first,
         W,
         config.channels,
         config.walks,

@@ -5,7 +5,7 @@ import torch
 
 from hylo_ops import causal_conv1d
 from hylo_ops.causal_conv1d import triton as backend
-from hylo_ops.causal_conv1d.triton_fwd import CONFIG, access, forward
+from hylo_ops.causal_conv1d.triton_fwd import access
 from tests.dry_driver import compiling
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -41,23 +41,6 @@ def test_packed_prefill():
     with compiling() as launched:
         backend.forward(*inputs, torch.tensor([0, 8], dtype=torch.int32), "silu")
     check(launched, FORWARD, REGISTERS[BF16])
-
-
-def test_the_last_channels_into_strided_room():
-    """One kernel for all lengths and all distances of rows."""
-    with compiling() as launched:
-        for T, width in ((9, 2304 + 64), (16, 2304 + 128)):
-            x, weight, bias, _ = tensors(BF16, T=T)
-            room = torch.empty(1, T, width, dtype=BF16)
-            forward(x, weight, bias, None, None, "silu", y=room[..., :2304], first=2048)
-    check(launched, FORWARD * 2, REGISTERS[BF16])
-    assert launched[0] is launched[1]
-
-
-@pytest.mark.parametrize(("first", "like"), [(2048, 256), (2047, 257)])
-def test_walks_are_as_long_as_those_of_the_last_channels_alone(first, like):
-    config = CONFIG._replace(length=512)
-    assert config.fitted(1, 2**17, 2304, first) == config.fitted(1, 2**17, like) != config.fitted(1, 2**17, 2304)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32])

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from hylo_ops import causal_conv1d
-from hylo_ops.causal_conv1d import triton_fwd
 from hylo_ops.testing import cast, within_budget
 from tests.triton.causal_conv1d_cases import DTYPES, SMALL, alone, cut, make, packed
 
@@ -124,40 +123,6 @@ def test_strided_views():
     others = {name: torch.stack([inputs[name]] * 2, -1)[..., 0] for name in ("weight", "bias", "initial_state")}
     assert torch.equal(causal_conv1d(**inputs | others, backend="triton")[0], y)
     check(inputs | {"x": inputs["x"][:, :1].expand(2, 20, 16)})
-
-
-@pytest.mark.parametrize(("first", "blocks"), [(0, 3), (15, 3), (16, 2), (31, 2), (32, 1)])
-def test_channels_without_outputs_have_no_walks(first, blocks, monkeypatch):
-    """Two edges' programs for each of 3 blocks of channels, two walks' for 20 tokens of a row of the batch."""
-    grids = []
-
-    class Kernel:
-        def __getitem__(self, grid):
-            grids.append(grid)
-            return lambda *arguments, num_warps: None
-
-    monkeypatch.setattr(triton_fwd, "causal_conv1d_fwd_kernel_y", Kernel())
-    triton_fwd.forward(*make(B=2, T=20, D=33).values(), None, "silu", first=first)
-    assert grids == [(2 * 3 + 2 * 2 * blocks,)]
-
-
-@pytest.mark.parametrize(
-    ("lengths", "W", "first", "margin"),
-    [([5, 0, 13], 2, 1, 3), ([5, 0, 13], 3, 19, 3), ([5, 0, 13], 4, 16, 3), (None, 4, 17, 3), (None, 4, 15, 0)],
-)
-def test_outputs_of_the_last_channels_alone(lengths, W, first, margin):
-    """Blocks of 16 and 4 channels. Nothing of the room but their outputs is written."""
-    inputs, cu = packed(lengths, D=20, W=W) if lengths else (make(B=2, T=18, D=20, W=W), None)
-    y, final = triton_fwd.forward(*inputs.values(), cu, "silu")
-    B, T, D = y.shape
-    room = torch.full((B, T + margin, D + 2 * margin), 7.0)
-    expected = room.clone()
-    inner = (slice(B), slice(margin, T + margin), slice(margin, D + margin))
-    expected[inner][..., first:] = y[..., first:]
-    found, found_final = triton_fwd.forward(*inputs.values(), cu, "silu", y=room[inner], first=first)
-    assert found.data_ptr() == room[inner].data_ptr()
-    assert torch.equal(room, expected)
-    assert torch.equal(found_final, final)
 
 
 @pytest.mark.parametrize(
