@@ -75,6 +75,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("ssd_most_windows", &hylo::ssd::most_windows);
   m.def("ssd_chunk_shared_bytes", &hylo::ssd::chunk_shared_bytes);
   m.def("ssd_gradients_shared_bytes", &hylo::ssd::gradients_shared_bytes);
+  using hylo::ssd::Mixed;
+  py::class_<Mixed>(m, "SsdMixed")
+      .def(py::init([](std::uintptr_t raw, std::uintptr_t mixed, std::uintptr_t last_inputs, std::int64_t stride_b,
+                       std::int64_t stride_t, std::int64_t channels, const hylo::ssd::ScalarView& weight,
+                       const hylo::ssd::ScalarView& bias, int taps) {
+        return Mixed{raw, mixed, last_inputs, stride_b, stride_t, channels, weight, bias, taps};
+      }));
   py::class_<SsdCall>(m, "SsdChunkCall")
       .def(py::init<const std::array<std::uintptr_t, 3>&, const std::array<hylo::ssd::Strides, 3>&,
                     const hylo::ssd::ScalarView&, const hylo::ssd::ScalarView&, const hylo::ssd::ScalarView&,

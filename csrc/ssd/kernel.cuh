@@ -10,6 +10,11 @@ extern "C" __global__ void __launch_bounds__(hylo::ssd::pass_threads(hylo::ssd::
 }
 
 #if HYLO_K <= 128  // a wider state leaves no registers to convolve with
+extern "C" __global__ void __launch_bounds__(128) ssd_fwd_kernel_mix(const __grid_constant__ hylo::ssd::MixParams p) {
+  extern __shared__ unsigned char shared[];
+  hylo::ssd::mix<hylo::HYLO_T>(p, hylo::aligned(shared));
+}
+
 extern "C" __global__ void __launch_bounds__(hylo::ssd::pass_threads(hylo::ssd::kMixedEnds, HYLO_K), 1)
     ssd_fwd_kernel_mixed_ends(const __grid_constant__ hylo::ssd::PassParams p) {
   extern __shared__ unsigned char shared[];

@@ -80,6 +80,7 @@ int place_gradients(int values, int width, GradientsParams& p) {
 
 int chunk_shared_bytes(const std::string& kernel, int width, const Shape& shape) {
   if (kernel == "carry" || kernel == "vectors") return 0;
+  if (kernel == "mix") return kHaloSize + kTileSize + 1024;
   const Pass pass = pass_named(kernel);
   if (pass == kOutputs || pass == kMixedEnds) return pass_shared(pass, width, slots_of(false, width, shape));
   return std::max(pass_shared(pass, width, slots_of(false, width, shape)),
@@ -156,11 +157,28 @@ void ChunkCall::begin(const Kernel& ends, const Kernel& carry, bool forth, bool 
   carry_on(carry, directions, params);
 }
 
-void ChunkCall::begin_mixed(const Kernel& ends, const Kernel& carry, std::uintptr_t raw, const Strides& strides,
-                            const ScalarView& weight, const ScalarView& bias, int taps) const {
-  if (taps > kTaps) throw std::invalid_argument("a convolution is too wide");
-  const TensorMap map = tokens_map(raw, shape_[kHX], shape_[kV], strides, kHalo + kChunk);
-  launch(kMixedEnds, ends, 1, false, {params_, {}, {map, of_heads(weight), of_heads(bias), taps}});
+void ChunkCall::begin_mixed(const Kernel& mix, const Kernel& ends, const Kernel& carry, const Mixed& of) {
+  params_.made = true;
+  if (of.taps > kTaps) throw std::invalid_argument("a convolution is too wide");
+  const std::int64_t V = shape_[kV], first = shape_[kH] * V, others = of.channels - first;
+  const auto raw = [&](std::int64_t from, std::int64_t heads, std::int64_t width) {
+    return tokens_map(of.raw + 2 * from, heads, width, {of.stride_b, of.stride_t, width, 1}, kHalo + kChunk);
+  };
+  Mixing mixing{raw(0, shape_[kH], V), of_heads(of.weight), of_heads(of.bias), of.taps};
+  const PassParams ends_params{params_, {}, mixing};
+  mixing.raw = raw(first, 1, others);
+  MixParams params{mixing,
+                   tokens_map(of.mixed + 2 * first, 1, others, {shape_[kT] * of.channels, of.channels, others, 1}),
+                   reinterpret_cast<const char*>(of.raw),
+                   2 * of.stride_b,
+                   2 * of.stride_t,
+                   reinterpret_cast<void*>(of.last_inputs),
+                   static_cast<int>(shape_[kT]),
+                   static_cast<int>(of.channels),
+                   static_cast<int>(first)};
+  const Grid grid{count(ceil_div(others, kTile)), count(ceil_div(shape_[kT], kChunk)), count(shape_[kB])};
+  mix.launch(grid, 128, &params, stream_);
+  launch(kMixedEnds, ends, 1, false, ends_params);
   carry_on(carry, 1, params_);
 }
 

@@ -12,13 +12,23 @@
 
 namespace hylo::ssd {
 
-// Dynamic shared memory, in bytes, of a kernel ("ends", "mixed_ends", "carry", "o", "states", "vectors") at a shape,
-// compiled for a width.
+// Dynamic shared memory, in bytes, of a kernel ("ends", "mix", "mixed_ends", "carry", "o", "states", "vectors") at a
+// shape, compiled for a width.
 int chunk_shared_bytes(const std::string& kernel, int width, const Shape& shape);
 int gradients_shared_bytes(int values, int width, const Shape& shape);
 
 // Parts that a shape's heads come in at most, of the backward.
 int most_windows(const Shape& shape);
+
+// A convolution with silu that makes x, b and c: addresses of its inputs, [B, T, D], of what it makes, contiguous, and of its
+// last inputs, [B, D, taps]; weight [D, taps], contiguous; bias [D] or none. There are as many heads of x as of dt, and no
+// cu_seqlens. All this is there when the kernel ahead in the stream has ended.
+struct Mixed {
+  std::uintptr_t raw, mixed, last_inputs;
+  std::int64_t stride_b, stride_t, channels;  // strides of the inputs, in elements
+  ScalarView weight, bias;
+  int taps;
+};
 
 // One call of the op, launch by launch: what all of its kernels share is said once. Pointers are of the tensors in
 // params.h, 0 stands for an absent one; all launches are asynchronous, on the caller's stream.
@@ -42,11 +52,8 @@ class ChunkCall {
   // What each piece begins with, forth, back or both; nothing is launched where there is one piece.
   void begin(const Kernel& ends, const Kernel& carry, bool forth, bool back) const;
 
-  // The same forth, and first x: silu of a convolution of `raw`, of x's shape, with weight [D, taps], contiguous, and
-  // bias [D] or none, x's channels first. There are as many heads of x as of dt, and no cu_seqlens. The kernel ahead in
-  // the stream may be the one that makes b and c, if that has not begun early: all else is read without waiting for it.
-  void begin_mixed(const Kernel& ends, const Kernel& carry, std::uintptr_t raw, const Strides& strides,
-                   const ScalarView& weight, const ScalarView& bias, int taps) const;
+  // The same forth; and x, b and c first.
+  void begin_mixed(const Kernel& mix, const Kernel& ends, const Kernel& carry, const Mixed& of);
 
   // o and the final state.
   void outputs(const Kernel& kernel, std::uintptr_t o, std::uintptr_t final_state) const;

@@ -1,4 +1,4 @@
-// The convolution along tokens that makes x, and its silu, of a chunk's tile where it lies in shared memory:
+// The convolution along tokens that makes x, b and c, and its silu, of a chunk's tile where it lies in shared memory:
 //
 //   x_t <- silu(bias + sum over i < taps of weight_i raw_(t - taps + 1 + i))
 //
@@ -6,6 +6,7 @@
 // its own as they were.
 #pragma once
 
+#include "common/dependent.cuh"
 #include "ssd/gates.cuh"
 #include "ssd/rows.cuh"
 
@@ -15,16 +16,16 @@ namespace hylo::ssd {
 template <class T>
 class Mixer {
  public:
-  // unit: of the tile.
-  __device__ __forceinline__ Mixer(const Params& p, const Mixing& mixing, const Unit& unit, int thread)
+  // first: the tile's first channel. last: the last one that has a weight.
+  __device__ __forceinline__ Mixer(const Mixing& mixing, int first, int last, int thread)
       : columns_(kColumns * (thread % kThreadsOfRow)), first_(kEach * (thread / kThreadsOfRow)) {
-    // All are asked for before one is looked at. A column that a head does not have gets a weight of another's: it is not
+    // All are asked for before one is looked at. A column past the tile's own gets a weight of another's: it is not
     // stored.
-    const int last = p.heads * p.values - 1, missing = kTaps - mixing.taps;  // fewer taps are the newest tokens'
+    const int missing = kTaps - mixing.taps;  // fewer taps are the newest tokens'
     Word bias[kColumns], weight[kColumns][kTaps];
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) {
-      const int channel = min(unit.head * p.values + unit.column() + columns_ + i, last);
+      const int channel = min(first + columns_ + i, last);
       bias[i] = load_of_head(mixing.bias, channel);
 #pragma unroll
       for (int tap = 0; tap < kTaps; ++tap) {
@@ -82,11 +83,62 @@ class Mixer {
   // Of one of the thread's own tokens, or of those before.
   __device__ __forceinline__ unsigned char* place(unsigned char* of_chunk, int token) const {
     const int row = first_ + token + kHalo;  // from a tile's start, which is a multiple of 1024
-    return of_chunk - kHalo * kTile * 2 + wgmma::swizzled(row, columns_ / 8) + columns_ % 8 * 2;
+    return of_chunk - kHaloSize + wgmma::swizzled(row, columns_ / 8) + columns_ % 8 * 2;
   }
 
   const int columns_, first_;
   float bias_[kColumns], weight_[kColumns][kTaps];
 };
+
+// Fetches this block's share of a chunk's x into the second cache, where the next kernel will want it: a row each of some
+// threads.
+__device__ __forceinline__ void fetch_x(const MixParams& p, int begin) {
+  const int token = begin + blockIdx.x + gridDim.x * threadIdx.x, end = min(begin + kChunk, p.tokens);
+  if (token < end) fetch_into_cache(p.inputs + (blockIdx.z * p.stride_b + token * p.stride_t), 2 * p.first);
+}
+
+// The last inputs of a channel.
+__device__ __forceinline__ void keep_last_inputs(const MixParams& p, int channel) {
+  const int taps = p.mixing.taps, begin = p.tokens - taps;
+  const char* const from = p.inputs + (blockIdx.z * p.stride_b + begin * p.stride_t + 2 * channel);
+  unsigned short found[kTaps] = {};
+#pragma unroll
+  for (int tap = 0; tap < kTaps; ++tap) {
+    if (tap < taps && begin + tap >= 0) found[tap] = *reinterpret_cast<const unsigned short*>(from + tap * p.stride_t);
+  }
+  const long long row = static_cast<long long>(blockIdx.z) * p.channels + channel;
+#pragma unroll
+  for (int tap = 0; tap < kTaps; ++tap) {
+    if (tap < taps) static_cast<unsigned short*>(p.last_inputs)[row * taps + tap] = found[tap];
+  }
+}
+
+// 128 threads, for a tile of b or c, a chunk and a batch entry.
+template <class T>
+__device__ __forceinline__ void mix(const MixParams& p, unsigned char* shared) {
+  __shared__ Barrier full;
+  const int column = kTile * blockIdx.x, begin = kChunk * blockIdx.y;
+  unsigned char* const tile = shared + kHaloSize;
+  start_next_kernel();
+  if (threadIdx.x == 0) {
+    full.init(1);
+    fence_barrier_init();
+    full.arrive_expecting(kHaloSize + kTileSize);
+    copy_box(shared, p.mixing.raw, full, column, 0, begin - kHalo, blockIdx.z);
+  }
+  __syncthreads();
+  const Mixer<T> mixer(p.mixing, p.first + column, p.channels - 1, threadIdx.x);
+  const int threads = 128 * gridDim.x * gridDim.y, thread = 128 * (gridDim.x * blockIdx.y + blockIdx.x) + threadIdx.x;
+  for (int channel = thread; channel < p.channels; channel += threads) keep_last_inputs(p, channel);
+  full.wait(0);
+  fetch_x(p, begin);  // not before: what is waited for comes first
+  mixer.convolve(tile, [] { __syncthreads(); });
+  fence_async();
+  __syncthreads();
+  if (threadIdx.x > 0) return;
+  copy_box_out(p.mixed, tile, column, 0, begin, blockIdx.z);
+  commit_copies_out();
+  await_copies_out<0>();
+}
 
 }  // namespace hylo::ssd

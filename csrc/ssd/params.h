@@ -50,16 +50,28 @@ struct Params {
   int pieces;               // that a sequence is cut into
   int merged;               // of them one after the other that are a block's segment
   Direction first_direction;  // of a launch's blocks
+  int made;                 // whether kernels of the same call make x, b and c
   Window window;
   int softplus;
   float least, greatest;    // step
 };
 
-// The convolution ahead of the scan, where a pass makes x of what it convolves.
+// The convolution ahead of the scan: of x, where a pass makes it, or of b and c.
 struct Mixing {
-  TensorMap raw;        // [B, T, HX, V], boxes of 72 tokens x 64 columns of one head: 8 tokens and the chunk behind them
-  Scalar weight, bias;  // [D, taps], contiguous, and [D] or without memory: of x's channels first
+  TensorMap raw;        // its inputs, x's [B, T, HX, V] or those of b and c as one head; boxes of 72 tokens x 64 columns of
+                        // a head: 8 tokens and the chunk behind them
+  Scalar weight, bias;  // [D, taps], contiguous, and [D] or without memory: of x's channels, then of b's and c's
   int taps;             // at most kTaps
+};
+
+// Of the kernel that convolves b and c.
+struct MixParams {
+  Mixing mixing;
+  TensorMap mixed;     // [B, T, 1, D - first], boxes of 64 tokens x 64 columns
+  const char* inputs;  // [B, T, D], 16 bits each, channels side by side
+  long long stride_b, stride_t;  // of them, in bytes
+  void* last_inputs;   // [B, D, taps]
+  int tokens, channels, first;  // T, D, and x's channels
 };
 
 // Of a pass.

@@ -76,7 +76,9 @@ class PassBlock {
     const int halo = kPass == kMixedEnds && lane() < slots_.values ? kHalo : 0;
     const bool exists = lane() < tiles;
     if (exists) prefetch_map(*box.map);
-    if (makes_ends(kPass) || comes_first(p_)) await_kernel_before();
+    // What makes b and c runs ahead of a convolution, which begins with x.
+    const bool waits = kPass == kMixedEnds && lane() >= slots_.values;
+    if (kPass != kMixedEnds && (comes_first(p_) || p_.made)) await_kernel_before();
     start_next_kernel();  // not before the inputs are there: those that follow read them without waiting
     each_chunk([&](int at, int turn, const Chunk& chunk, int) {
       Handover& stage = ring_.stages[at];
@@ -84,6 +86,7 @@ class PassBlock {
       if (lane() == 0) stage.full.arrive_expecting(size);
       __syncwarp();
       if (exists) {
+        if (waits && turn == 0 && at == 0) await_kernel_before();
         unsigned char* const to = this->stage(at).tile(lane()) - halo * kRowSize;
         copy_box(to, *box.map, stage.full, box.column, box.head, chunk.begin - halo, chunk.batch);
       }
@@ -162,7 +165,8 @@ class PassBlock {
   __device__ __forceinline__ void mix(int index) const {
     const int thread = threadIdx.x % 128, barrier = 1 + kChains + index;
     const Unit unit = this->unit(index);
-    const Mixer<T> mixer(p_, mixing_, unit, thread);
+    const int first = unit.head * p_.values + unit.column();
+    const Mixer<T> mixer(mixing_, first, p_.heads * p_.values - 1, thread);
     int last = -1;
     each_chunk([&](int at, int turn, const Chunk& chunk, int) {
       unsigned char* const tile = stage(at).values(index);

@@ -52,7 +52,8 @@ constexpr int kPassBarriers = 1024;  // bytes
 
 constexpr int kTaps = 4;
 constexpr int kHalo = 8;  // tokens before a chunk that come with it to be convolved: a tile's rows repeat after eight
-HYLO_HOST_DEVICE constexpr int halo_size(Pass pass) { return pass == kMixedEnds ? kHalo * kTile * 2 : 0; }
+constexpr int kHaloSize = kHalo * kTile * 2;
+HYLO_HOST_DEVICE constexpr int halo_size(Pass pass) { return pass == kMixedEnds ? kHaloSize : 0; }
 
 HYLO_HOST_DEVICE constexpr int stage_tiles(Pass pass, int width, const Slots& slots) {
   const int queries = makes_ends(pass) ? 0 : slots.queries, others = pass == kStates ? chains(width) : 0;

@@ -10,16 +10,12 @@ from hylo_ops.common.triton_device import why_not_on_device_of
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def forward(*inputs: Any, **room: Any) -> tuple[Tensor, Tensor]:
-    """`causal_conv1d` for inputs that `why_not` lets pass; never synchronises.
-
-    Args:
-        room: y and first, as `triton_fwd.forward` has them.
-    """
+def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+    """`causal_conv1d` for inputs that `why_not` lets pass; never synchronises."""
     from hylo_ops.causal_conv1d import triton_fwd
 
     with torch.cuda.device_of(inputs[0]):
-        return triton_fwd.forward(*inputs, **room)
+        return triton_fwd.forward(*inputs)
 
 
 def backward(grads: list[Tensor], *inputs: Any) -> list[Tensor]:

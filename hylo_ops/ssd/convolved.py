@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from hylo_ops.backend import Backend, choose
-from hylo_ops.causal_conv1d import triton as convolution
 from hylo_ops.causal_conv1d.op import BACKENDS as CONV_BACKENDS
 from hylo_ops.causal_conv1d.op import fake_forward as fake_convolution
 from hylo_ops.library import able_backward, define_op
-from hylo_ops.ssd import cuda, cuda_chunk
+from hylo_ops.ssd import cuda, cuda_chunk, cuda_inputs
 from hylo_ops.ssd.op import CHUNK_BACKENDS, check_chunk, fake_chunk, saves_states
 
 _CONVOLUTION = ("xbc", "weight", "bias", "conv_state")
@@ -158,23 +157,23 @@ def _scan_backward(
     return d_mixed, [ddt, da, *others]
 
 
-def _fused(*inputs: Any) -> _Results:
+def _cuda(*inputs: Any) -> _Results:
     """x is convolved in the kernel that makes the states which pieces of a sequence begin with, b and c ahead of it."""
     given = _Inputs(*inputs)
     mixed = torch.empty_like(given.xbc, memory_format=torch.contiguous_format)
-    _, last_inputs = convolution.forward(*given.of_convolution().values(), y=mixed, first=given.x_heads * given.V)
-    raw, _, _ = split(given.xbc, given.dims)
-    mixing = cuda_chunk.Mixing(raw, given.weight, given.bias)
+    last_inputs = given.xbc.new_empty(mixed.shape[0], *given.weight.shape)
+    mixing = cuda_chunk.Mixing(given.xbc, given.weight, given.bias, mixed, last_inputs)
     *others, save_states = given.of_scan(mixed).values()
     o, final_state, states = cuda_chunk.forward(*others, save_states=save_states, mixing=mixing)
     return o, final_state, last_inputs, mixed, states
 
 
-def _fused_why_not(**named: Any) -> str | None:
+def _cuda_why_not(**named: Any) -> str | None:
     given = _Inputs(**named)
     of_scan = given.of_scan(given.xbc)
-    if (reason := convolution.why_not(**given.of_convolution())) is not None:
-        return reason
+    for name, tensor in (("weight", given.weight), ("bias", given.bias)):
+        if tensor is not None and tensor.dtype not in cuda_inputs.NUMBERS:
+            return f"{name} is {tensor.dtype}"
     if (reason := cuda_chunk.why_not(**of_scan)) is not None:
         return reason
     if given.conv_state is not None:
@@ -203,7 +202,7 @@ _forward = define_op(
     "Tensor? initial_state, Tensor? cu_seqlens, int V, int K, int x_heads, int b_heads, bool dt_softplus, "
     "float[]? dt_limit, bool save_states, str? backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     backends=[
-        Backend("fused", _fused_why_not, _fused, _composed_backward(None), _anywhere),
+        Backend("cuda", _cuda_why_not, _cuda, _composed_backward(None), _anywhere),
         Backend("composed", _anywhere, _composed(None), _composed_backward(None)),
         *(Backend(name, _anywhere, _composed(name), _composed_backward(name)) for name in ("triton", "reference")),
     ],

@@ -34,6 +34,7 @@ _MOST_TAPS = 4
 _MOST_STATES = 64 << 20  # bytes of them that the backward has at a time, or twice what o takes
 _UNITS = {
     "ends": "kernel",
+    "mix": "kernel",
     "mixed_ends": "kernel",
     "carry": "kernel",
     "o": "kernel",
@@ -47,16 +48,18 @@ Room = Sequence[Tensor]
 
 
 class Mixing(NamedTuple):
-    """A convolution with silu that makes x.
+    """A convolution with silu that makes x, b and c, which lie side by side.
 
     Args:
-        raw: what it convolves, [B, T, H, V]: as many heads as dt has.
-        weight: [D, taps], x's channels first.   bias: [D] or None.
+        raw: what it convolves, [B, T, D].   weight: [D, taps].   bias: [D] or None.
+        mixed: room for what it makes, [B, T, D].   last_inputs: room for these, [B, D, taps].
     """
 
     raw: Tensor
     weight: Tensor
     bias: Tensor | None
+    mixed: Tensor
+    last_inputs: Tensor
 
 
 class _Sizes(NamedTuple):
@@ -167,12 +170,17 @@ class _Call:
         self.native.begin(self.kernel("ends"), self.kernel("carry"), *(way in self.directions for way in (0, 1)))
 
     def begin_mixed(self, mixing: Mixing) -> None:
-        """The same forth, and x."""
-        raw, weight, bias = mixing.raw, mixing.weight.contiguous(), mixing.bias
-        of_weight = weight.data_ptr(), cuda_inputs.NUMBERS[weight.dtype], 0, 0, 1
-        vectors = of_weight, cuda_inputs.of_heads(bias), weight.shape[1]
-        kernels = self.kernel("mixed_ends"), self.kernel("carry")
-        self.native.begin_mixed(*kernels, raw.data_ptr(), raw.stride(), *vectors)
+        """The same forth; and x, b and c first."""
+        raw, weight = mixing.raw, mixing.weight.contiguous()
+        of = cubin.native().SsdMixed(
+            *(t.data_ptr() for t in (raw, mixing.mixed, mixing.last_inputs)),
+            *raw.stride()[:2],
+            raw.shape[2],
+            cuda_inputs.of_heads(weight.view(-1)),
+            cuda_inputs.of_heads(mixing.bias),
+            weight.shape[1],
+        )
+        self.native.begin_mixed(*(self.kernel(name) for name in ("mix", "mixed_ends", "carry")), of)
 
 
 def forward(
@@ -185,7 +193,7 @@ def forward(
 
     Args:
         inputs: the op's, in its order, up to fixed_split.
-        mixing: what makes x, which is then room for it, for inputs that `mixing_why_not` lets pass.
+        mixing: what makes x, b and c, which are then views of room for it, for inputs that `mixing_why_not` lets pass.
         cubin_source: None | "packaged" | "nvrtc", as `hylo_ops.cubin.device_code` has it.
     """
     call = _Call(cubin_source, False, None, *inputs)

@@ -92,7 +92,7 @@ def run_ssd() -> int:
 def run_convolved_ssd() -> int:
     for case in convolved_ssd_cases.CASES:
         inputs = [case.inputs("cuda")[name] for name in convolved_ssd_cases.NAMES]
-        options = *case.dims, True, None, True, "fused"
+        options = *case.dims, True, None, True, "cuda"
         *results, mixed, _ = torch.ops.hylo_ops.convolved_ssd(*inputs, None, *options)
         assert all(torch.isfinite(result.cpu()).all() for result in (*results, mixed)), case.name
     return len(convolved_ssd_cases.CASES)

@@ -22,15 +22,15 @@ def call(backend, dims, xbc, weight, bias, dt, a, **others):
     return convolved.convolved_ssd(xbc, weight, bias, dt, a, dims, **options | others, backend=backend)
 
 
-def no_further(fused, composed, exact, name):
-    ours, theirs = relative_error(fused, exact), relative_error(composed, exact)
+def no_further(found, composed, exact, name):
+    ours, theirs = relative_error(found, exact), relative_error(composed, exact)
     assert ours <= MORE * theirs + 1e-6, f"{name}: {ours:.3e}, one after the other {theirs:.3e}"
 
 
 @by_case
 def test_results(case):
     inputs = case.inputs("cuda")
-    found, again, composed = (call(name, case.dims, **inputs) for name in ("fused", "fused", "composed"))
+    found, again, composed = (call(name, case.dims, **inputs) for name in ("cuda", "cuda", "composed"))
     exact = call("reference", case.dims, **cast(inputs, torch.float64))
     for i, name in enumerate(("o", "final_state", "last_inputs")):
         no_further(found[i], composed[i], exact[i], name)
@@ -44,7 +44,7 @@ def test_gradients(case):
     wanted = [name for name, tensor in inputs.items() if tensor is not None]
     found, again, composed = (
         gradients(partial(call, name, case.dims), inputs, wanted, torch.bfloat16)
-        for name in ("fused", "fused", "composed")
+        for name in ("cuda", "cuda", "composed")
     )
     exact = gradients(partial(call, "reference", case.dims), cast(inputs, torch.float64), wanted, torch.bfloat16)
     for name in wanted:
@@ -84,4 +84,4 @@ def test_what_is_fused_by_itself(monkeypatch):
 )
 def test_what_is_refused(case, message):
     with pytest.raises(NotImplementedError, match=message):
-        call("fused", case.dims, **case.inputs("cuda"))
+        call("cuda", case.dims, **case.inputs("cuda"))
