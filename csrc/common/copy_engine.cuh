@@ -75,11 +75,6 @@ __device__ __forceinline__ void copy_box(void* shared, const TensorMap& map, Bar
       : "memory");
 }
 
-// Brings contiguous bytes, a multiple of 16 from a multiple of 16 on, into the second cache.
-__device__ __forceinline__ void fetch_into_cache(const void* global, int bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
-}
-
 // Contiguous bytes; both addresses and the size are multiples of 16.
 __device__ __forceinline__ void copy_in(void* shared, const void* global, int bytes, Barrier& done) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(

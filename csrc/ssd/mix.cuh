@@ -12,32 +12,44 @@
 
 namespace hylo::ssd {
 
-// A thread of 128 has four columns and eight tokens. Neighbours have the columns of a row.
+// Puts a tile's weights into shared memory, by 128 threads. first: the tile's first channel. last: the last one that has a
+// weight; a column past the tile's own gets that of another channel and is not stored. The code is short, for the
+// instructions that a block begins with come from far away.
+__device__ __forceinline__ void load_weights(const Mixing& mixing, int first, int last, float* to, int thread) {
+  constexpr int kEach = (kMixWeights + 127) / 128;
+  const int missing = kTaps - mixing.taps;  // fewer taps are the newest tokens'
+  Word loaded[kEach] = {};
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const int at = thread + 128 * i, tap = at % kTaps - missing;
+    const bool bias = at >= kTile * kTaps;
+    const int channel = min(first + (bias ? at - kTile * kTaps : at / kTaps), last);
+    const Scalar& of = bias ? mixing.bias : mixing.weight;
+    if (at < kMixWeights && of.data != nullptr && (bias || tap >= 0)) {
+      loaded[i] = load_scalar(of, 0, bias ? channel : channel * mixing.taps + tap);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const int at = thread + 128 * i;
+    if (at < kMixWeights) to[at] = scalar_value(at < kTile * kTaps ? mixing.weight : mixing.bias, loaded[i]);
+  }
+}
+
+// A thread of 128 has four columns and eight tokens of a tile. Neighbours have the columns of a row.
 template <class T>
 class Mixer {
  public:
-  // first: the tile's first channel. last: the last one that has a weight.
-  __device__ __forceinline__ Mixer(const Mixing& mixing, int first, int last, int thread)
+  // weights: of the tile.
+  __device__ __forceinline__ Mixer(const float* weights, int thread)
       : columns_(kColumns * (thread % kThreadsOfRow)), first_(kEach * (thread / kThreadsOfRow)) {
-    // All are asked for before one is looked at. A column past the tile's own gets a weight of another's: it is not
-    // stored.
-    const int missing = kTaps - mixing.taps;  // fewer taps are the newest tokens'
-    Word bias[kColumns], weight[kColumns][kTaps];
+    const auto four = [&](int at, float (&to)[4]) {
+      const float4 found = *reinterpret_cast<const float4*>(weights + at);
+      to[0] = found.x, to[1] = found.y, to[2] = found.z, to[3] = found.w;
+    };
 #pragma unroll
-    for (int i = 0; i < kColumns; ++i) {
-      const int channel = min(first + columns_ + i, last);
-      bias[i] = load_of_head(mixing.bias, channel);
-#pragma unroll
-      for (int tap = 0; tap < kTaps; ++tap) {
-        weight[i][tap] = tap < missing ? 0 : load_scalar(mixing.weight, 0, channel * mixing.taps + tap - missing);
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kColumns; ++i) {
-      bias_[i] = scalar_value(mixing.bias, bias[i]);
-#pragma unroll
-      for (int tap = 0; tap < kTaps; ++tap) weight_[i][tap] = scalar_value(mixing.weight, weight[i][tap]);
-    }
+    for (int i = 0; i < kColumns; ++i) four(kTaps * (columns_ + i), weight_[i]);
+    four(kTaps * kTile + columns_, bias_);
   }
 
   // of_chunk: a tile's first own token. Calls sync, for all 128 threads, between reading and writing.
@@ -90,13 +102,6 @@ class Mixer {
   float bias_[kColumns], weight_[kColumns][kTaps];
 };
 
-// Fetches this block's share of a chunk's x into the second cache, where the next kernel will want it: a row each of some
-// threads.
-__device__ __forceinline__ void fetch_x(const MixParams& p, int begin) {
-  const int token = begin + blockIdx.x + gridDim.x * threadIdx.x, end = min(begin + kChunk, p.tokens);
-  if (token < end) fetch_into_cache(p.inputs + (blockIdx.z * p.stride_b + token * p.stride_t), 2 * p.first);
-}
-
 // The last inputs of a channel.
 __device__ __forceinline__ void keep_last_inputs(const MixParams& p, int channel) {
   const int taps = p.mixing.taps, begin = p.tokens - taps;
@@ -117,21 +122,23 @@ __device__ __forceinline__ void keep_last_inputs(const MixParams& p, int channel
 template <class T>
 __device__ __forceinline__ void mix(const MixParams& p, unsigned char* shared) {
   __shared__ Barrier full;
+  __shared__ alignas(16) float weights[kMixWeights];
   const int column = kTile * blockIdx.x, begin = kChunk * blockIdx.y;
   unsigned char* const tile = shared + kHaloSize;
   start_next_kernel();
+  fetch_parameters(p);
   if (threadIdx.x == 0) {
     full.init(1);
     fence_barrier_init();
     full.arrive_expecting(kHaloSize + kTileSize);
     copy_box(shared, p.mixing.raw, full, column, 0, begin - kHalo, blockIdx.z);
   }
+  load_weights(p.mixing, p.first + column, p.channels - 1, weights, threadIdx.x);
   __syncthreads();
-  const Mixer<T> mixer(p.mixing, p.first + column, p.channels - 1, threadIdx.x);
+  const Mixer<T> mixer(weights, threadIdx.x);
   const int threads = 128 * gridDim.x * gridDim.y, thread = 128 * (gridDim.x * blockIdx.y + blockIdx.x) + threadIdx.x;
   for (int channel = thread; channel < p.channels; channel += threads) keep_last_inputs(p, channel);
   full.wait(0);
-  fetch_x(p, begin);  // not before: what is waited for comes first
   mixer.convolve(tile, [] { __syncthreads(); });
   fence_async();
   __syncthreads();

@@ -161,12 +161,14 @@ class PassBlock {
     await_copies_out<0>();
   }
 
-  // A warpgroup that convolves a chain's tiles where they lie, for it and for the kernels after this one.
-  __device__ __forceinline__ void mix(int index) const {
+  // A warpgroup that convolves a chain's tiles where they lie, for it and for the kernels after this one. weights: room for
+  // kMixWeights.
+  __device__ __forceinline__ void mix(int index, float* weights) const {
     const int thread = threadIdx.x % 128, barrier = 1 + kChains + index;
     const Unit unit = this->unit(index);
-    const int first = unit.head * p_.values + unit.column();
-    const Mixer<T> mixer(mixing_, first, p_.heads * p_.values - 1, thread);
+    load_weights(mixing_, unit.head * p_.values + unit.column(), p_.heads * p_.values - 1, weights, thread);
+    sync_threads(barrier, 128);
+    const Mixer<T> mixer(weights, thread);
     int last = -1;
     each_chunk([&](int at, int turn, const Chunk& chunk, int) {
       unsigned char* const tile = stage(at).values(index);
@@ -355,7 +357,10 @@ __device__ __forceinline__ void pass(const PassParams& all, unsigned char* share
   } else if (warpgroup < kChains + kHelpers) {
     if constexpr (kHelpers > 0) release_registers<helper_registers(kPass)>();
     if constexpr (kPass == kOutputs) block.weigh();
-    if constexpr (kPass == kMixedEnds) block.mix(warpgroup - kChains);
+    if constexpr (kPass == kMixedEnds) {
+      __shared__ alignas(16) float weights[kHelpers][kMixWeights];
+      block.mix(warpgroup - kChains, weights[warpgroup - kChains]);
+    }
   } else {
     if constexpr (kSplit) release_registers<loader_registers(kPass)>();
     const int warp = uniform(warp_of_four());

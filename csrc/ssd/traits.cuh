@@ -48,9 +48,9 @@ HYLO_HOST_DEVICE constexpr int helpers(Pass pass) { return pass == kOutputs ? 1 
 HYLO_HOST_DEVICE constexpr int pass_threads(Pass pass, int width) { return 128 * (chains(width) + helpers(pass) + 1); }
 constexpr int kGateWarps = 3;
 constexpr int kPassRing = 8;         // stages, at most
-constexpr int kPassBarriers = 1024;  // bytes
 
 constexpr int kTaps = 4;
+constexpr int kMixWeights = kTile * (kTaps + 1);  // of a tile that is convolved: those of each column, then their biases
 constexpr int kHalo = 8;  // tokens before a chunk that come with it to be convolved: a tile's rows repeat after eight
 constexpr int kHaloSize = kHalo * kTile * 2;
 HYLO_HOST_DEVICE constexpr int halo_size(Pass pass) { return pass == kMixedEnds ? kHaloSize : 0; }
@@ -72,8 +72,11 @@ HYLO_HOST_DEVICE constexpr int chain_size(Pass pass, int width) {
   return width / kTile * kTileSize + (pass == kOutputs ? 2 * kTileSize : 0);
 }
 
+// Of barriers and the like, in bytes, at most.
+HYLO_HOST_DEVICE constexpr int pass_static(Pass pass) { return 1024 + (pass == kMixedEnds ? 2 * kMixWeights * 4 : 0); }
+
 HYLO_HOST_DEVICE constexpr int stages(Pass pass, int width, const Slots& slots) {
-  const int left = kSharedLimit - 1024 - kPassBarriers - chains(width) * chain_size(pass, width);
+  const int left = kSharedLimit - 1024 - pass_static(pass) - chains(width) * chain_size(pass, width);
   const int fit = left / stage_size(pass, width, slots);
   return fit < kPassRing ? fit : kPassRing;
 }
