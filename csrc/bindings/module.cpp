@@ -90,6 +90,7 @@ PYBIND11_MODULE(_C, m) {
                     float, std::uintptr_t>())
       .def("set_gradients", &SsdCall::set_gradients)
       .def("begin", &SsdCall::begin, no_gil())
+      .def("mix", &SsdCall::mix, no_gil())
       .def("begin_mixed", &SsdCall::begin_mixed, no_gil())
       .def("outputs", &SsdCall::outputs, no_gil())
       .def("window_heads", &SsdCall::window_heads)

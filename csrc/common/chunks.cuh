@@ -2,6 +2,7 @@
 // of a kernel's parameters: cu_seqlens [N + 1] or null, sequences N, tokens T of a row.
 #pragma once
 
+#include "common/fast_math.cuh"
 #include "common/portable.h"
 
 namespace hylo {
@@ -12,20 +13,6 @@ __device__ __forceinline__ int lane() { return threadIdx.x & 31; }
 
 // The same number in all lanes, which the compiler then knows: branches on it stay out of the way of wgmma.
 __device__ __forceinline__ int uniform(int value) { return __shfl_sync(kAllLanes, value, 0); }
-
-// Within two units in the last place, and 0 where the result is below the smallest normal float.
-__device__ __forceinline__ float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-// Within one unit in the last place; 0 for what is above the largest normal float's.
-__device__ __forceinline__ float reciprocal_fast(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 
 __device__ __forceinline__ int chunks_of(int tokens) { return (tokens + kChunk - 1) / kChunk; }
 

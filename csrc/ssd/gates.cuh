@@ -12,7 +12,6 @@
 
 namespace hylo::ssd {
 
-constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kEmptiesState = -150.0f;  // of log2: exp2 of it is 0 in fp32, and what is below stands for as much
 
 // By their names in the kernel of the gradients.

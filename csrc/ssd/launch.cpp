@@ -157,17 +157,16 @@ void ChunkCall::begin(const Kernel& ends, const Kernel& carry, bool forth, bool 
   carry_on(carry, directions, params);
 }
 
-void ChunkCall::begin_mixed(const Kernel& mix, const Kernel& ends, const Kernel& carry, const Mixed& of) {
-  params_.made = true;
+Mixing ChunkCall::mixing(const Mixed& of, std::int64_t first, std::int64_t heads, std::int64_t width) const {
   if (of.taps > kTaps) throw std::invalid_argument("a convolution is too wide");
-  const std::int64_t V = shape_[kV], first = shape_[kH] * V, others = of.channels - first;
-  const auto raw = [&](std::int64_t from, std::int64_t heads, std::int64_t width) {
-    return tokens_map(of.raw + 2 * from, heads, width, {of.stride_b, of.stride_t, width, 1}, kHalo + kChunk);
-  };
-  Mixing mixing{raw(0, shape_[kH], V), of_heads(of.weight), of_heads(of.bias), of.taps};
-  const PassParams ends_params{params_, {}, mixing};
-  mixing.raw = raw(first, 1, others);
-  MixParams params{mixing,
+  const Strides strides{of.stride_b, of.stride_t, width, 1};
+  const TensorMap raw = tokens_map(of.raw + 2 * first, heads, width, strides, kHalo + kChunk);
+  return {raw, of_heads(of.weight), of_heads(of.bias), of.taps};
+}
+
+void ChunkCall::mix(const Kernel& mix, const Mixed& of) const {
+  const std::int64_t first = shape_[kH] * shape_[kV], others = of.channels - first;
+  MixParams params{mixing(of, first, 1, others),
                    tokens_map(of.mixed + 2 * first, 1, others, {shape_[kT] * of.channels, of.channels, others, 1}),
                    reinterpret_cast<const char*>(of.raw),
                    2 * of.stride_b,
@@ -178,7 +177,11 @@ void ChunkCall::begin_mixed(const Kernel& mix, const Kernel& ends, const Kernel&
                    static_cast<int>(first)};
   const Grid grid{count(ceil_div(others, kTile)), count(ceil_div(shape_[kT], kChunk)), count(shape_[kB])};
   mix.launch(grid, 128, &params, stream_);
-  launch(kMixedEnds, ends, 1, false, ends_params);
+}
+
+void ChunkCall::begin_mixed(const Kernel& ends, const Kernel& carry, const Mixed& of) {
+  params_.made = true;
+  launch(kMixedEnds, ends, 1, false, {params_, {}, mixing(of, 0, shape_[kH], shape_[kV])});
   carry_on(carry, 1, params_);
 }
 

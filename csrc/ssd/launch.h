@@ -52,8 +52,11 @@ class ChunkCall {
   // What each piece begins with, forth, back or both; nothing is launched where there is one piece.
   void begin(const Kernel& ends, const Kernel& carry, bool forth, bool back) const;
 
-  // The same forth; and x, b and c first.
-  void begin_mixed(const Kernel& mix, const Kernel& ends, const Kernel& carry, const Mixed& of);
+  // b and c, and the last inputs of all channels.
+  void mix(const Kernel& mix, const Mixed& of) const;
+
+  // Right after it: x, and what each piece begins with forth.
+  void begin_mixed(const Kernel& ends, const Kernel& carry, const Mixed& of);
 
   // o and the final state.
   void outputs(const Kernel& kernel, std::uintptr_t o, std::uintptr_t final_state) const;
@@ -86,6 +89,7 @@ class ChunkCall {
  private:
   Window window(int index, int windows) const;
   void launch(Pass pass, const Kernel& kernel, int directions, bool back, PassParams params) const;
+  Mixing mixing(const Mixed& of, std::int64_t first, std::int64_t heads, std::int64_t width) const;
   void carry_on(const Kernel& carry, int directions, const Params& params) const;
   TensorMap tokens_map(std::uintptr_t tensor, std::int64_t heads, std::int64_t width, const Strides& strides,
                        int tokens = kChunk) const;

@@ -6,9 +6,12 @@
 // its own as they were.
 #pragma once
 
+#include "common/copy_engine.cuh"
 #include "common/dependent.cuh"
-#include "ssd/gates.cuh"
-#include "ssd/rows.cuh"
+#include "common/fast_math.cuh"
+#include "common/scalar.cuh"
+#include "common/wgmma.cuh"
+#include "ssd/traits.cuh"
 
 namespace hylo::ssd {
 
@@ -122,7 +125,7 @@ __device__ __forceinline__ void keep_last_inputs(const MixParams& p, int channel
 template <class T>
 __device__ __forceinline__ void mix(const MixParams& p, unsigned char* shared) {
   __shared__ Barrier full;
-  __shared__ alignas(16) float weights[kMixWeights];
+  alignas(16) __shared__ float weights[kMixWeights];
   const int column = kTile * blockIdx.x, begin = kChunk * blockIdx.y;
   unsigned char* const tile = shared + kHaloSize;
   start_next_kernel();

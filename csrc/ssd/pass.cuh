@@ -358,7 +358,7 @@ __device__ __forceinline__ void pass(const PassParams& all, unsigned char* share
     if constexpr (kHelpers > 0) release_registers<helper_registers(kPass)>();
     if constexpr (kPass == kOutputs) block.weigh();
     if constexpr (kPass == kMixedEnds) {
-      __shared__ alignas(16) float weights[kHelpers][kMixWeights];
+      alignas(16) __shared__ float weights[kHelpers][kMixWeights];
       block.mix(warpgroup - kChains, weights[warpgroup - kChains]);
     }
   } else {

@@ -6,6 +6,7 @@
 
 namespace hylo::ssd {
 
+constexpr float kLog2E = 1.4426950408889634f;
 constexpr int kTile = 64;                      // columns of a tile
 constexpr int kTileSize = kChunk * kTile * 2;  // bytes; 16-bit types only
 constexpr int kSharedLimit = 227 * 1024;

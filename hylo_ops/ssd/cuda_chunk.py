@@ -169,10 +169,10 @@ class _Call:
         """What each piece begins with."""
         self.native.begin(self.kernel("ends"), self.kernel("carry"), *(way in self.directions for way in (0, 1)))
 
-    def begin_mixed(self, mixing: Mixing) -> None:
-        """The same forth; and x, b and c first."""
+    def mixed(self, mixing: Mixing) -> Any:
+        """What the launchers want to know of it."""
         raw, weight = mixing.raw, mixing.weight.contiguous()
-        of = cubin.native().SsdMixed(
+        return cubin.native().SsdMixed(
             *(t.data_ptr() for t in (raw, mixing.mixed, mixing.last_inputs)),
             *raw.stride()[:2],
             raw.shape[2],
@@ -180,7 +180,12 @@ class _Call:
             cuda_inputs.of_heads(mixing.bias),
             weight.shape[1],
         )
-        self.native.begin_mixed(*(self.kernel(name) for name in ("mix", "mixed_ends", "carry")), of)
+
+    def begin_mixed(self, mixing: Mixing) -> None:
+        """The same forth; and x, b and c first."""
+        of = self.mixed(mixing)
+        self.native.mix(self.kernel("mix"), of)
+        self.native.begin_mixed(self.kernel("mixed_ends"), self.kernel("carry"), of)
 
 
 def forward(

@@ -6,6 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hylo_ops.causal_conv1d.reference import causal_conv1d
+from hylo_ops.ssd import convolved, cuda_chunk
+from hylo_ops.testing import relative_error
 from tests.ops.ssd_cases import HEADS, make
 
 NAMES = ("xbc", "weight", "bias", "dt", "a", "d", "dt_bias", "conv_state", "initial_state")  # of the op, in its order
@@ -60,3 +63,24 @@ CASES = [
     Case("grouped-fp16", 1, 1024, "grouped", 64, 64, 4, dtype=torch.float16),
     Case("odd-widths", 1, 1031, "grouped", 48, 48, 4),
 ]
+
+
+def mix_and_check(case: Case, device: str) -> None:
+    """The kernel that convolves b and c, by itself; it leaves x's room alone."""
+    given = case.inputs(device)
+    raw, weight, bias = (given[name] for name in ("xbc", "weight", "bias"))
+    mixed = torch.full(raw.shape, torch.nan, dtype=case.dtype, device=device)
+    last_inputs = torch.full((case.B, *weight.shape), torch.nan, dtype=case.dtype, device=device)
+    x, b, c = convolved.split(mixed, case.dims)
+    call = cuda_chunk._Call(None, False, None, x, given["dt"], given["a"], b, c, *[None] * 4, True, None, False)
+    of = call.mixed(cuda_chunk.Mixing(raw, weight, bias, mixed, last_inputs))
+    call.native.mix(call.kernel("mix"), of)
+
+    first = x.shape[2] * case.V
+    wide = [None if t is None else t.double() for t in (raw, weight, bias)]
+    exact, inputs = causal_conv1d(*wide, None, None, "silu")
+    assert mixed[..., :first].isnan().all()
+    found, exact = mixed[..., first:], exact[..., first:]
+    rounded = relative_error(exact.to(case.dtype), exact)
+    assert relative_error(found, exact) <= 1.01 * rounded, f"{relative_error(found, exact):.3e}, rounded {rounded:.3e}"
+    assert torch.equal(last_inputs.double(), inputs)

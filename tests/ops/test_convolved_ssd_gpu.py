@@ -7,7 +7,7 @@ import torch
 
 from hylo_ops.ssd import convolved, cuda_chunk
 from hylo_ops.testing import cast, gradients, relative_error
-from tests.ops.convolved_ssd_cases import CASES, Case
+from tests.ops.convolved_ssd_cases import CASES, Case, mix_and_check
 
 pytestmark = [
     pytest.mark.gpu,
@@ -50,6 +50,11 @@ def test_gradients(case):
     for name in wanted:
         no_further(found[name], composed[name], exact[name], name)
         assert torch.equal(found[name], again[name]), name
+
+
+@by_case
+def test_b_and_c_alone(case):
+    mix_and_check(case, "cuda")
 
 
 def test_what_is_fused_by_itself(monkeypatch):

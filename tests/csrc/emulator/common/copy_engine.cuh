@@ -80,7 +80,10 @@ struct EmulatedMap {
   int box[4];
 };
 
-inline void emulated_copy_box(unsigned char* shared, Word address, const EmulatedMap& map, const int (&from)[4]) {
+// Calls f(where it is in the tensor, whether that exists, distance in the box without the permutation) for each number of
+// a box.
+template <class F>
+void emulated_each_number(const EmulatedMap& map, const int (&from)[4], const F& f) {
   const int rows = map.box[1] * map.box[2] * map.box[3];
   for (int row = 0; row < rows; ++row) {
     const long long at[3] = {from[1] + row % map.box[1], from[2] + row / map.box[1] % map.box[2],
@@ -93,11 +96,17 @@ inline void emulated_copy_box(unsigned char* shared, Word address, const Emulate
     }
     for (int column = 0; column < map.box[0]; ++column) {
       const bool inside = exists && from[0] + column < map.sizes[0];
-      const unsigned short value = inside ? map.tensor[offset + from[0] + column] : 0;
-      const Word to = address + row * 128 + column * 2;
-      memcpy(shared + (to ^ (to >> 7 & 7) << 4), &value, 2);
+      f(offset + from[0] + column, inside, static_cast<Word>(row * 128 + column * 2));
     }
   }
+}
+
+inline void emulated_copy_box(unsigned char* shared, Word address, const EmulatedMap& map, const int (&from)[4]) {
+  emulated_each_number(map, from, [&](long long at, bool exists, Word offset) {
+    const unsigned short value = exists ? map.tensor[at] : 0;
+    const Word to = address + offset;
+    memcpy(shared + (to ^ (to >> 7 & 7) << 4), &value, 2);
+  });
 }
 
 inline void copy_box(void* shared, const TensorMap& map, Barrier& done, int x, int y, int z, int w) {
@@ -111,6 +120,22 @@ inline void copy_box(void* shared, const TensorMap& map, Barrier& done, int x, i
   };
   emulated_reverse ? done.later(run) : run();
 }
+
+// The other way, at once: what lies past the tensor's end is left out.
+inline void copy_box_out(const TensorMap& map, const void* shared, int x, int y, int z, int w) {
+  EmulatedMap seen;
+  memcpy(&seen, &map, sizeof(seen));
+  const Word address = shared_address(shared);
+  const int from[4] = {x, y, z, w};
+  emulated_each_number(seen, from, [&](long long at, bool exists, Word offset) {
+    const Word place = address + offset;
+    const void* const number = emulated_dynamic_shared(-1) + (place ^ (place >> 7 & 7) << 4);
+    if (exists) memcpy(const_cast<unsigned short*>(seen.tensor) + at, number, 2);
+  });
+}
+inline void commit_copies_out() {}
+template <int kUnderWay>
+void await_copies_out() {}
 
 // Lane 8 i + n gives the address of row n of matrix i; a transposed row is a column of the registers.
 template <int kCount>

@@ -53,6 +53,13 @@ Word pack(float low, float high) {
   from_float(both.high, high);
   return same_bits<Word>(both);
 }
+template <class T>
+void unpack(Word packed, float& low, float& high) {
+  T both[2];
+  memcpy(both, &packed, sizeof(both));
+  low = to_float(both[0]);
+  high = to_float(both[1]);
+}
 template <class T, int kSize>
 void pack_operand(Word (&a)[4], const float (&d)[kSize], int i) {
   for (int r = 0; r < 4; ++r) a[r] = pack<T>(d[8 * i + 2 * r], d[8 * i + 2 * r + 1]);

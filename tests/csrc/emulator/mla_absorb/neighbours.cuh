@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/copy_engine.cuh"
+#include "common/fast_math.cuh"
 #include "common/global_access.cuh"
 
 namespace hylo {
@@ -10,7 +11,6 @@ namespace hylo {
 constexpr unsigned kAllLanes = 0xffffffffu;
 inline int lane() { return threadIdx.x & 31; }
 inline int uniform(int value) { return __shfl_sync(kAllLanes, value, 0); }
-inline float exp2_fast(float x) { return exp2f(x); }
 
 }  // namespace hylo
 
