@@ -333,8 +333,8 @@ __device__ __forceinline__ void pass(const PassParams& all, unsigned char* share
   const Params& p = all.common;
   constexpr int kChains = chains(kK), kHelpers = helpers(kPass);
   constexpr bool kSplit = kChains + kHelpers > 1;  // whether registers are dealt out anew
-  static_assert(kChains * chain_registers(kPass, kK) + kHelpers * helper_registers(kPass) + loader_registers(kPass) <= all_registers(kPass),
-                "warpgroups would wait forever for registers that none gives back");
+  constexpr int kRegisters = kChains * chain_registers(kPass, kK) + kHelpers * helper_registers(kPass) + loader_registers(kPass);
+  static_assert(kRegisters <= all_registers(kPass), "warpgroups would wait forever for registers that none gives back");
   __shared__ Ring ring;
   using Block = PassBlock<T, kPass, kK>;
   if (threadIdx.x < 32) {
@@ -344,7 +344,9 @@ __device__ __forceinline__ void pass(const PassParams& all, unsigned char* share
       ring.segment = segment;
       for (Handover& stage : ring.stages) stage.init(1 + 32 * kChains, 128 * (kChains + kHelpers));
       for (Handover& weights : ring.weights) weights.init(128, 128);
-      for (auto& stage : ring.mixed) stage[0].init(128), stage[1].init(128);
+      if constexpr (kPass == kMixedEnds) {
+        for (auto& stage : ring.mixed) stage[0].init(128), stage[1].init(128);
+      }
       fence_barrier_init();
     }
   }
