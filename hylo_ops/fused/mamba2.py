@@ -11,12 +11,12 @@ from hylo_ops.backend import Backend
 from hylo_ops.causal_conv1d import reference as convolution
 from hylo_ops.causal_conv1d.op import recurrent_causal_conv1d
 from hylo_ops.common.sequences import working_dtype
+from hylo_ops.fused.convolved_ssd import convolved_ssd, split
 from hylo_ops.gated_rms_norm import reference as norm
 from hylo_ops.gated_rms_norm.op import gated_rms_norm
 from hylo_ops.library import define_op, may_skip_dispatcher, reference_backend
 from hylo_ops.ssd import cuda_mamba2
 from hylo_ops.ssd import reference as ssd
-from hylo_ops.ssd.convolved import convolved_ssd, split
 from hylo_ops.ssd.op import recurrent_ssd
 
 _WIDTHS = (2, 3, 4)

@@ -19,6 +19,7 @@ from tests.csrc.emulator.run_ssd_step import spec_of
 from tests.ops.ssd_step_cases import Case, Mamba2Case
 
 NVRTC_REASON = cubin.why_not_nvrtc()
+NVCC = shutil.which("nvcc")
 needs_nvrtc = pytest.mark.skipif(NVRTC_REASON is not None, reason=f"cannot compile here: {NVRTC_REASON}")
 
 
@@ -39,6 +40,11 @@ WIDEST = [
 BACKWARD = [Spec(s.stem, s.defines, "backward") for s in LISTED]
 OTHER_BACKWARD = [Spec(s.stem, s.defines, "backward") for s in OTHERS + WIDEST]
 OTHER_BACKWARD += [spec(2048, 8, "bf16", "fp32", "backward"), spec(8192, 8, "bf16", "fp32", "backward")]
+
+
+def for_nvrtc(listed: list[Spec]) -> list[Spec]:
+    """Of what nvcc compiles for the build, and a test finds without spills, bf16's; all where there is no nvcc."""
+    return [s for s in listed if NVCC is None or ("T", "bf16") in s.defines]
 
 
 @cache
@@ -122,6 +128,7 @@ SSD_KERNELS = {
     "backward": ["bwd_kernel_states", "bwd_kernel_vectors"],
     "gradients": ["bwd_kernel_gradients"],
 }
+SSD_MIXING = ["fwd_kernel_mix", "fwd_kernel_mixed_ends"]  # of states up to 128 wide
 SSD_CHUNKED = [cuda_chunk.spec(dtype, width, None, "kernel") for dtype in HALVES for width in (64, 128, 256)]
 SSD_CHUNKED += [cuda_chunk.spec(dtype, width, None, "backward") for dtype in HALVES for width in (64, 128)]
 SSD_CHUNKED += [
@@ -222,7 +229,7 @@ def check_chunked(spec: Spec, code: bytes, folder: Path) -> None:
 
 
 @needs_nvrtc
-@pytest.mark.parametrize("listed", CHUNKED, ids=lambda s: s.file_name("nvrtc"))
+@pytest.mark.parametrize("listed", for_nvrtc(CHUNKED), ids=lambda s: s.file_name("nvrtc"))
 def test_nvrtc_compiles_gated_delta_rule(listed, tmp_path):
     check_chunked(listed, cubin.compile_nvrtc(listed), tmp_path)
 
@@ -240,15 +247,20 @@ def test_nvrtc_compiles_gated_delta_rule_in_fp32(listed, tmp_path):
     check_fp32(listed, cubin.compile_nvrtc(listed), tmp_path)
 
 
-@needs_nvrtc
-@pytest.mark.parametrize("listed", STEPS + OTHER_STEPS, ids=lambda s: s.file_name("nvrtc"))
-def test_nvrtc_compiles_the_decode_step(listed, tmp_path):
-    used = resources(cubin.compile_nvrtc(listed), tmp_path, "gated_delta_rule_fwd_kernel_step")
+def check_step(code: bytes, folder: Path) -> None:
+    used = resources(code, folder, "gated_delta_rule_fwd_kernel_step")
     assert used["STACK"] == used["LOCAL"] == 0
 
 
+@needs_nvrtc
+@pytest.mark.parametrize("listed", for_nvrtc(STEPS) + OTHER_STEPS, ids=lambda s: s.file_name("nvrtc"))
+def test_nvrtc_compiles_the_decode_step(listed, tmp_path):
+    check_step(cubin.compile_nvrtc(listed), tmp_path)
+
+
 def check_ssd_chunked(spec: Spec, code: bytes, folder: Path) -> None:
-    for kernel in SSD_KERNELS[spec.unit]:
+    mixing = SSD_MIXING if spec.unit == "kernel" and dict(spec.defines)["K"] <= 128 else []
+    for kernel in SSD_KERNELS[spec.unit] + mixing:
         used = resources(code, folder, f"ssd_{kernel}")
         # Of the gradients at V = K = 128, a word for each set of heads: where the next one ends.
         assert used["STACK"] <= (8 if kernel == "bwd_kernel_gradients" and ("K", 128) in spec.defines else 0), kernel
@@ -262,7 +274,7 @@ def test_nvrtc_compiles_the_chunked_kernels_of_ssd(unit, tmp_path):
     check_ssd_chunked(listed, cubin.compile_nvrtc(listed), tmp_path)
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed, so no cubin is packaged")
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not installed, so no cubin is packaged")
 def test_the_build_packaged_the_chunked_kernels_of_ssd(tmp_path):
     packaged = cubin.packaged_path(SSD_CHUNKED[0]).parent
     for unit in SSD_KERNELS:
@@ -286,7 +298,7 @@ def test_nvrtc_compiles_the_plain_kernels_of_ssd(unit, tmp_path):
     check_ssd_plain(listed, cubin.compile_nvrtc(listed), tmp_path)
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed, so no cubin is packaged")
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not installed, so no cubin is packaged")
 def test_the_build_packaged_the_plain_kernels_of_ssd(tmp_path):
     packaged = cubin.packaged_path(SSD_PLAIN[0]).parent
     assert {f.name for f in packaged.glob("ssd-plain_*")} == {cubin.packaged_path(s).name for s in SSD_PLAIN}
@@ -301,7 +313,7 @@ def check_ssd_step(spec: Spec, code: bytes, folder: Path) -> None:
     assert used["REG"] <= (64 if of_block else 96)  # 32 warps on a multiprocessor, or 20
 
 
-NVRTC_STEPS = [s for s in SSD_STEPS + MAMBA2_STEPS if ("T", "bf16") in s.defines] + OTHER_SSD_STEPS + OTHER_MAMBA2_STEPS
+NVRTC_STEPS = for_nvrtc(SSD_STEPS + MAMBA2_STEPS) + OTHER_SSD_STEPS + OTHER_MAMBA2_STEPS
 
 
 @needs_nvrtc
@@ -323,7 +335,7 @@ def test_published_models_ask_for_listed_steps(block, state_dtype, B):
         assert spec_of(case, x) in SSD_STEPS + MAMBA2_STEPS
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed, so no cubin is packaged")
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not installed, so no cubin is packaged")
 def test_the_build_packaged_the_decode_steps_of_ssd(tmp_path):
     packaged = cubin.packaged_path(SSD_STEPS[0]).parent
     for unit, listed in (("step", SSD_STEPS), ("mamba2_step", MAMBA2_STEPS)):
@@ -344,7 +356,7 @@ def test_nvrtc_compiles_mla_absorb(listed, tmp_path):
     check_mla_absorb(cubin.compile_nvrtc(listed), tmp_path)
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed, so no cubin is packaged")
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not installed, so no cubin is packaged")
 def test_the_build_packaged_mla_absorb(tmp_path):
     packaged = cubin.packaged_path(MLA_ABSORB[0]).parent
     assert {f.name for f in packaged.glob("mla_absorb-*")} == {cubin.packaged_path(s).name for s in MLA_ABSORB}
@@ -364,7 +376,7 @@ def test_nvrtc_compiles_mla_step(tmp_path):
     check_mla_step(cubin.compile_nvrtc(cuda_mla.spec("fp16", 128, 576)), tmp_path)
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed, so no cubin is packaged")
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not installed, so no cubin is packaged")
 def test_the_build_packaged_mla_step(tmp_path):
     packaged = cubin.packaged_path(MLA_STEP[0]).parent
     assert {f.name for f in packaged.glob("mla_step-*")} == {cubin.packaged_path(s).name for s in MLA_STEP}
@@ -372,7 +384,7 @@ def test_the_build_packaged_mla_step(tmp_path):
         check_mla_step(cubin.packaged_path(spec).read_bytes(), tmp_path)
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed, so no cubin is packaged")
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not installed, so no cubin is packaged")
 def test_the_build_packaged_gated_delta_rule(tmp_path):
     listed = CHUNKED + FP32_CHUNKED + STEPS
     packaged = cubin.packaged_path(listed[0]).parent
@@ -381,6 +393,8 @@ def test_the_build_packaged_gated_delta_rule(tmp_path):
         check_chunked(spec, cubin.packaged_path(spec).read_bytes(), tmp_path)
     for spec in FP32_CHUNKED:
         check_fp32(spec, cubin.packaged_path(spec).read_bytes(), tmp_path)
+    for spec in STEPS:
+        check_step(cubin.packaged_path(spec).read_bytes(), tmp_path)
 
 
 @needs_nvrtc
@@ -416,7 +430,7 @@ def test_wider_rows_do_not_compile():
         cubin.compile_nvrtc(spec(MAX_WIDTH + 8, 8, "bf16", "bf16"))
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed, so no cubin is packaged")
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not installed, so no cubin is packaged")
 def test_the_list_here_is_the_builds(tmp_path):
     packaged = cubin.packaged_path(LISTED[0]).parent
     assert {f.name for f in packaged.glob("gated_rms_norm-*")} == {
@@ -426,7 +440,7 @@ def test_the_list_here_is_the_builds(tmp_path):
         check_backward(spec, cubin.packaged_path(spec).read_bytes(), tmp_path)
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed, so no cubin is packaged")
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not installed, so no cubin is packaged")
 @pytest.mark.parametrize("listed", LISTED, ids=lambda s: s.file_name("packaged"))
 def test_the_build_packaged_the_list(listed, tmp_path):
     """Of the present sources: CMake and Python agree on the hash in the file name."""

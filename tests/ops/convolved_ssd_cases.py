@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from hylo_ops.causal_conv1d.reference import causal_conv1d
-from hylo_ops.ssd import convolved, cuda_chunk
+from hylo_ops.fused import convolved_ssd
+from hylo_ops.ssd import cuda_chunk
 from hylo_ops.testing import relative_error
 from tests.ops.ssd_cases import HEADS, make
 
@@ -71,7 +72,7 @@ def mix_and_check(case: Case, device: str) -> None:
     raw, weight, bias = (given[name] for name in ("xbc", "weight", "bias"))
     mixed = torch.full(raw.shape, torch.nan, dtype=case.dtype, device=device)
     last_inputs = torch.full((case.B, *weight.shape), torch.nan, dtype=case.dtype, device=device)
-    x, b, c = convolved.split(mixed, case.dims)
+    x, b, c = convolved_ssd.split(mixed, case.dims)
     call = cuda_chunk._Call(None, False, None, x, given["dt"], given["a"], b, c, *[None] * 4, True, None, False)
     of = call.mixed(cuda_chunk.Mixing(raw, weight, bias, mixed, last_inputs))
     call.native.mix(call.kernel("mix"), of)

@@ -5,7 +5,8 @@ from functools import partial
 import pytest
 import torch
 
-from hylo_ops.ssd import convolved, cuda_chunk
+from hylo_ops.fused import convolved_ssd
+from hylo_ops.ssd import cuda_chunk
 from hylo_ops.testing import cast, gradients, relative_error
 from tests.ops.convolved_ssd_cases import CASES, Case, mix_and_check
 
@@ -19,7 +20,7 @@ by_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 def call(backend, dims, xbc, weight, bias, dt, a, **others):
     options = {"dt_softplus": True, "dt_limit": None, "cu_seqlens": None}
-    return convolved.convolved_ssd(xbc, weight, bias, dt, a, dims, **options | others, backend=backend)
+    return convolved_ssd.convolved_ssd(xbc, weight, bias, dt, a, dims, **options | others, backend=backend)
 
 
 def no_further(found, composed, exact, name):

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from hylo_ops import causal_conv1d, chunk_ssd, recurrent_ssd
+from hylo_ops.fused.convolved_ssd import convolved_ssd, split
 from hylo_ops.ssd import cuda, cuda_chunk, triton
-from hylo_ops.ssd.convolved import convolved_ssd, split
 from hylo_ops.testing import cast, gradients, relative_error
 from tests.ops import ssd_plain_cases
 from tests.ops.ssd_cases import GATES, HEADS, WIDTHS, make
