@@ -17,6 +17,7 @@ from hylo_ops.library import able_backward, define_op
 from hylo_ops.ssd import cuda, cuda_chunk, cuda_inputs
 from hylo_ops.ssd.op import CHUNK_BACKENDS, check_chunk, fake_chunk, saves_states
 
+_CONV_BACKWARD, _CHUNK_BACKWARD = able_backward(CONV_BACKENDS), able_backward(CHUNK_BACKENDS)
 _CONVOLUTION = ("xbc", "weight", "bias", "conv_state")
 _SCAN = ("dt", "a", "d", "dt_bias", "initial_state")
 _DIFFERENTIABLE = ("xbc", "weight", "bias", "dt", "a", "d", "dt_bias", "conv_state", "initial_state")
@@ -128,7 +129,7 @@ def _composed_backward(requested: str | None) -> Callable[..., list[Tensor]]:
         given, (mixed, states) = _Inputs(*inputs), saved
         d_mixed, of_scan = _scan_backward(grads[:2], states, mixed, given, requested)
         of_convolution = given.of_convolution()
-        convolve = choose("causal_conv1d_backward", able_backward(CONV_BACKENDS), requested, of_convolution)
+        convolve = choose("causal_conv1d_backward", _CONV_BACKWARD, requested, of_convolution)
         assert convolve.backward is not None
         found = given.by_name(_CONVOLUTION, convolve.backward([d_mixed, grads[2]], *of_convolution.values()))
         found |= given.by_name(_SCAN, of_scan)
@@ -142,7 +143,7 @@ def _scan_backward(
 ) -> tuple[Tensor, list[Tensor]]:
     """The gradient of what the convolution made, and those of `_SCAN`."""
     of_scan = given.of_scan(mixed)
-    scan = choose("chunk_ssd_backward", able_backward(CHUNK_BACKENDS), requested, of_scan)
+    scan = choose("chunk_ssd_backward", _CHUNK_BACKWARD, requested, of_scan)
     d_mixed = torch.empty_like(mixed)
     room = split(d_mixed, given.dims)
     if scan.name == "cuda":

@@ -131,7 +131,7 @@ class _Call:
             totals[direction] = x.new_empty((sizes.N, self.pieces, sizes.H), dtype=torch.float32)
         initial_state = None if initial_state is None else initial_state.float().contiguous()
         bounds = None if cu_seqlens is None else cu_seqlens.int().contiguous()
-        self.kept = totals, bounds, initial_state  # until the last launch
+        self.kept: tuple[Any, ...] = totals, bounds, initial_state  # until the last launch
         least, greatest = (-math.inf, math.inf) if dt_limit is None else dt_limit
         self.native = cubin.native().SsdChunkCall(
             [t.data_ptr() for t in (x, b, c)],
@@ -172,6 +172,7 @@ class _Call:
     def mixed(self, mixing: Mixing) -> Any:
         """What the launchers want to know of it."""
         raw, weight = mixing.raw, mixing.weight.contiguous()
+        self.kept = *self.kept, weight
         return cubin.native().SsdMixed(
             *(t.data_ptr() for t in (raw, mixing.mixed, mixing.last_inputs)),
             *raw.stride()[:2],
