@@ -119,7 +119,8 @@ def _define_backward(
         ctx.save_for_backward(*left, *(value for value in inputs if isinstance(value, Tensor)))
 
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        left, kept = ctx.saved_tensors[:saved], iter(ctx.saved_tensors[saved:])
+        tensors = ctx.saved_tensors  # once: activation checkpointing hands them out once
+        left, kept = tensors[:saved], iter(tensors[saved:])
         inputs = [next(kept) if is_tensor else other for is_tensor, other in zip(ctx.tensors, ctx.others, strict=True)]
         given: list[Any] = [list(grads)]
         if saved:

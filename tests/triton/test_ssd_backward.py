@@ -26,8 +26,9 @@ def backward(inputs, do, d_final_state, cu_seqlens=None, dt_softplus=True, dt_li
     """The bare op, with gradients of the outputs as they are given."""
     arguments = [inputs[name] for name in ALL]
     given = [name for name in ALL if inputs[name] is not None]
-    options = cu_seqlens, dt_softplus, dt_limit, True, backend
-    found = torch.ops.hylo_ops.chunk_ssd_backward([do, d_final_state], *arguments, *options)
+    options = cu_seqlens, dt_softplus, dt_limit, True, False, backend
+    saved = torch.empty(0)  # no states
+    found = torch.ops.hylo_ops.chunk_ssd_backward([do, d_final_state], [saved], *arguments, *options)
     return dict(zip(given, found, strict=True))
 
 
