@@ -5,6 +5,7 @@ from hylo_ops.causal_conv1d.op import causal_conv1d, recurrent_causal_conv1d
 from hylo_ops.gated_delta_rule.op import chunk_gated_delta_rule, recurrent_gated_delta_rule
 from hylo_ops.gated_rms_norm.op import gated_rms_norm
 from hylo_ops.mla_absorb.op import mla_absorb
+from hylo_ops.mla_prefill.op import mla_prefill
 from hylo_ops.ssd.op import chunk_ssd, recurrent_ssd
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "fused",
     "gated_rms_norm",
     "mla_absorb",
+    "mla_prefill",
     "recurrent_causal_conv1d",
     "recurrent_gated_delta_rule",
     "recurrent_ssd",

@@ -66,7 +66,7 @@ def state_pool(state: Tensor, state_indices: Tensor | None, batch: int) -> None:
 
 def latent_cache(
     kv_cache: Tensor,
-    cache_seqlens: Tensor,
+    cache_seqlens: Tensor | None,
     cache_starts: Tensor | None,
     block_table: Tensor | None,
     batch: int,
