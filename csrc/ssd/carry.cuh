@@ -1,5 +1,5 @@
-// From what each piece of a sequence adds to the state alone to what it begins with, in place; and where a sequence ends. Back, the
-// same of the gradients of the states.
+// From what each piece of a sequence adds to the state alone to what it begins with, in place; and where a sequence ends.
+// Back, the same of the gradients of the states.
 #pragma once
 
 #include "common/chunks.cuh"

@@ -6,6 +6,7 @@
 
 #include "common/chunks.cuh"
 #include "common/dtype.cuh"
+#include "common/global_access.cuh"
 #include "common/scalar.cuh"
 #include "ssd/params.h"
 #include "ssd/traits.cuh"
@@ -52,8 +53,8 @@ class Gates {
 
   // Fetches them into the second cache, for a load later on.
   __device__ __forceinline__ void prefetch(int chunk) const {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(place(chunk, 0)));
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(place(chunk, 1)));
+    hylo::prefetch(place(chunk, 0));
+    hylo::prefetch(place(chunk, 1));
   }
 
   // With its bias.

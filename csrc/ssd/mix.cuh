@@ -19,7 +19,7 @@ namespace hylo::ssd {
 // weight; a column past the tile's own gets that of another channel and is not stored. The code is short, for the
 // instructions that a block begins with come from far away.
 __device__ __forceinline__ void load_weights(const Mixing& mixing, int first, int last, float* to, int thread) {
-  constexpr int kEach = (kMixWeights + 127) / 128;
+  constexpr int kEach = ceil_div(kMixWeights, 128);
   const int missing = kTaps - mixing.taps;  // fewer taps are the newest tokens'
   Word loaded[kEach] = {};
 #pragma unroll

@@ -35,7 +35,7 @@ __device__ __forceinline__ Segment segment_of(const Params& p, int row) {
   const int segments = segments_of(p);
   segment.sequence = sequence_at(p, row / segments);
   segment.index = row % segments;
-  const int chunks = chunks_of(segment.sequence.tokens), each = p.merged * ((chunks + p.pieces - 1) / p.pieces);
+  const int chunks = chunks_of(segment.sequence.tokens), each = p.merged * ceil_div(chunks, p.pieces);
   const int begin = segment.index * each, end = begin + each;
   segment.begin = begin < chunks ? begin : chunks;
   segment.end = end < chunks ? end : chunks;
@@ -333,8 +333,9 @@ __device__ __forceinline__ void pass(const PassParams& all, unsigned char* share
   const Params& p = all.common;
   constexpr int kChains = chains(kK), kHelpers = helpers(kPass);
   constexpr bool kSplit = kChains + kHelpers > 1;  // whether registers are dealt out anew
-  constexpr int kRegisters = kChains * chain_registers(kPass, kK) + kHelpers * helper_registers(kPass) + loader_registers(kPass);
-  static_assert(kRegisters <= all_registers(kPass), "warpgroups would wait forever for registers that none gives back");
+  constexpr int kOfChains = kChains * chain_registers(kPass, kK), kOfHelpers = kHelpers * helper_registers(kPass);
+  static_assert(kOfChains + kOfHelpers + loader_registers(kPass) <= all_registers(kPass),
+                "warpgroups would wait forever for registers that none gives back");
   __shared__ Ring ring;
   using Block = PassBlock<T, kPass, kK>;
   if (threadIdx.x < 32) {

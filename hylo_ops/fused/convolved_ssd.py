@@ -171,17 +171,17 @@ def _cuda(*inputs: Any) -> _Results:
 
 def _cuda_why_not(**named: Any) -> str | None:
     given = _Inputs(**named)
-    of_scan = given.of_scan(given.xbc)
+    channels = given.xbc.shape[2]
+    if 2 * given.x_heads * given.V < channels:  # first: a block made of grouped-query attention need not go further
+        return f"x has less than half of the {channels} channels: to convolve b and c alone takes as long"
+    if given.conv_state is not None:
+        return "there are inputs before the first token"
     for name, tensor in (("weight", given.weight), ("bias", given.bias)):
         if tensor is not None and tensor.dtype not in cuda_inputs.NUMBERS:
             return f"{name} is {tensor.dtype}"
+    of_scan = given.of_scan(given.xbc)
     if (reason := cuda_chunk.why_not(**of_scan)) is not None:
         return reason
-    if given.conv_state is not None:
-        return "there are inputs before the first token"
-    channels = given.xbc.shape[2]
-    if 2 * given.x_heads * given.V < channels:
-        return f"x has less than half of the {channels} channels: to convolve b and c alone takes as long"
     x, b, c = (of_scan[name] for name in ("x", "b", "c"))
     return cuda_chunk.mixing_why_not(x, given.dt, b, c, given.cu_seqlens, given.weight.shape[1])
 

@@ -1,9 +1,8 @@
 """The source of the chunked fp32 kernels and their launchers, run on the CPU by an emulated driver."""
 
 import pytest
-import torch
 
-from hylo_ops.cubin import Spec, native
+from hylo_ops.cubin import Spec
 from hylo_ops.gated_delta_rule import cuda_inputs
 from tests.csrc.emulator import build
 from tests.ops.gated_delta_rule_fp32_cases import CASES
@@ -11,11 +10,7 @@ from tests.ops.gated_delta_rule_fp32_cases import CASES
 
 @pytest.fixture(scope="module")
 def verdicts(tmp_path_factory):
-    if torch.cuda.is_available():
-        pytest.skip("a real driver is here: tests/ops/test_gated_delta_rule_gpu.py runs the kernels themselves")
-    if (reason := build.why_not()) is not None:
-        pytest.skip(reason)
-    native()
+    build.skip_where_it_cannot_run("tests/ops/test_gated_delta_rule_gpu.py")
     widths = sorted({cuda_inputs.width(case.K) for case in CASES})
     units = ("fp32_forward", "fp32_backward")
     specs = [Spec("gated_delta_rule", (("K", width),), unit) for width in widths for unit in units]

@@ -1,20 +1,15 @@
 """The CUDA kernels' source and their launchers, run on the CPU by an emulated driver: indexing, tails and algebra."""
 
 import pytest
-import torch
 
-from hylo_ops.cubin import Spec, native
+from hylo_ops.cubin import Spec
 from tests.csrc.emulator import build
 from tests.csrc.gated_rms_norm_cases import CASES, EMULATED_BACKWARD_CASES
 
 
 @pytest.fixture(scope="module")
 def verdicts(tmp_path_factory):
-    if torch.cuda.is_available():
-        pytest.skip("a real driver is here: test_gated_rms_norm_cuda.py runs the kernels themselves")
-    if (reason := build.why_not()) is not None:
-        pytest.skip(reason)
-    native()
+    build.skip_where_it_cannot_run("test_gated_rms_norm_cuda.py")
     specs = [Spec("gated_rms_norm", case.defines) for case in CASES if 0 not in case.shape]
     specs += [
         Spec("gated_rms_norm", case.defines, "backward") for case in EMULATED_BACKWARD_CASES if 0 not in case.shape

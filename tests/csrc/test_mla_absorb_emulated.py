@@ -14,11 +14,7 @@ from tests.ops.mla_absorb_cuda_cases import BENCHMARK, NAMES, Case, with_one_pag
 
 @pytest.fixture(scope="module")
 def verdicts(tmp_path_factory):
-    if torch.cuda.is_available():
-        pytest.skip("a real driver is here: tests/ops/test_mla_absorb_gpu.py runs the kernels themselves")
-    if (reason := build.why_not()) is not None:
-        pytest.skip(reason)
-    native()
+    build.skip_where_it_cannot_run("tests/ops/test_mla_absorb_gpu.py")
     return build.run("run_mla_absorb", specs(), tmp_path_factory.mktemp("emulated"))
 
 

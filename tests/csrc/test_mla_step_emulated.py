@@ -1,9 +1,7 @@
 """The decode step's kernels around those of latent attention, and their launchers, on the CPU by an emulated driver."""
 
 import pytest
-import torch
 
-from hylo_ops.cubin import native
 from tests.csrc.emulator import build
 from tests.csrc.emulator.run_mla_step import specs
 from tests.ops.mla_step_cases import EMULATED
@@ -11,11 +9,7 @@ from tests.ops.mla_step_cases import EMULATED
 
 @pytest.fixture(scope="module")
 def verdicts(tmp_path_factory):
-    if torch.cuda.is_available():
-        pytest.skip("a real driver is here: tests/ops/test_mla_step_gpu.py runs the kernels themselves")
-    if (reason := build.why_not()) is not None:
-        pytest.skip(reason)
-    native()
+    build.skip_where_it_cannot_run("tests/ops/test_mla_step_gpu.py")
     return build.run("run_mla_step", specs(), tmp_path_factory.mktemp("emulated"))
 
 

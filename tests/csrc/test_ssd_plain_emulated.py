@@ -1,9 +1,7 @@
 """The source of ssd's plain kernels and their launchers, run on the CPU by an emulated driver."""
 
 import pytest
-import torch
 
-from hylo_ops.cubin import native
 from hylo_ops.ssd import cuda_plain
 from tests.csrc.emulator import build
 from tests.ops.ssd_plain_cases import CASES
@@ -11,11 +9,7 @@ from tests.ops.ssd_plain_cases import CASES
 
 @pytest.fixture(scope="module")
 def verdicts(tmp_path_factory):
-    if torch.cuda.is_available():
-        pytest.skip("a real driver is here: tests/ops/test_ssd_gpu.py runs the kernels themselves")
-    if (reason := build.why_not()) is not None:
-        pytest.skip(reason)
-    native()
+    build.skip_where_it_cannot_run("tests/ops/test_ssd_gpu.py")
     specs = [
         cuda_plain.spec(dtype, f"plain_{way}") for dtype in ("fp32", "bf16", "fp16") for way in ("forward", "backward")
     ]

@@ -1,20 +1,14 @@
 """The decode kernels, clusters of blocks included, and their launchers, run on the CPU by an emulated driver."""
 
 import pytest
-import torch
 
-from hylo_ops.cubin import native
 from tests.csrc.emulator import build
 from tests.csrc.emulator.run_ssd_step import ALL, specs
 
 
 @pytest.fixture(scope="module")
 def verdicts(tmp_path_factory):
-    if torch.cuda.is_available():
-        pytest.skip("a real driver is here: tests/ops/test_ssd_step_gpu.py runs the kernels themselves")
-    if (reason := build.why_not()) is not None:
-        pytest.skip(reason)
-    native()
+    build.skip_where_it_cannot_run("tests/ops/test_ssd_step_gpu.py")
     return build.run("run_ssd_step", specs(), tmp_path_factory.mktemp("emulated"))
 
 

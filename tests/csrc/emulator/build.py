@@ -9,7 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from hylo_ops.cubin import Spec, cuda_include_dirs, source_dir
+import pytest
+import torch
+
+from hylo_ops.cubin import Spec, cuda_include_dirs, native, source_dir
 
 HERE = Path(__file__).parent
 HOST_HEADER = "crt/host_defines.h"
@@ -23,6 +26,16 @@ def why_not() -> str | None:
     except NotImplementedError as reason:
         return str(reason)
     return None if any((f / HOST_HEADER).exists() for f in folders) else f"no CUDA toolkit here has {HOST_HEADER}"
+
+
+def skip_where_it_cannot_run(on_a_gpu: str) -> None:
+    """Skips a test, with the reason, where there is a real driver, for which there is another file of tests, or no
+    compiler."""
+    if torch.cuda.is_available():
+        pytest.skip(f"a real driver is here: {on_a_gpu} runs the kernels themselves")
+    if (reason := why_not()) is not None:
+        pytest.skip(reason)
+    native()
 
 
 def header_dirs() -> list[Path]:
