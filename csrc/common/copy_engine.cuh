@@ -75,6 +75,13 @@ __device__ __forceinline__ void copy_box(void* shared, const TensorMap& map, Bar
       : "memory");
 }
 
+// Has a box come as far as the second cache; what of it lies outside the tensor stays away.
+__device__ __forceinline__ void prefetch_box(const TensorMap& map, int x, int y, int z, int w) {
+  asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global [%0, {%1, %2, %3, %4}];" ::"l"(&map), "r"(x), "r"(y), "r"(z),
+               "r"(w)
+               : "memory");
+}
+
 // Contiguous bytes; both addresses and the size are multiples of 16.
 __device__ __forceinline__ void copy_in(void* shared, const void* global, int bytes, Barrier& done) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(

@@ -30,6 +30,18 @@ __device__ __forceinline__ void prefetch(const void* address) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 }
 
+// A number as it is now, past the first cache: one that is still being written, and that will be read again.
+__device__ __forceinline__ int load_so_far(const int* address) {
+  int value;
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(address));
+  return value;
+}
+__device__ __forceinline__ long long load_so_far(const long long* address) {
+  long long value;
+  asm volatile("ld.relaxed.gpu.global.s64 %0, [%1];" : "=l"(value) : "l"(address));
+  return value;
+}
+
 // Makes the compiler take these words for new ones. It would keep what it once unpacked of them: twice the registers.
 __device__ __forceinline__ void forget_uses(Words& words) {
   asm volatile("" : "+r"(words.at[0]), "+r"(words.at[1]), "+r"(words.at[2]), "+r"(words.at[3]));

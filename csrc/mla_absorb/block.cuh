@@ -23,14 +23,22 @@ struct Shared {
   Total neighbours[kMaxCluster][kN];  // of the cluster's blocks, sent by them
 };
 
+// Lengths and tables: as they are while the kernel before may still write them, or as it left them.
+enum Moment { kSoFar, kFinal };
+
+template <Moment kAt>
 __device__ __forceinline__ long long integer(const Integers& of, long long i) {
   const long long at = i * of.stride;
-  return of.wide ? static_cast<const long long*>(of.data)[at] : static_cast<const int*>(of.data)[at];
+  const auto* const wide = static_cast<const long long*>(of.data);
+  const auto* const narrow = static_cast<const int*>(of.data);
+  if constexpr (kAt == kSoFar) return of.wide ? load_so_far(wide + at) : load_so_far(narrow + at);
+  return of.wide ? wide[at] : narrow[at];
 }
 
+template <Moment kAt>
 __device__ __forceinline__ Sequence sequence_at(const Params& p, int b) {
-  const long long start = p.starts.data == nullptr ? 0 : integer(p.starts, b);
-  return sequence_of(integer(p.lengths, b), start, p.capacity, p.fixed);
+  const long long start = p.starts.data == nullptr ? 0 : integer<kAt>(p.starts, b);
+  return sequence_of(integer<kAt>(p.lengths, b), start, p.capacity, p.fixed);
 }
 
 // Inclusive, over a warp.
@@ -52,7 +60,10 @@ __device__ __forceinline__ int count_before(int value, bool exists, int unit, in
   return before;
 }
 
-__device__ __forceinline__ int units_at(const Params& p, int b) { return b < p.batch ? sequence_at(p, b).units : 0; }
+template <Moment kAt>
+__device__ __forceinline__ int units_at(const Params& p, int b) {
+  return b < p.batch ? sequence_at<kAt>(p, b).units : 0;
+}
 
 // Over a warp.
 __device__ __forceinline__ Count count_of(int total, int most) {
@@ -64,28 +75,83 @@ __device__ __forceinline__ Run run_here(const Params& p, const Count& units) {
   return run_of(static_cast<int>(blockIdx.x) >> p.cluster_shift, share, units.total);
 }
 
-// The sequence that a run begins with, given the first of the 32 that it is one of, the units of the lane's one of
-// them, and those of all before.
-__device__ __forceinline__ void begin_with(Run& run, const Params& p, int first, int units, int passed) {
-  run.b = first + count_before(units, first + lane() < p.batch, run.unit, passed);
-  run.first_unit = passed;
+// Takes the sequence that a run begins with from the 32 that begin with `first`, given the units of the lane's one of
+// them; false where it is none of them. run.first_unit are the units of all before, and grow.
+__device__ __forceinline__ bool begin_with(Run& run, const Params& p, int first, int units) {
+  const int before = count_before(units, first + lane() < p.batch, run.unit, run.first_unit);
+  run.b = first + before;
+  return before < 32;
+}
+
+// What a block begins with: its first piece, and the run that goes on after it.
+struct First {
+  Run run;
+  Piece piece;
+};
+
+__device__ __forceinline__ First first_of(const Params& p, const Run& run, const Sequence& sequence) {
+  First first{run, {}};
+  if (run.unit < run.last) first.piece = take(first.run, sequence, p.cluster_shift, p.fixed);
+  return first;
+}
+
+// The tokens that count of up to kForeseen sequences, the lane's of each 32.
+struct Ends {
+  static constexpr int kSets = kForeseen / 32;
+  int start[kSets], end[kSets];
+};
+
+template <Moment kAt>
+__device__ __forceinline__ Ends ends_of_few(const Params& p) {
+  Ends ends{};
+#pragma unroll
+  for (int set = 0; set < Ends::kSets; ++set) {
+    if (32 * set + lane() >= p.batch) continue;
+    const Sequence sequence = sequence_at<kAt>(p, 32 * set + lane());
+    ends.start[set] = sequence.start;
+    ends.end[set] = sequence.end;
+  }
+  return ends;
+}
+
+// Whether they are the same, for all lanes.
+__device__ __forceinline__ bool same(const Ends& a, const Ends& b) {
+  int differs = 0;
+#pragma unroll
+  for (int set = 0; set < Ends::kSets; ++set) differs |= (a.start[set] ^ b.start[set]) | (a.end[set] ^ b.end[set]);
+  return __ballot_sync(kAllLanes, differs != 0) == 0;
 }
 
 // Each warp by itself.
-__device__ __forceinline__ Run find_run_of_few(const Params& p) {
-  const int units = units_at(p, lane());
-  Run run = run_here(p, count_of(units, units));
-  if (p.batch > 1) begin_with(run, p, 0, units, 0);
-  return run;
+__device__ __forceinline__ First first_of_few(const Params& p, const Ends& ends) {
+  int units[Ends::kSets], total = 0, most = 0;
+#pragma unroll
+  for (int set = 0; set < Ends::kSets; ++set) {
+    const bool exists = 32 * set + lane() < p.batch;
+    units[set] = exists ? sequence_of(ends.end[set], ends.start[set], p.capacity, p.fixed).units : 0;
+    total += units[set];
+    most = max(most, units[set]);
+  }
+  Run run = run_here(p, count_of(total, most));
+  int start = 0, end = 0;
+  bool found = false;
+#pragma unroll
+  for (int set = 0; set < Ends::kSets; ++set) {
+    if (found) continue;
+    found = begin_with(run, p, 32 * set, units[set]);
+    start = __shfl_sync(kAllLanes, ends.start[set], run.b % 32);
+    end = __shfl_sync(kAllLanes, ends.end[set], run.b % 32);
+  }
+  return first_of(p, run, sequence_of(end, start, p.capacity, p.fixed));
 }
 
 // All warps count, 32 sequences at a time, and one goes through the counts.
 template <int kN>
-__device__ __forceinline__ Run find_run_of_many(const Params& p, Shared<kN>& shared) {
+__device__ __forceinline__ First first_of_many(const Params& p, Shared<kN>& shared) {
   const int sets = ceil_div(p.batch, 32);
 #pragma unroll 1
   for (int set = threadIdx.x / 32; set < sets; set += kThreads / 32) {
-    const int units = units_at(p, 32 * set + lane());
+    const int units = units_at<kFinal>(p, 32 * set + lane());
     const Count count = count_of(units, units);
     if (lane() == 0) shared.units[set] = count;
   }
@@ -97,25 +163,27 @@ __device__ __forceinline__ Run find_run_of_many(const Params& p, Shared<kN>& sha
       count.most = max(count.most, shared.units[i].most);
     }
     Run run = run_here(p, count_of(count.total, count.most));
-    int passed = 0, set = 0;
+    int set = 0;
     for (int before = 32; before == 32 && set < sets; set += before) {
       const int i = set + lane();
-      before = count_before(i < sets ? shared.units[i].total : 0, i < sets, run.unit, passed);
+      before = count_before(i < sets ? shared.units[i].total : 0, i < sets, run.unit, run.first_unit);
     }
-    begin_with(run, p, 32 * set, units_at(p, 32 * set + lane()), passed);
+    begin_with(run, p, 32 * set, units_at<kFinal>(p, 32 * set + lane()));
     if (lane() == 0) shared.run = run;
   }
   __syncthreads();
-  return shared.run;
+  const Run run = shared.run;
+  return first_of(p, run, run.unit < run.last ? sequence_at<kFinal>(p, run.b) : Sequence{});
 }
 
-// Calls f(piece, its place among the cluster's) for each piece of the run.
+// Calls f(piece, its place among the cluster's) for each piece of the run, which has one at least.
 template <class F>
-__device__ __forceinline__ void each_piece(const Params& p, Run run, const F& f) {
+__device__ __forceinline__ void each_piece(const Params& p, First at, const F& f) {
 #pragma unroll 1
-  for (int i = 0; run.unit < run.last; ++i) {
-    const Sequence sequence = sequence_at(p, run.b);
-    f(take(run, sequence, p.cluster_shift, p.fixed), i);
+  for (int i = 0;; ++i) {
+    f(at.piece, i);
+    if (at.piece.ends) return;
+    at.piece = take(at.run, sequence_at<kFinal>(p, at.run.b), p.cluster_shift, p.fixed);
   }
 }
 

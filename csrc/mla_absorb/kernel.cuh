@@ -23,7 +23,7 @@ class Block {
         stages_(shared),
         queries_(stages_ + kRoom.stages * stage_size(kDims)),
         weights_(queries_ + kRoom.queries * queries_size(kDims)),
-        received_(weights_ + kGroups * weights_size(kDims)),
+        received_(weights_ + results_size(kDims, kRoom.merged)),
         shared_(*reinterpret_cast<Shared<kN>*>(shared + tiles_size(kDims))) {}
 
   __device__ __forceinline__ void run() const {
@@ -37,42 +37,63 @@ class Block {
     __syncthreads();
     const bool alone = cluster_size() == 1;
     if (!alone) cluster_arrive();
-    await_kernel_before();
-    prefetch_tables();
-    const Run run = p_.batch <= 32 ? find_run_of_few(p_) : find_run_of_many(p_, shared_);
-    if (run.unit >= run.last) {
+    const int group = uniform(threadIdx.x / 128), warp = uniform(threadIdx.x / 32 % 4);
+    CacheLoader<kR, kE, kN, kScaled> loader(p_, stages_, shared_);
+    const First first = begin(loader, group == kGroups && warp == kQueryWarps);
+    if (first.piece.pieces == 0) {  // there is none
       if (!alone) cluster_wait();
       return;
     }
-    const int group = uniform(threadIdx.x / 128);
     if (group < kGroups) {
       claim_registers<kAttendingRegisters>();
-      attend(run, group);
+      if (!alone) cluster_wait();
+      attend(first, group);
     } else {
       release_registers<kLoadingRegisters>();
-      const int warp = uniform(threadIdx.x / 32 % 4);
       if (warp == kQueryWarps) {
-        CacheLoader<kR, kE, kN, kScaled>(p_, stages_, shared_).run(run);
+        loader.run(first);
       } else {
-        QueryLoader<kR, kE, kN, merging_rounds(kDims)>(p_, warp, kRoom.queries, queries_, shared_).run(run);
+        QueryLoader<kR, kE, kN, merging_rounds(kDims)>(p_, warp, kRoom.queries, queries_, shared_).run(first);
       }
     }
   }
 
  private:
-  // The tables of few sequences, while their lengths are on the way: which part of them is needed is not known yet.
-  __device__ __forceinline__ void prefetch_tables() const {
-    constexpr int kLine = 128;
-    const int b = static_cast<int>(threadIdx.x / 32), at = kLine * lane(), size = p_.table.wide ? 8 : 4;
-    if (p_.table.data == nullptr || p_.batch > kThreads / 32 || b >= p_.batch || at >= p_.pages * size) return;
-    prefetch(static_cast<const char*>(p_.table.data) + p_.table.stride * b * size + at);
+  // What this block begins with. Of few sequences it is found while the kernel ahead still runs, from lengths that it
+  // may yet change, and what the loader will bring is asked for: once that kernel has ended it is enough to see whether
+  // they are the same.
+  template <class Loader>
+  __device__ __forceinline__ First begin(Loader& loader, bool loads) const {
+    fetch_parameters(p_);
+    if (p_.batch > kForeseen) {
+      await_kernel_before();
+      const First first = first_of_many(p_, shared_);
+      if (loads && first.piece.pieces > 0) loader.look_up_first(first.piece);
+      return first;
+    }
+    Ends ends = ends_of_few<kSoFar>(p_);
+    bool waits = true;
+#pragma unroll 1
+    while (true) {
+      const First first = first_of_few(p_, ends);
+      const bool loads_first = loads && first.piece.pieces > 0;
+      if (waits) {
+        if (loads_first) loader.look_ahead(first.piece);
+        await_kernel_before();
+        waits = false;
+      }
+      const Ends now = ends_of_few<kFinal>(p_);
+      if (loads_first) loader.look_up_first(first.piece);  // on its way while the lengths are
+      if (same(now, ends)) return first;
+      ends = now;
+    }
   }
 
-  __device__ __forceinline__ void attend(const Run& run, int group) const {
+  __device__ __forceinline__ void attend(const First& first, int group) const {
     Attention<T, kR, kE, kN, kScaled> attention(p_, group, weights_ + group * weights_size(kDims), shared_);
     Merger<T, kR, kE, kN, kScaled> merger(p_, group, weights_, received_, shared_);
     unsigned tiles = 0;  // of the block, so far
-    each_piece(p_, run, [&](const Piece& piece, int index) {
+    each_piece(p_, first, [&](const Piece& piece, int index) {
       const int buffer = uniform(index % kRoom.queries);
       Handover& queries = shared_.queries[buffer];
       const Turns turns = turns_here(p_, piece);
@@ -91,7 +112,7 @@ class Block {
       }
       tiles += turns.count;
       queries.empty.arrive();
-      merger.run(attention, piece);
+      merger.run(attention, piece, index == 0);
     });
   }
 

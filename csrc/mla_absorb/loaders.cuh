@@ -18,16 +18,33 @@ class CacheLoader {
   __device__ __forceinline__ CacheLoader(const Params& p, unsigned char* stages, Shared<kN>& shared)
       : p_(p), stages_(stages), shared_(shared), parts_shift_(6 - p.box_shift), tables_(32 >> parts_shift_) {}
 
-  __device__ __forceinline__ void run(const Run& run) {
-    each_piece(p_, run, [&](const Piece& piece, int) {
+  // What `piece` begins with, into the second cache while the kernel before still runs. It may be what that kernel is
+  // writing, the table too: then other rows are fetched, or these again.
+  __device__ __forceinline__ void look_ahead(const Piece& piece) const {
+    const Turns turns = turns_here(p_, piece);
+    const int page = look_up<kSoFar>(piece, turns, 0), tile = lane() >> parts_shift_;
+    const int token = token_of(p_, piece, turns, tile) + (part() << p_.box_shift);
+    if (tile >= least_of(turns.count, kTilesAhead) || !counts(piece, token)) return;
+#pragma unroll 1
+    for (int i = 0; i < key_tiles(kDims); ++i) prefetch_box(p_.cache, i * kTile, row_of(token), page, 0);
+  }
+
+  // The pages that `run` begins with.
+  __device__ __forceinline__ void look_up_first(const Piece& piece) {
+    first_pages_ = look_up<kFinal>(piece, turns_here(p_, piece), 0);
+  }
+
+  __device__ __forceinline__ void run(const First& first) {
+    each_piece(p_, first, [&](const Piece& piece, int index) {
       const Turns turns = turns_here(p_, piece);
-      int pages = look_up(piece, turns, 0), next_pages = look_up(piece, turns, tables_);
+      int pages = index == 0 ? first_pages_ : look_up<kFinal>(piece, turns, 0);
+      int next_pages = look_up<kFinal>(piece, turns, tables_);
 #pragma unroll 1
       for (int i = 0, at = 0; i < turns.count; ++i, ++at) {
         if (at == tables_) {
           at = 0;
           pages = next_pages;
-          next_pages = look_up(piece, turns, i + tables_);
+          next_pages = look_up<kFinal>(piece, turns, i + tables_);
         }
         load(piece, token_of(p_, piece, turns, i), pages, at << parts_shift_);
       }
@@ -37,13 +54,14 @@ class CacheLoader {
 
  private:
   // A page for each lane: of the parts of as many tiles as a warp has lanes for, from the i-th on.
+  template <Moment kAt>
   __device__ __forceinline__ int look_up(const Piece& piece, const Turns& turns, int i) const {
     if (p_.table.data == nullptr) return piece.b;
     if (i >= turns.count) return 0;
     const int tile = i + (lane() >> parts_shift_), token = token_of(p_, piece, turns, tile) + (part() << p_.box_shift);
     if (tile >= turns.count || !counts(piece, token)) return 0;
     const Integers row{table_row(piece.b), 1, p_.table.wide};
-    return static_cast<int>(integer(row, token / p_.by_page));
+    return static_cast<int>(integer<kAt>(row, token / p_.by_page));
   }
   // Of a tile, that is the lane's.
   __device__ __forceinline__ int part() const { return lane() & ((1 << parts_shift_) - 1); }
@@ -51,6 +69,11 @@ class CacheLoader {
     const long long at = p_.table.stride * b;
     if (p_.table.wide) return static_cast<const long long*>(p_.table.data) + at;
     return static_cast<const int*>(p_.table.data) + at;
+  }
+
+  // Of a token, in its page.
+  __device__ __forceinline__ int row_of(int token) const {
+    return p_.table.data == nullptr ? token : token - token / p_.by_page * p_.page;
   }
 
   // Whether any token of the box at `token` does.
@@ -70,12 +93,11 @@ class CacheLoader {
     __syncwarp();
     // 32 is a multiple of the parts: a lane has one of them all the time.
     const int page = __shfl_sync(kAllLanes, pages, first_lane + part());
-    const int row = p_.table.data == nullptr ? mine : mine - mine / p_.by_page * p_.page;
     unsigned char* const to = stages_ + at * stage_size(kDims) + (part() * 128 << p_.box_shift);
     if (!counts(piece, mine)) return;
 #pragma unroll 1
     for (int tile = lane() >> parts_shift_; tile < key_tiles(kDims); tile += 32 >> parts_shift_) {
-      copy_box(to + tile * kTileSize, p_.cache, stage.full, tile * kTile, row, page, 0);
+      copy_box(to + tile * kTileSize, p_.cache, stage.full, tile * kTile, row_of(mine), page, 0);
     }
   }
 
@@ -85,6 +107,7 @@ class CacheLoader {
   const int parts_shift_;  // log2 of the parts of a tile
   const int tables_;       // tiles whose pages are looked up at once
   unsigned loaded_ = 0;
+  int first_pages_ = 0;
 };
 
 // Warps that bring the query rows of sequences: latent | rope, in tiles of 64 columns; zeros past the last row.
@@ -95,8 +118,8 @@ class QueryLoader {
                                          Shared<kN>& shared)
       : p_(p), first_(32 * warp + lane()), buffers_(buffers), tiles_(tiles), shared_(shared) {}
 
-  __device__ __forceinline__ void run(const Run& run) const {
-    each_piece(p_, run, [&](const Piece& piece, int i) {
+  __device__ __forceinline__ void run(const First& first) const {
+    each_piece(p_, first, [&](const Piece& piece, int i) {
       const int at = i % buffers_, turn = i / buffers_;
       Handover& queries = shared_.queries[at];
       if (turn > 0) queries.empty.wait((turn - 1) & 1);

@@ -68,10 +68,10 @@ class Merger {
   static constexpr int kFours = kR / 4, kAll = kMerged * kFours;  // fours of latents, of a row and of a round
   static_assert(kN % kMerged == 0 && kMerged % 8 == 0, "rounds take whole blocks of an accumulator");
   static_assert(kAll % kMaxCluster == 0, "each block of a cluster has as many");
-  static_assert(kMerged * kTile * 4 <= kGroups * weights_size(kDims), "results take the place of weights");
 
-  // weights: of both warpgroups, which need them while they attend only. received: received_size bytes.
-  __device__ __forceinline__ Merger(const Params& p, int group, unsigned char* weights, unsigned char* received,
+  // results: results_size bytes, which nobody needs until all attending threads have left their totals. received:
+  // received_size bytes.
+  __device__ __forceinline__ Merger(const Params& p, int group, unsigned char* results, unsigned char* received,
                                     Shared<kN>& shared)
       : p_(p),
         group_(group),
@@ -79,14 +79,15 @@ class Merger {
         rank_(cluster_rank()),
         blocks_(cluster_size()),
         part_(kAll >> p.cluster_shift),
-        results_(reinterpret_cast<float*>(weights)),
+        results_(reinterpret_cast<float*>(results)),
         received_(reinterpret_cast<float4*>(received)),
         shared_(shared) {
     const int left = p.tokens * p.heads - static_cast<int>(blockIdx.y) * kN;
     rows_ = left < kN ? left : kN;
   }
 
-  __device__ __forceinline__ void run(Attending& attending, const Piece& piece) {
+  // is_first: of the run's pieces; the cluster's blocks have met already.
+  __device__ __forceinline__ void run(Attending& attending, const Piece& piece, bool is_first) {
     attending.leave_totals();
     sync_attending();
     float weights[kN / 4];
@@ -95,13 +96,10 @@ class Merger {
     if (thread_ < kN && blocks_ == 1) shared_.total[thread_] = block_total(thread_);
 #pragma unroll
     for (int round = 0; round < kRounds; ++round) {
-      if (blocks_ > 1) open(round);
-#pragma unroll
-      for (int tile = 0; tile < Attending::kWide; ++tile) {
-        put(attending, weights, round, tile);
-        pass_on(piece, round, tile);
-        sync_attending();  // the next ones, or weights, take their place
-      }
+      if (blocks_ > 1) open(round, is_first && round == 0);
+      put(attending, weights, round);
+      pass_on(piece, round);
+      sync_attending();  // the next ones, or weights, take their place
       if (blocks_ == 1) continue;
       shared_.mailbox.await(received_rounds_++ & 1);
       merge_blocks(piece, round);
@@ -130,33 +128,33 @@ class Merger {
     return {top_of_groups(n), __fadd_rn(sums[0], sums[1])};
   }
 
-  // Where the block's result is, of a query row of the round and a latent of the tile. Lanes that store meet no bank
-  // twice, and four latents lie side by side.
+  // Where the block's result is, of a query row of the round and a latent. Lanes that store meet no bank twice, and four
+  // latents lie side by side.
   __device__ __forceinline__ float* result(int n, int latent) const {
-    return results_ + n * kTile + (latent ^ (n / 2 % 4 * 8));
+    return results_ + n * (Attending::kWide * kTile) + (latent ^ (n / 2 % 4 * 8));
   }
 
-  // The warpgroups' sum for a round's query rows and a tile of latents. It is the same whichever of them had which
-  // tiles of tokens.
-  __device__ __forceinline__ void put(const Attending& attending, const float (&weights)[kN / 4], int round,
-                                      int tile) const {
-    if (group_ == 1) put<false>(attending, weights, round, tile);
+  // The warpgroups' sum for a round's query rows. It is the same whichever of them had which tiles of tokens.
+  __device__ __forceinline__ void put(const Attending& attending, const float (&weights)[kN / 4], int round) const {
+    if (group_ == 1) put<false>(attending, weights, round);
     sync_attending();
-    if (group_ == 0) put<true>(attending, weights, round, tile);
+    if (group_ == 0) put<true>(attending, weights, round);
     sync_attending();
   }
   template <bool kAdds>
-  __device__ __forceinline__ void put(const Attending& attending, const float (&weights)[kN / 4], int round,
-                                      int tile) const {
-    if (!attending.has_latents(tile)) return;
+  __device__ __forceinline__ void put(const Attending& attending, const float (&weights)[kN / 4], int round) const {
 #pragma unroll
-    for (int c = 0; c < kMerged / 4; ++c) {
-      const int all = round * (kMerged / 4) + c;
+    for (int tile = 0; tile < Attending::kWide; ++tile) {
+      if (!attending.has_latents(tile)) continue;
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        float* const to = result(Attending::column_of(c), attending.latent(0, r));
-        const float number = __fmul_rn(attending.o[tile][Attending::at(all, r)], weights[all]);
-        *to = kAdds ? __fadd_rn(number, *to) : number;
+      for (int c = 0; c < kMerged / 4; ++c) {
+        const int all = round * (kMerged / 4) + c;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          float* const to = result(Attending::column_of(c), attending.latent(tile, r));
+          const float number = __fmul_rn(attending.o[tile][Attending::at(all, r)], weights[all]);
+          *to = kAdds ? __fadd_rn(number, *to) : number;
+        }
       }
     }
   }
@@ -173,32 +171,30 @@ class Merger {
   }
 
   // Sends go out once all have read what came in the round before.
-  __device__ __forceinline__ void open(int round) const {
+  __device__ __forceinline__ void open(int round, bool have_met) const {
     if (thread_ == 0) {
       shared_.mailbox.expect(blocks_ * (fours_here(round) * 16 + (round == 0 ? rows_ * 8 : 0)));
     }
     __syncwarp();
-    cluster_wait();
+    if (!have_met) cluster_wait();
     for (int i = thread_; round == 0 && i < kN * blocks_; i += kAttending) {
       const int n = i >> p_.cluster_shift;
       if (n < rows_) shared_.mailbox.send(&shared_.neighbours[rank_][n], i & (blocks_ - 1), block_total(n));
     }
   }
 
-  // This block's results of a tile of latents, to the blocks of the cluster that merge them.
-  __device__ __forceinline__ void pass_on(const Piece& piece, int round, int tile) const {
-    constexpr int kEach = kTile / 4;
-    const int all = rows_of(round) * kEach;
-    for (int i = thread_; i < all; i += kAttending) {
-      const int n = i / kEach, latent = tile * kTile + i % kEach * 4;
-      if (kR % kTile != 0 && latent >= kR) continue;
-      const float4 numbers = *reinterpret_cast<const float4*>(result(n, i % kEach * 4));
+  // This block's results to the blocks of the cluster that merge them.
+  __device__ __forceinline__ void pass_on(const Piece& piece, int round) const {
+    const int all = rows_of(round) * kFours;
+    for (int four = thread_; four < all; four += kAttending) {
+      const int n = four / kFours, latent = four % kFours * 4;
+      const float4 numbers = *reinterpret_cast<const float4*>(result(n, latent));
       if (blocks_ == 1) {
         const Total total = shared_.total[round * kMerged + n];
         store(piece, round * kMerged + n, latent, {total.top, total.sum, numbers}, latent == 0);
         continue;
       }
-      const int four = n * kFours + latent / 4, to = (four << p_.cluster_shift) / kAll;
+      const int to = (four << p_.cluster_shift) / kAll;
       shared_.mailbox.send(received_ + rank_ * part_ + four - to * part_, to, numbers);
     }
   }
@@ -300,7 +296,7 @@ class Merger {
   const int part_;  // fours of a round that a block merges
   int rows_;        // of this tile
   int received_rounds_ = 0;
-  float* const results_;    // of a round and a tile of latents, [kMerged, kTile]
+  float* const results_;    // of a round, [kMerged, latents in whole tiles]
   float4* const received_;  // of this block's part, [blocks_, part_]
   Shared<kN>& shared_;
 };

@@ -21,6 +21,9 @@ constexpr int kMaxCluster = 16;
 constexpr int kSharedLimit = 227 * 1024;
 constexpr int kWantedStages = 4;
 
+// Of what comes before the kernel ahead has ended: the most sequences, and tiles of a block.
+constexpr int kForeseen = 128, kTilesAhead = 4;
+
 // Fixed split: a sequence is cut into so many pieces at most, and none is shorter but the last.
 constexpr int kFixedTiles = 32, kFixedUnits = 32;
 
@@ -47,6 +50,12 @@ HYLO_HOST_DEVICE constexpr int small_size(Dims d) { return 3456 + 208 * d.N; }
 // Of what a cluster's blocks send to one: parts of query rows, all of which come to so many rows.
 HYLO_HOST_DEVICE constexpr int received_size(Dims d, int rows) { return rows * d.R * 4; }
 
+// Of a block's own results, so many query rows of them. They take the place of weights, and more.
+HYLO_HOST_DEVICE constexpr int results_size(Dims d, int rows) {
+  const int weights = kGroups * weights_size(d), results = rows * tiles_of(d.R) * kTile * 4;
+  return results > weights ? results : weights;
+}
+
 // How shared memory is dealt out.
 struct Room {
   int stages;   // tiles of the cache, an even number: each warpgroup has its own
@@ -55,7 +64,7 @@ struct Room {
 };
 
 HYLO_HOST_DEVICE constexpr Room room_with(Dims d, int queries, int merged) {
-  const int others = queries * queries_size(d) + kGroups * weights_size(d) + received_size(d, merged);
+  const int others = queries * queries_size(d) + results_size(d, merged) + received_size(d, merged);
   const int left = kSharedLimit - small_size(d) - 1024 - others;
   const int fit = left < 0 ? 0 : left / stage_size(d) / kGroups * kGroups;
   return {fit < kMaxStages ? fit : kMaxStages, queries, merged};
@@ -77,7 +86,7 @@ HYLO_HOST_DEVICE constexpr Room room(Dims d) {
 
 HYLO_HOST_DEVICE constexpr int tiles_size(Dims d) {
   const Room r = room(d);
-  return r.stages * stage_size(d) + r.queries * queries_size(d) + kGroups * weights_size(d) +
+  return r.stages * stage_size(d) + r.queries * queries_size(d) + results_size(d, r.merged) +
          received_size(d, r.merged);
 }
 HYLO_HOST_DEVICE constexpr int shared_size(Dims d) { return tiles_size(d) + small_size(d) + 1024; }

@@ -20,6 +20,7 @@ inline Word shared_address(const void* pointer) {
 inline void fence_async() {}
 inline void fence_barrier_init() {}
 inline void prefetch_map(const TensorMap&) {}
+inline void prefetch_box(const TensorMap&, int, int, int, int) {}
 
 inline unsigned char* aligned(unsigned char* shared) { return shared + (-shared_address(shared) & 1023); }
 
