@@ -4,6 +4,7 @@ from hylo_ops import fused
 from hylo_ops.causal_conv1d.op import causal_conv1d, recurrent_causal_conv1d
 from hylo_ops.gated_delta_rule.op import chunk_gated_delta_rule, recurrent_gated_delta_rule
 from hylo_ops.gated_rms_norm.op import gated_rms_norm
+from hylo_ops.linear_kl.op import linear_cross_entropy, linear_kl
 from hylo_ops.mla_absorb.op import mla_absorb
 from hylo_ops.mla_prefill.op import mla_prefill
 from hylo_ops.ssd.op import chunk_ssd, recurrent_ssd
@@ -14,6 +15,8 @@ __all__ = [
     "chunk_ssd",
     "fused",
     "gated_rms_norm",
+    "linear_cross_entropy",
+    "linear_kl",
     "mla_absorb",
     "mla_prefill",
     "recurrent_causal_conv1d",
