@@ -140,7 +140,8 @@ def rows(student: Tensor, teacher: Tensor | None, terms: Terms, gradient: Tensor
     """`Rows` in eager PyTorch, in any float dtype."""
     losses, slope = student.new_zeros(len(student)), student.new_zeros(())
     if teacher is not None and terms.kl_shares is not None:
-        kl, slope = _kl(student / terms.temperature, teacher / terms.temperature, terms.reverse)
+        log_q, log_p = (_log_softmax(logits, terms.temperature) for logits in (student, teacher))
+        kl, slope = _kl(log_q, log_p, terms.reverse)
         losses = losses + terms.kl_shares * kl
         slope = slope.mul_((terms.kl_shares / terms.temperature)[:, None])
     if terms.targets is not None and terms.ce_shares is not None:
@@ -156,15 +157,18 @@ def rows(student: Tensor, teacher: Tensor | None, terms: Terms, gradient: Tensor
     return losses
 
 
-def _kl(student: Tensor, teacher: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
-    """KL [C] and its gradient [C, V] with respect to `student`, logits over the temperature."""
-    log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
-    q, p = log_q.exp(), log_p.exp()
-    ratio = log_q.sub_(log_p)
-    if not reverse:
-        return -(p * ratio).sum(-1), q.sub_(p)
-    kl = (q * ratio).sum(-1)
-    return kl, ratio.sub_(kl[:, None]).mul_(q)
+def _kl(log_q: Tensor, log_p: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
+    """KL [C] and its gradient [C, V] by the student's logits over the temperature; overwrites its inputs."""
+    if reverse:
+        q, ratio = log_q.exp(), log_q.sub_(log_p)
+        kl = (q * ratio).sum(-1)
+        return kl, ratio.sub_(kl[:, None]).mul_(q)
+    p, ratio = log_p.exp(), log_p.sub_(log_q)
+    return (p * ratio).sum(-1), log_q.exp_().sub_(p)
+
+
+def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    return (logits if temperature == 1 else logits / temperature).log_softmax(-1)
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
