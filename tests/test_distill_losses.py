@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +14,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hylo import HyloConfig, HyloForCausalLM
 from hylo.distill.layers import final_hidden
 from hylo.distill.losses import cross_entropy_loss, kl_loss
-from hylo.distill.objectives import alignment_terms
+from hylo.distill.objectives import alignment_terms, loss_terms
+from hylo.distill.recipe import parse_recipe
 from hylo.distill.table import choose_trainable, parameter_groups
 from hylo.errors import UserError
 from hylo_ops.linear_kl import chunked
+from tests.distill_fixtures import recipe_values
 
 # ---------------------------------------------------------------- losses
 
@@ -57,6 +60,22 @@ def test_cross_entropy_equals_full_logits(chunk: int) -> None:
     loss = cross_entropy_loss(hidden, weight, labels, chunk_tokens=chunk)
     got = torch.autograd.grad(loss, (hidden, weight))
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-14)
+    for one, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-14)
+
+
+def test_kl_with_all_its_options() -> None:
+    """Reverse, at a temperature, and the cross-entropy of the same logits at temperature 1."""
+    hidden, weight, teacher, matrix = head_case()
+    labels = torch.randint(31, (2, 9), generator=torch.Generator().manual_seed(1))
+    expected = naive_kl(teacher, matrix / 2, hidden, weight / 2)
+    expected = expected + 0.3 * F.cross_entropy((hidden @ weight.T)[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    loss = kl_loss(
+        hidden, weight, teacher, matrix, chunk_tokens=5, temperature=2, direction="reverse", labels=labels,
+        ce_weight=0.3,
+    )  # fmt: skip
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-14)
+    got, wanted = (torch.autograd.grad(x, (hidden, weight)) for x in (loss, expected))
     for one, other in zip(got, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-14)
 
@@ -192,6 +211,35 @@ def test_alignment_of_equal_models_is_zero_and_differentiable() -> None:
         assert term.item() == 0
         term.backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in student.parameters())
+
+
+# ---------------------------------------------------------------- distillation
+
+
+@pytest.mark.parametrize(
+    ("options", "temperature", "ce_weight"),
+    [({}, 1, 0), ({"temperature": 2, "ce_weight": 0.3}, 2, 0.3)],
+)
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_a_stage_distils_as_its_recipe_says(
+    tmp_path: Path, options: dict[str, float], temperature: float, ce_weight: float, direction: str
+) -> None:
+    """From both models' own logits."""
+    values = recipe_values(tmp_path, {"name": "kl", "kind": "kl", "direction": direction, **options})
+    (stage,) = parse_recipe(values).stages
+    student, teacher = llama(1), llama(2)
+    ids = torch.randint(40, (2, 11), generator=torch.Generator().manual_seed(3))
+    logits, theirs = student(ids).logits, teacher(ids).logits
+    log_q, log_p = ((z / temperature).log_softmax(-1) for z in (logits, theirs))
+    if direction == "reverse":
+        log_q, log_p = log_p, log_q
+    expected = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    expected = expected + ce_weight * F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    (loss,) = loss_terms(stage, student, teacher, ids, torch.enable_grad)
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
+    got, wanted = (torch.autograd.grad(x, list(student.parameters())) for x in (loss, expected))
+    for one, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-12)
 
 
 # ---------------------------------------------------------------- hybrid students

@@ -30,6 +30,8 @@ KL = {"name": "kl", "kind": "kl"}
         ({"stages": [{**KL, "kind": "dpo"}]}, r"'stages.0' = .*dpo"),
         ({"stages": [{**KL, "learning_rate": -1}]}, r"'stages.0.learning_rate' = -1: .*greater than 0"),
         ({"stages": [{**KL, "learning_rate": math.nan}]}, r"'stages.0.learning_rate' = nan"),
+        ({"stages": [{**KL, "temperature": 0}]}, r"'stages.0.temperature' = 0: .*greater than 0"),
+        ({"stages": [{**KL, "direction": "both"}]}, r"'stages.0.direction' = 'both': .*'forward' or 'reverse'"),
         ({"stages": [{**KL, "tokens": 10}]}, r"exactly one of steps, tokens, epochs, got steps, tokens"),
         ({"stages": [KL, KL]}, r"stage name 'kl' is taken"),
         ({"stages": [{**KL, "name": "a/b"}]}, r"'stages.0.name' = 'a/b'"),

@@ -44,20 +44,38 @@ def kl_loss(
     teacher_weight: Tensor,
     *,
     chunk_tokens: int,
+    temperature: float = 1.0,
+    direction: str = "forward",
+    labels: Tensor | None = None,
+    ce_weight: float = 0.0,
 ) -> Tensor:
-    """KL(teacher || student) at temperature 1 over the whole vocabulary, mean over all tokens.
+    """KL(teacher || student) over the whole vocabulary, mean over all tokens, and ce_weight times the cross-entropy.
 
     Args:
-        hidden: [..., D] student's final hidden states; weight: [V, D] its head.
-        teacher_hidden: [..., DT] same leading dims; teacher_weight: [V, DT]. No gradient flows to either.
+        hidden: [B, T, D] student's final hidden states; weight: [V, D] its head.
+        teacher_hidden: [B, T, DT]; teacher_weight: [V, DT]. No gradient flows to either.
         chunk_tokens: tokens whose logits exist at one time.
+        temperature: of both distributions of the KL.
+        direction: "forward", or "reverse" for KL(student || teacher).
+        labels: [B, T] int64, the input tokens, of which position t predicts t + 1; unused where ce_weight is 0.
     Returns:
         Scalar, fp32 (float64 for float64 inputs), in nats per token.
     Numerics: products in the autocast dtype where autocast is on, softmax and sums in fp32; deterministic.
-    Source: arXiv 2604.24715, stage 2.
+    Source: arXiv 2604.24715, stage 2: temperature 1, forward, ce_weight 0.
     """
-    student, teacher = (_compute(x).flatten(0, -2) for x in (hidden, teacher_hidden))
-    return linear_kl(student, weight, teacher, teacher_weight, chunk_tokens=chunk_tokens)
+    student, teacher = (_compute(x).flatten(0, 1) for x in (hidden, teacher_hidden))
+    return linear_kl(
+        student,
+        weight,
+        teacher,
+        teacher_weight,
+        temperature=temperature,
+        direction=direction,
+        targets=_next_tokens(labels) if labels is not None and ce_weight else None,
+        ce_weight=ce_weight,
+        ignore_index=IGNORED,
+        chunk_tokens=chunk_tokens,
+    )
 
 
 def cross_entropy_loss(hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk_tokens: int) -> Tensor:
@@ -68,11 +86,13 @@ def cross_entropy_loss(hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk_
     Returns:
         Scalar over B * (T - 1) predictions.
     """
-    # The last position counts in no loss: leaving it out instead would copy the hidden states.
-    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-    return linear_cross_entropy(
-        _compute(hidden).flatten(0, 1), weight, targets.flatten(), ignore_index=IGNORED, chunk_tokens=chunk_tokens
-    )
+    student = _compute(hidden).flatten(0, 1)
+    return linear_cross_entropy(student, weight, _next_tokens(labels), ignore_index=IGNORED, chunk_tokens=chunk_tokens)
+
+
+def _next_tokens(labels: Tensor) -> Tensor:
+    """Targets [B * T]. The last position's counts in no loss: to leave it out would copy the hidden states."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
 
 
 def _compute(x: Tensor) -> Tensor:

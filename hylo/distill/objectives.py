@@ -72,4 +72,14 @@ def _kl(stage: KlStage, student: nn.Module, teacher: nn.Module, input_ids: Tenso
             teacher_hidden = final_hidden(teacher, input_ids)
             teacher_weight = head_weight(teacher)
         hidden = final_hidden(student, input_ids)
-        return kl_loss(hidden, head_weight(student), teacher_hidden, teacher_weight, chunk_tokens=stage.kl_chunk_tokens)
+        return kl_loss(
+            hidden,
+            head_weight(student),
+            teacher_hidden,
+            teacher_weight,
+            chunk_tokens=stage.kl_chunk_tokens,
+            temperature=stage.temperature,
+            direction=stage.direction,
+            labels=input_ids,
+            ce_weight=stage.ce_weight,
+        )

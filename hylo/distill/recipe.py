@@ -149,10 +149,13 @@ class IldStage(StageBase):
 
 
 class KlStage(StageBase):
-    """Distillation of the teacher's next-token distribution."""
+    """Distillation of the teacher's next-token distribution, with `ce_weight` times the text's own beside it."""
 
     kind: Literal["kl"]
     teacher: str | None = None
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    direction: Literal["forward", "reverse"] = "forward"
+    ce_weight: Annotated[float, Field(ge=0)] = 0.0
     kl_chunk_tokens: PositiveInt = 4096
     activation_checkpointing: bool = False
 
