@@ -306,3 +306,33 @@ MLA_ABSORB = [
 
 # 5 to 19 GB of cache, and as much again for each layout that a peer wants. Run by name only.
 MLA_ABSORB_LARGE = [LatentCase(f"{name}-128x128k", 128, 128 * _K, *dims) for name, dims in _LATENTS.items()]
+
+
+@dataclass(frozen=True)
+class HeadCase:
+    """hidden [N, D] under a head of V classes; KL to a teacher of width DT, or cross-entropy without one."""
+
+    name: str
+    N: int
+    D: int
+    DT: int | None
+    V: int
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def shape(self) -> dict[str, int]:
+        letters = {"N": self.N, "D": self.D, "DT": self.DT, "V": self.V}
+        return {letter: size for letter, size in letters.items() if size is not None}
+
+
+_LLAMA_VOCABULARY, _QWEN_VOCABULARY = 128256, 151936
+
+# Students of 1B, 3B and Qwen's 1.7B, teachers of 8B. The logits of 65536 tokens fit nowhere at once.
+LINEAR_KL = [
+    HeadCase("llama-1b-8k", 8 * _K, 2048, 4096, _LLAMA_VOCABULARY),
+    HeadCase("llama-1b-64k", 64 * _K, 2048, 4096, _LLAMA_VOCABULARY),
+    HeadCase("llama-3b-8k", 8 * _K, 3072, 4096, _LLAMA_VOCABULARY),
+    HeadCase("qwen-8k", 8 * _K, 2048, 4096, _QWEN_VOCABULARY),
+    HeadCase("llama-1b-8k-ce", 8 * _K, 2048, None, _LLAMA_VOCABULARY),
+    HeadCase("llama-1b-64k-ce", 64 * _K, 2048, None, _LLAMA_VOCABULARY),
+]
