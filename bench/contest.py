@@ -99,6 +99,23 @@ def prepare_peers(contestants: Mapping[str, Contestant], exact: Results, limit: 
     return side
 
 
+def prepare(
+    what: str, ours: Mapping[str, Contestant], peers: Mapping[str, Contestant], exact: Results, limit: float
+) -> tuple[Side, Side]:
+    """Both sides with their errors, ready for the clocks, where one limit holds for all.
+
+    Raises:
+        AssertionError: a backend of ours is further from `exact` than the limit; it begins with `what`.
+    """
+
+    def accept(results: Results) -> None:
+        for name, result in results.items():
+            error = relative_error(result, exact[name])
+            assert error <= limit, f"{what}: error {error:.1e} of {name}"
+
+    return prepare_ours(ours, exact, accept), prepare_peers(peers, exact, limit)
+
+
 def rows(
     common: dict[str, Any], ours: Side, peers: Side, work: Work, roofs: Roofs, *, seconds: float, host: bool
 ) -> Iterator[dict[str, Any]]:
@@ -154,6 +171,14 @@ def _failure(problem: Exception) -> str:
 
 def best_us(times: dict[str, Any]) -> float:
     return times["us"] if times["graph_us"] is None else times["graph_us"]
+
+
+def with_rates(entry: dict[str, Any], work: Work) -> dict[str, Any]:
+    """With the bytes and FLOP a second of what was timed, where somebody was."""
+    if "missing" in entry:
+        return entry
+    seconds = 1e-6 * best_us(entry)
+    return {**entry, "bytes_per_second": work.bytes / seconds, "flop_per_second": work.flop / seconds}
 
 
 def comparison(ours: dict[str, Any], entries: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -8,9 +8,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from bench.contest import Contestant, Results, Side, prepare_ours, prepare_peers
+from bench.contest import Contestant, Results, Side, prepare
 from bench.timing import Call
-from hylo_ops.testing import relative_error
 
 Tensors = tuple[Tensor, ...]
 
@@ -230,13 +229,7 @@ class Functions:
             {name: form for name, form in (self.peer_steps if decode else self.peers).items() if name in peers},
         )
         ours, others = (contestants(pass_, side, inputs, checked, self.step_names) for side in sides)
-
-        def accept(results: Results) -> None:
-            for name, result in results.items():
-                error = relative_error(result, exact[name])
-                assert error <= self.limit, f"{what}, {pass_}: error {error:.1e} of {name}"
-
-        return prepare_ours(ours, exact, accept), prepare_peers(others, exact, self.limit)
+        return prepare(f"{what}, {pass_}", ours, others, exact, self.limit)
 
 
 def leaf(tensor: Tensor, like: Inputs) -> Tensor:

@@ -1,9 +1,9 @@
-"""Absorbed latent attention alone, inside a whole decode step of a layer, and the block that a prefill is made of."""
+"""Absorbed latent attention alone, and inside a whole decode step of a layer."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,20 +15,19 @@ from bench.peers import mla_absorb as peers
 from bench.peers.mla_absorb import Attention, AttentionForm, LatentCache, Step, StepInputs
 from bench.shapes import MLA_ABSORB, MLA_ABSORB_LARGE, LatentCase
 from bench.timing import Call, Rotation
-from hylo_ops.testing import DTYPE_NAMES, relative_error
+from hylo_ops.testing import DTYPE_NAMES
 
 CASES = {case.name: case for case in MLA_ABSORB}
 EXTRA_CASES = {case.name: case for case in MLA_ABSORB_LARGE}
-PEERS = [*peers.FORMS, "torch_cudnn"]
+PEERS = list(peers.FORMS)
 BACKENDS = ["cuda", "triton", "composed"]
-NOT_OF = {"attention": ["composed"], "step": ["triton"], "block": ["triton", "composed"]}  # backends, by scope
-PASSES = {"attention": "decode", "step": "layer", "block": "forward"}
+NOT_OF = {"attention": ["composed"], "step": ["triton"]}  # backends, by scope
+PASSES = {"attention": "decode", "step": "layer"}
 SECONDS = 0.6  # of the clocks, a row
 # Further from float64 than this is another function: fused kernels leave 2e-3 to 3e-3, eager ones up to 1e-2.
 MAX_ERROR = 5e-2
 COLD_BYTES = 256 << 20  # of copies of the cache, that calls take in turn; an H200's L2 has 50 MB
 HOST_TOKENS = 4096  # up to so many cached tokens a call's time on the host is of interest
-CHECKED_QUERIES = 128  # of a block of expanded attention
 
 
 def ceilings() -> dict[str, float]:
@@ -77,10 +76,6 @@ def work(case: LatentCase) -> Work:
     """
     size, tokens, row = case.dtype.itemsize, sum(case.lengths), case.R + case.E
     flop = 2 * tokens * case.H * (case.R + row)
-    if case.scope == "block":
-        width = case.nope + case.E
-        moved = size * case.B * case.S * case.H * 2 * (width + case.v)
-        return Work(bytes=moved, flop=2 * case.B * case.H * case.S**2 * (width + case.v))
     if case.scope == "attention":
         return Work(bytes=size * (tokens * row + case.B * case.H * (case.R + row)), flop=flop)
     weights = case.HK * case.R * (case.nope + case.v)
@@ -195,35 +190,7 @@ def step_results(step: Step, width: int) -> Results:
     return {"o": step.call(step.copies[0]), "row": rows[step.slots]}
 
 
-def block_sides(case: LatentCase) -> Sides:
-    """Expanded attention of a chunk of queries over a slice of keys as long, all before it: nothing is masked."""
-    normal = normal_numbers(case, seeded())
-    widths = case.nope + case.E, case.nope + case.E, case.v
-    q, k, v = (normal(case.B, case.H, case.S, width) for width in widths)
-    scale = (case.nope + case.E) ** -0.5
-    checked = q[:, :, :CHECKED_QUERIES].double()
-    exact = torch.cat(
-        [
-            (scale * checked[:, h] @ k[:, h].double().mT).softmax(-1) @ v[:, h].double()  # [B, queries, v]
-            for h in range(case.H)
-        ],
-        dim=1,
-    ).view(case.B, case.H, -1, case.v)
-
-    def check() -> Results:
-        return {"o": peers.cudnn_attention(q, k, v, scale)()[:, :, :CHECKED_QUERIES]}
-
-    def absent() -> NoReturn:
-        raise NotImplementedError("hylo_ops.fused has no function for a slice of a prefill")
-
-    return Sides(
-        ours=lambda name: Contestant(check=absent, start=absent),
-        peers={"torch_cudnn": Contestant(check=check, start=lambda: peers.cudnn_attention(q, k, v, scale))},
-        exact={"o": exact},
-    )
-
-
-SCOPES = {"attention": attention_sides, "step": step_sides, "block": block_sides}
+SCOPES = {"attention": attention_sides, "step": step_sides}
 
 
 def run(case: LatentCase, backends: list[str], chosen_peers: list[str], roofs: Roofs) -> Iterator[dict[str, Any]]:
@@ -233,16 +200,9 @@ def run(case: LatentCase, backends: list[str], chosen_peers: list[str], roofs: R
         AssertionError: a backend of ours computes something else than the float64 reference.
     """
     sides = SCOPES[case.scope](case)
-
-    def accept(results: Results) -> None:
-        for name, result in results.items():
-            error = relative_error(result, sides.exact[name])
-            assert error <= MAX_ERROR, f"{case.name}: error {error:.1e} of {name}"
-
-    backends = [name for name in backends if name not in NOT_OF[case.scope]]
-    ours = contest.prepare_ours({name: sides.ours(name) for name in backends}, sides.exact, accept)
+    able = {name: sides.ours(name) for name in backends if name not in NOT_OF[case.scope]}
     chosen = {name: contestant for name, contestant in sides.peers.items() if name in chosen_peers}
-    others = contest.prepare_peers(chosen, sides.exact, MAX_ERROR)
+    ours, others = contest.prepare(case.name, able, chosen, sides.exact, MAX_ERROR)
     common = {
         "case": case.name,
         "shape": case.shape,
@@ -257,13 +217,5 @@ def run(case: LatentCase, backends: list[str], chosen_peers: list[str], roofs: R
     host = case.B == 1 and case.S <= HOST_TOKENS
     needed = work(case)
     for row in contest.rows(common, ours, others, needed, roofs, seconds=SECONDS, host=host):
-        entries = {name: with_rates(entry, needed) for name, entry in row["peers"].items()}
-        yield with_rates({**row, "peers": entries}, needed)
-
-
-def with_rates(entry: dict[str, Any], needed: Work) -> dict[str, Any]:
-    """With bytes and FLOP a second of what was timed, by the same counts for all."""
-    if "missing" in entry:
-        return entry
-    seconds = 1e-6 * contest.best_us(entry)
-    return {**entry, "bytes_per_second": needed.bytes / seconds, "flop_per_second": needed.flop / seconds}
+        entries = {name: contest.with_rates(entry, needed) for name, entry in row["peers"].items()}
+        yield contest.with_rates({**row, "peers": entries}, needed)

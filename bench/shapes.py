@@ -1,6 +1,6 @@
 """Named shapes: the published models at training and decode sizes, with the letters of the naming legend."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -238,8 +238,7 @@ class LatentCase:
         v: width of a head's value after the value up-projection.
         HK: heads of the up-projections.
         skewed: lengths from 100 to S, log-uniform.
-        scope: what is timed: the "attention" on latents, the whole "step" of a layer, or a "block" of expanded
-            attention, S tokens against S others, that a prefill is made of.
+        scope: what is timed: the "attention" on latents, or the whole "step" of a layer.
     """
 
     name: str
@@ -301,7 +300,6 @@ MLA_ABSORB = [
         for name in ("hylo-1b", "hylo-3b")
         for B in (1, 32)
     ),
-    LatentCase("hylo-1b-block-64k", 1, 64 * _K, *_LATENTS["hylo-1b"], scope="block"),
 ]
 
 # 5 to 19 GB of cache, and as much again for each layout that a peer wants. Run by name only.
@@ -335,4 +333,40 @@ LINEAR_KL = [
     HeadCase("qwen-8k", 8 * _K, 2048, 4096, _QWEN_VOCABULARY),
     HeadCase("llama-1b-8k-ce", 8 * _K, 2048, None, _LLAMA_VOCABULARY),
     HeadCase("llama-1b-64k-ce", 64 * _K, 2048, None, _LLAMA_VOCABULARY),
+]
+
+
+@dataclass(frozen=True)
+class PrefillCase(LatentCase):
+    """T new tokens of each sequence over a paged cache that holds their rows, too: they are the last of S.
+
+    Args:
+        slice_tokens: how many cached tokens are expanded at once.
+    """
+
+    T: int = field(kw_only=True)
+    slice_tokens: int = field(default=32 * _K, kw_only=True)
+
+    @property
+    def shape(self) -> dict[str, int | str]:
+        return {**super().shape, "T": self.T}
+
+
+def _prefill(model: str, tokens: int, past: int, *, slice_tokens: int = 32 * _K, suffix: str = "") -> PrefillCase:
+    name = f"{model}-{tokens // _K}k-{past // _K}k{suffix}"
+    return PrefillCase(name, 1, past + tokens, *_LATENTS[model], T=tokens, slice_tokens=slice_tokens)
+
+
+# A chunk of 64K tokens over 1M before it is the bar's; the smaller one is for a quick look.
+MLA_PREFILL = [
+    _prefill(model, tokens, past)
+    for tokens, past in ((16 * _K, 256 * _K), (64 * _K, 1024 * _K))
+    for model in ("hylo-1b", "hylo-3b")
+]
+
+# What the size of a slice does. Run by name only.
+MLA_PREFILL_SLICES = [
+    _prefill(model, 16 * _K, 256 * _K, slice_tokens=n * _K, suffix=f"-slices-{n}k")
+    for model in ("hylo-1b", "hylo-3b")
+    for n in (8, 16, 64, 128)
 ]

@@ -16,6 +16,7 @@ Call = Callable[[], object]
 ROUNDS, FEWEST_ROUNDS = 20, 5
 CALLS_A_ROUND = 20
 HOST_CALLS = 10_000
+LONGEST_CAPTURED_US = 200_000  # a longer call hides what the host does, and a graph has memory of its own
 _DRAIN_EVERY = 200  # launches; well under the launch queue's depth, so that a call never waits for the device
 
 
@@ -64,7 +65,8 @@ def rotate(calls: Mapping[str, Call], seconds: float) -> dict[str, dict[str, flo
     Args:
         seconds: about how long the rounds take; long calls get fewer of them, but never under FEWEST_ROUNDS.
     Returns:
-        Per name `us` and `graph_us`, microseconds a call; `graph_us` is None, with `graph_error`, where capture failed.
+        Per name `us` and `graph_us`, microseconds a call; `graph_us` is None, with `graph_error`, where capture failed
+        and for a call over LONGEST_CAPTURED_US.
     """
     graphs: dict[str, torch.cuda.CUDAGraph] = {}
     results: dict[str, dict[str, float | str | None]] = {}
@@ -73,10 +75,14 @@ def rotate(calls: Mapping[str, Call], seconds: float) -> dict[str, dict[str, flo
     for call in calls.values():
         call()  # compiles, autotunes
     turns = max(len(call) if isinstance(call, Rotation) else 1 for call in calls.values())
-    rounds, calls_a_round = plan(sum(device_us(call, 3) for call in calls.values()), seconds, turns)
+    first_us = {name: device_us(call, 3) for name, call in calls.items()}
+    rounds, calls_a_round = plan(sum(first_us.values()), seconds, turns)
     for name, call in calls.items():
         device_us(call, calls_a_round)  # warms up
         results[name] = {"us": None, "graph_us": None}
+        if first_us[name] > LONGEST_CAPTURED_US:
+            results[name]["graph_error"] = "not captured: the host's part of so long a call is nothing"
+            continue
         try:
             torch.cuda.empty_cache()  # a graph's memory is its own, eager calls' is not for it
             graphs[name] = capture(call, calls_a_round)

@@ -93,7 +93,16 @@ def test_convolution_and_block_have_every_case_of_the_bar():
         for channels, NG in ((512 + 512 + 2048, 32), (2304, 1))
         for B, T in ((1, 8192), (1, 1), (32, 1), (256, 1))
     }
-    stems = ["causal_conv1d", "gated_delta_rule", "gated_rms_norm", "linear_kl", "mamba2", "mla_absorb", "ssd"]
+    stems = [
+        "causal_conv1d",
+        "gated_delta_rule",
+        "gated_rms_norm",
+        "linear_kl",
+        "mamba2",
+        "mla_absorb",
+        "mla_prefill",
+        "ssd",
+    ]
     assert stems == command.STEMS
 
 

@@ -227,12 +227,10 @@ def test_every_case_of_the_bar_is_there():
     assert [(case.H, case.R, case.E, case.B) for case in alone if case.skewed] == [(*dims, 64) for dims in DIMS]
     steps = [(case.H, case.R, case.E, case.B, case.S, case.HK) for case in cases if case.scope == "step"]
     assert steps == [(*dims, B, 4096, 8) for dims in DIMS[:2] for B in (1, 32)]
-    (block,) = [case for case in cases if case.scope == "block"]
-    assert (block.B, block.S, block.H, block.nope + block.E, block.v) == (1, 65536, 32, 64, 64)
     assert [case.shape["B"] for case in mla_absorb.EXTRA_CASES.values()] == [128] * 6
     assert {case.page for case in cases} == {64}
     assert {case.dtype for case in cases} == {torch.bfloat16}
-    assert set(mla_absorb.PEERS) == {*FUSED, "torch", "torch_cudnn"}
+    assert set(mla_absorb.PEERS) == {*FUSED, "torch"}
 
 
 def test_skewed_lengths_are_log_uniform_and_always_the_same():
@@ -260,9 +258,6 @@ def test_work_by_hand():
     of_sequence = 32 * (32 + 32 + 64) + 2 * 160 + 2 * 32  # q and o; the row in and out; cos and sin
     assert step.bytes == 2 * ((tokens - 32) * 160 + 8 * 128 * (32 + 64) + 32 * of_sequence)
     assert step.flop == tokens * 18_432 + 32 * 2 * 32 * 128 * (32 + 64)
-    block = mla_absorb.work(mla_absorb.CASES["hylo-1b-block-64k"])
-    assert block.flop == 2 * 32 * 65536**2 * (64 + 64)
-    assert block.bytes == 2 * 65536 * 32 * 4 * 64
 
 
 def test_pages_are_shuffled_and_each_belongs_to_one_sequence(on_cpu):
@@ -337,20 +332,6 @@ def without_row(right):
         return right(*others, cache.clone(), backend="reference", **options)
 
     return step
-
-
-def test_the_block_of_a_prefill_has_its_anchor(on_cpu, monkeypatch):
-    def attention(q, k, v, scale):
-        return lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
-
-    case = replace(mla_absorb.CASES["hylo-1b-block-64k"], name="block", S=300, H=2)
-    (row,) = rows(case, backends=["cuda"])
-    assert row["peers"] == {"torch_cudnn": {"missing": "needs a CUDA device"}}
-    monkeypatch.setattr(peers, "cudnn_attention", attention)
-    (row,) = rows(case, backends=["cuda"])
-    assert row["peers"]["torch_cudnn"]["error"] < 1e-2
-    assert row["peers"]["torch_cudnn"]["flop_per_second"] == pytest.approx(row["flop"] / 12e-6)
-    assert "no function for a slice of a prefill" in row["missing"]
 
 
 @pytest.mark.parametrize("case", [TINY, STEP], ids=["attention", "step"])

@@ -316,15 +316,3 @@ def eager_step(attention: Attention, inputs: StepInputs, copy: Tensor) -> Tensor
 def _rotate(u: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = u.chunk(2, dim=-1)
     return u * cos + torch.cat([-second, first], dim=-1) * sin
-
-
-def cudnn_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Callable[[], Tensor]:
-    """Expanded attention without a mask, [B, H, T, width] each, by cuDNN through torch."""
-    if not q.is_cuda:
-        raise Missing("needs a CUDA device")
-
-    def call() -> Tensor:
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
-            return F.scaled_dot_product_attention(q, k, v, scale=scale)
-
-    return call

@@ -162,7 +162,7 @@ CASES = [
     Case(128, 32, 32, (0, 0)),
 ]
 
-BENCHMARK = [case for case in (*MLA_ABSORB, *MLA_ABSORB_LARGE) if case.scope != "block"]
+BENCHMARK = [*MLA_ABSORB, *MLA_ABSORB_LARGE]
 
 
 def with_one_page(case: LatentCase, device: str) -> dict[str, Any]:
