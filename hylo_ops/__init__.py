@@ -6,6 +6,7 @@ from hylo_ops.gated_delta_rule.op import chunk_gated_delta_rule, recurrent_gated
 from hylo_ops.gated_rms_norm.op import gated_rms_norm
 from hylo_ops.linear_kl.op import linear_cross_entropy, linear_kl
 from hylo_ops.mla_absorb.op import mla_absorb
+from hylo_ops.mla_attention.op import mla_attention
 from hylo_ops.mla_prefill.op import mla_prefill
 from hylo_ops.ssd.op import chunk_ssd, recurrent_ssd
 
@@ -18,6 +19,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_kl",
     "mla_absorb",
+    "mla_attention",
     "mla_prefill",
     "recurrent_causal_conv1d",
     "recurrent_gated_delta_rule",

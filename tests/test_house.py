@@ -10,7 +10,16 @@ import pytest
 import hylo_ops
 
 ROOT = Path(__file__).parents[1]
-STEMS = ("causal_conv1d", "gated_delta_rule", "gated_rms_norm", "linear_kl", "mla_absorb", "mla_prefill", "ssd")
+STEMS = (
+    "causal_conv1d",
+    "gated_delta_rule",
+    "gated_rms_norm",
+    "linear_kl",
+    "mla_absorb",
+    "mla_attention",
+    "mla_prefill",
+    "ssd",
+)
 
 
 def imports_of_ops(path):

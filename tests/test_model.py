@@ -10,8 +10,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import hylo
 from hylo.errors import UserError
+from hylo.mixers import mla
 from hylo.mixers.rope import Rotary
-from hylo_ops import fused
+from hylo_ops import fused, mla_attention
 
 PUBLISHED = {
     "Llama-4MLA12GDN": 1_673_797_776,
@@ -272,6 +273,36 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         model(tokens(), labels=tokens(), use_cache=False).loss.backward()
     for a, b in zip(plain.parameters(), checkpointed.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("cache_class", [None, DynamicCache, StaticCache])
+def test_training_and_a_first_prefill_attend_in_one_op(cache_class, monkeypatch):
+    """A prefill of an empty static cache reads none of its room; what a mask hides goes another way, as eager does."""
+    seen = []
+    monkeypatch.setattr(
+        mla, "mla_attention", lambda q, k, v, **options: seen.append(k.shape) or mla_attention(q, k, v, **options)
+    )
+    model, ids = make_model("mla"), tokens()
+    room = {"max_cache_len": 32} if cache_class is StaticCache else {}
+    cache = cache_class and cache_class(config=model.config, **room)
+    expected = model(ids, use_cache=False, attention_mask=padded(ids)).logits
+    assert seen == []
+    logits = model(ids, use_cache=cache is not None, past_key_values=cache).logits
+    assert seen == [(2, 21, 2, 8)] * 2
+    torch.testing.assert_close(logits[1], expected[1])
+    if cache is not None:
+        model(ids[:, :5], past_key_values=cache, use_cache=True)  # a chunk after others: not the first
+    model.set_attn_implementation("eager")
+    eager = model(ids, use_cache=False).logits  # its softmax is in fp32
+    torch.testing.assert_close(eager, logits, rtol=0, atol=1e-5)
+    assert len(seen) == 2
+
+
+def padded(ids):
+    """A mask that hides the first tokens of the first row."""
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    return mask
 
 
 def test_bf16_autocast_and_bf16_weights_run():

@@ -11,15 +11,16 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from hylo.config import HyloConfig
 from hylo.mixers.recurrent import widened
 from hylo.mixers.rope import rotate
-from hylo_ops import mla_absorb
+from hylo_ops import mla_absorb, mla_attention
 from hylo_ops.fused import mla_step
 
 
 class MultiHeadLatentAttention(nn.Module):
     """Caches one row [latent R | rotated key E | key scales] a token, shared by all heads.
 
-    Many tokens: the rows are expanded to keys and values and go through transformers' attention interface. One token
-    on a cache: the up-projections are absorbed into query and output, and attention reads the rows as they are.
+    Many tokens: the rows are expanded to keys and values. With nothing before them and nothing masked, as in training,
+    they go through `mla_attention`, else through transformers' attention interface. One token on a cache: the
+    up-projections are absorbed into query and output, and attention reads the rows as they are.
 
     With `qk_norm` the RMS of an expanded key depends on token and head. Its inverse, one scale for each key-value
     head, is stored in the row, and the norm's weight is folded into the up-projection and the rope key; so both
@@ -107,16 +108,25 @@ class MultiHeadLatentAttention(nn.Module):
 
     def _expanded(self, q: Tensor, rows: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
         """q [B, T, H, nope + E], rows [B, S, row] -> [B, T, H, V]."""
+        tokens, implementation = q.shape[1], self.config._attn_implementation
+        # Without a mask, more rows than tokens are the room of an empty cache behind them.
+        causal = implementation == "sdpa" and attention_mask is None and (tokens > 1 or rows.shape[1] == 1)
+        k, v = self._keys_and_values(rows[:, :tokens] if causal else rows)
+        if causal:
+            return mla_attention(q, k, v, scale=self.scaling)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        o, _ = attend(self, q, k, v, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
+        return o
+
+    def _keys_and_values(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """rows [B, S, row] -> [B, S, Hkv, nope + E], [B, S, Hkv, V]."""
         latent, rope, scales = rows.tensor_split([self.rank, self.rank + self.rope], dim=-1)
         w_uk, w_uv = self.up_projections()
-        k_nope = torch.einsum("bsr,gnr->bgsn", latent, w_uk.to(latent.dtype))
-        v = torch.einsum("bsr,gvr->bgsv", latent, w_uv.to(latent.dtype))
-        k = torch.cat([k_nope, rope[:, None].expand(-1, self.kv_heads, -1, -1)], dim=-1)
-        if self.k_norm is not None:
-            k = k * scales.transpose(1, 2)[..., None]
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        o, _ = attend(self, q.transpose(1, 2), k, v, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
-        return o
+        k_nope = torch.einsum("bsr,gnr->bsgn", latent, w_uk.to(latent.dtype))
+        v = torch.einsum("bsr,gvr->bsgv", latent, w_uv.to(latent.dtype))
+        k = torch.cat([k_nope, rope[:, :, None].expand(-1, -1, self.kv_heads, -1)], dim=-1)
+        return (k if self.k_norm is None else k * scales[..., None]), v
 
     def _absorbed(self, q_nope: Tensor, q_rope: Tensor, rows: Tensor, cache_starts: Tensor | None) -> Tensor:
         """q [B, 1, H, nope], [B, 1, H, E], rows [B, S, row] -> [B, 1, H, V]."""
