@@ -32,6 +32,7 @@ bench: $(READY)
 	$(BIN)/python -m bench mamba2
 	$(BIN)/python -m bench mla_absorb
 	$(BIN)/python -m bench linear_kl
+	$(BIN)/python -m bench mla_attention
 	$(BIN)/python -m bench mla_prefill
 	$(BIN)/python -m bench.cold gated_delta_rule
 	$(BIN)/python -m bench.cold ssd

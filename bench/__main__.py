@@ -27,6 +27,7 @@ STEMS = [
     "linear_kl",
     "mamba2",
     "mla_absorb",
+    "mla_attention",
     "mla_prefill",
     "ssd",
 ]

@@ -181,6 +181,12 @@ def with_rates(entry: dict[str, Any], work: Work) -> dict[str, Any]:
     return {**entry, "bytes_per_second": work.bytes / seconds, "flop_per_second": work.flop / seconds}
 
 
+def with_all_rates(row: dict[str, Any], work: Work) -> dict[str, Any]:
+    """A row and its peers' entries `with_rates` of the same work."""
+    entries = {name: with_rates(entry, work) for name, entry in row["peers"].items()}
+    return with_rates({**row, "peers": entries}, work)
+
+
 def comparison(ours: dict[str, Any], entries: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The best peer's time over ours, by graph where both sides were captured, else eager."""
     present = {name: entry for name, entry in entries.items() if "missing" not in entry}

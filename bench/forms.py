@@ -190,12 +190,13 @@ class Functions:
     """Who computes a stem: a form over all tokens and a decode step, ours by backend and the peers' by name.
 
     Args:
+        our_step: None where the stem has no decode step.
         step_names: what the results of a decode step are called.
         limit: further from float64 than this, a result is another function's.
     """
 
     ours: Callable[[str, Any], Run]
-    our_step: Callable[[str, Any], Step]
+    our_step: Callable[[str, Any], Step] | None
     peers: Mapping[str, Form]
     peer_steps: Mapping[str, StepForm]
     step_names: tuple[str, ...]

@@ -217,5 +217,4 @@ def run(case: LatentCase, backends: list[str], chosen_peers: list[str], roofs: R
     host = case.B == 1 and case.S <= HOST_TOKENS
     needed = work(case)
     for row in contest.rows(common, ours, others, needed, roofs, seconds=SECONDS, host=host):
-        entries = {name: contest.with_rates(entry, needed) for name, entry in row["peers"].items()}
-        yield contest.with_rates({**row, "peers": entries}, needed)
+        yield contest.with_all_rates(row, needed)

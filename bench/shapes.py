@@ -370,3 +370,36 @@ MLA_PREFILL_SLICES = [
     for model in ("hylo-1b", "hylo-3b")
     for n in (8, 16, 64, 128)
 ]
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """Causal attention of a sequence to itself: q [B, T, H, K], k [B, T, HK, K], v [B, T, HK, V]."""
+
+    name: str
+    B: int
+    T: int
+    H: int
+    HK: int
+    K: int
+    V: int
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def shape(self) -> dict[str, int]:
+        return {letter: getattr(self, letter) for letter in ("B", "T", "H", "HK", "K", "V")}
+
+
+def _attention(model: str, tokens: int) -> AttentionCase:
+    """The expanded heads of a model's latents."""
+    heads, _, rope, nope, value = _LATENTS[model]
+    return AttentionCase(f"{model}-{tokens // _K}k", 1, tokens, heads, LatentCase.HK, nope + rope, value)
+
+
+MLA_ATTENTION = [_attention(model, n * _K) for n in (8, 64) for model in ("hylo-1b", "hylo-3b")]
+# Other widths: one for keys and one for values, and heads that share nothing. Run by name only.
+MLA_ATTENTION_OTHER = [
+    _attention("qwen", 8 * _K),
+    AttentionCase("minicpm-8k", 1, 8 * _K, 40, 40, 96, 64),
+    AttentionCase("deepseek-h16-8k", 1, 8 * _K, 16, 16, 192, 128),
+]

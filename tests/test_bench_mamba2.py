@@ -100,6 +100,7 @@ def test_convolution_and_block_have_every_case_of_the_bar():
         "linear_kl",
         "mamba2",
         "mla_absorb",
+        "mla_attention",
         "mla_prefill",
         "ssd",
     ]
