@@ -10,7 +10,7 @@ from torch import Tensor
 from bench import timing
 from bench.peers import Missing
 from bench.timing import Call
-from hylo_ops.testing import relative_error
+from hylo_ops.testing import DTYPE_NAMES, relative_error
 
 Results = dict[str, Tensor]
 
@@ -114,6 +114,13 @@ def prepare(
             assert error <= limit, f"{what}: error {error:.1e} of {name}"
 
     return prepare_ours(ours, exact, accept), prepare_peers(peers, exact, limit)
+
+
+def described(case: Any, pass_: str) -> dict[str, Any]:
+    """What the rows of a case without states and gates of its own begin with."""
+    dtype = DTYPE_NAMES[case.dtype]
+    of_case = {"case": case.name, "shape": case.shape, "dtype": dtype, "state_dtype": dtype}
+    return {**of_case, "gates": "-", "pass": pass_}
 
 
 def rows(

@@ -15,7 +15,6 @@ from bench.peers import mla_absorb as peers
 from bench.peers.mla_absorb import Attention, AttentionForm, LatentCache, Step, StepInputs
 from bench.shapes import MLA_ABSORB, MLA_ABSORB_LARGE, LatentCase
 from bench.timing import Call, Rotation
-from hylo_ops.testing import DTYPE_NAMES
 
 CASES = {case.name: case for case in MLA_ABSORB}
 EXTRA_CASES = {case.name: case for case in MLA_ABSORB_LARGE}
@@ -204,12 +203,7 @@ def run(case: LatentCase, backends: list[str], chosen_peers: list[str], roofs: R
     chosen = {name: contestant for name, contestant in sides.peers.items() if name in chosen_peers}
     ours, others = contest.prepare(case.name, able, chosen, sides.exact, MAX_ERROR)
     common = {
-        "case": case.name,
-        "shape": case.shape,
-        "dtype": DTYPE_NAMES[case.dtype],
-        "state_dtype": DTYPE_NAMES[case.dtype],
-        "gates": "-",
-        "pass": PASSES[case.scope],
+        **contest.described(case, PASSES[case.scope]),
         "scope": case.scope,
         "tokens": sum(case.lengths),
         "page": case.page,

@@ -13,7 +13,6 @@ from bench.forms import Run, Tensors
 from bench.peers import mla_attention as peers
 from bench.peers.mla_attention import OUTPUTS, AttentionInputs
 from bench.shapes import MLA_ATTENTION, MLA_ATTENTION_OTHER, AttentionCase
-from hylo_ops.testing import DTYPE_NAMES
 
 CASES = {case.name: case for case in MLA_ATTENTION}
 EXTRA_CASES = {case.name: case for case in MLA_ATTENTION_OTHER}
@@ -78,15 +77,7 @@ def run(case: AttentionCase, backends: list[str], chosen_peers: list[str], roofs
     exact = FUNCTIONS.exact(PASSES, checked)
     for pass_ in PASSES:
         ours, others = FUNCTIONS.prepare(case.name, pass_, backends, chosen_peers, inputs, checked, exact[pass_])
-        common = {
-            "case": case.name,
-            "shape": case.shape,
-            "dtype": DTYPE_NAMES[case.dtype],
-            "state_dtype": DTYPE_NAMES[case.dtype],
-            "gates": "-",
-            "pass": pass_,
-            "checked_T": checked.q.shape[1],
-        }
+        common = {**contest.described(case, pass_), "checked_T": checked.q.shape[1]}
         needed = work(case, pass_)
         for row in contest.rows(common, ours, others, needed, roofs, seconds=SECONDS, host=False):
             yield contest.with_all_rates(row, needed)

@@ -18,7 +18,6 @@ from bench.peers import mla_prefill as peers
 from bench.peers.mla_absorb import LatentCache
 from bench.peers.mla_prefill import Block, BlockForm
 from bench.shapes import MLA_PREFILL, MLA_PREFILL_SLICES, PrefillCase
-from hylo_ops.testing import DTYPE_NAMES
 
 CASES = {case.name: case for case in MLA_PREFILL}
 EXTRA_CASES = {case.name: case for case in MLA_PREFILL_SLICES}
@@ -163,12 +162,7 @@ def run(case: PrefillCase, backends: list[str], chosen_peers: list[str], roofs: 
     chosen = {name: block_contestant(form, block) for name, form in peers.FORMS.items() if name in chosen_peers}
     others = contest.prepare_peers(chosen, exact_block(block), MAX_ERROR)
     common = {
-        "case": case.name,
-        "shape": case.shape,
-        "dtype": DTYPE_NAMES[case.dtype],
-        "state_dtype": DTYPE_NAMES[case.dtype],
-        "gates": "-",
-        "pass": "forward",
+        **contest.described(case, "forward"),
         "page": case.page,
         "slice_tokens": case.slice_tokens,
     }
