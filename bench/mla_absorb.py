@@ -20,7 +20,7 @@ CASES = {case.name: case for case in MLA_ABSORB}
 EXTRA_CASES = {case.name: case for case in MLA_ABSORB_LARGE}
 PEERS = list(peers.FORMS)
 BACKENDS = ["cuda", "triton", "composed"]
-NOT_OF = {"attention": ["composed"], "step": ["triton"]}  # backends, by scope
+NOT_OF = {"attention": ["composed"], "step": []}  # backends, by scope
 PASSES = {"attention": "decode", "step": "layer"}
 SECONDS = 0.6  # of the clocks, a row
 # Further from float64 than this is another function: fused kernels leave 2e-3 to 3e-3, eager ones up to 1e-2.

@@ -8,7 +8,7 @@ from torch import Tensor
 from hylo_ops import checks
 from hylo_ops.backend import Backend
 from hylo_ops.common.sequences import working_dtype
-from hylo_ops.fused import cuda_mla
+from hylo_ops.fused import cuda_mla, triton_mla
 from hylo_ops.library import define_op, may_skip_dispatcher, reference_backend
 from hylo_ops.mla_absorb import reference as attention
 from hylo_ops.mla_absorb.op import mla_absorb
@@ -64,8 +64,9 @@ def mla_step(
     Raises:
         ValueError: a shape or dtype above is violated; the message quotes it and what it got.
         NotImplementedError: the named backend cannot run these inputs; the message says why.
-    Numerics: fp32 from end to end (fp64 for fp64), rounded once into kv_cache and once into o; "cuda" and "composed"
-        round to the dtype of q_nope also before and after the attention; not differentiable; deterministic: yes.
+    Numerics: fp32 from end to end (fp64 for fp64), rounded once into kv_cache and once into o; "cuda", "triton" and
+        "composed" round to the dtype of q_nope also before and after the attention; not differentiable;
+        deterministic: yes.
     Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1 and appendix C.
     """
     tensors = (q_nope, q_rope, kv_new, w_uk, w_uv, kv_cache, cache_seqlens, position, cos, sin)
@@ -236,15 +237,18 @@ def _composed_why_not(q_nope: Tensor, **_: Any) -> str | None:
     return None if q_nope.is_cuda else f"q_nope is on {q_nope.device}, not on a CUDA device"
 
 
+BACKENDS = [
+    Backend("cuda", cuda_mla.why_not, cuda_mla.forward),
+    Backend("triton", triton_mla.why_not, triton_mla.forward),
+    Backend("composed", _composed_why_not, _composed),
+    reference_backend(_reference),
+]
+
 _step = define_op(
     "mla_step",
     "(Tensor q_nope, Tensor q_rope, Tensor kv_new, Tensor w_uk, Tensor w_uv, Tensor(a!) kv_cache, "
     "Tensor cache_seqlens, Tensor position, Tensor cos, Tensor sin, Tensor? cache_starts, Tensor? block_table, "
     "float scale, int? key_scale, str? backend) -> Tensor",
-    backends=[
-        Backend("cuda", cuda_mla.why_not, cuda_mla.forward),
-        Backend("composed", _composed_why_not, _composed),
-        reference_backend(_reference),
-    ],
+    backends=BACKENDS,
     fake=lambda q_nope, q_rope, kv_new, w_uk, w_uv, *_: q_nope.new_empty(*q_nope.shape[:3], w_uv.shape[1]),
 )

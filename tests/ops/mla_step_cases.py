@@ -126,8 +126,11 @@ def composed(x: dict[str, Any]) -> Tensor:
     return mla._composed(*arguments(x), SCALE, x["key_scale"])
 
 
-def by_op(x: dict[str, Any]) -> Tensor:
-    return mla_step(**x, scale=SCALE, backend="cuda")
+def by_op(x: dict[str, Any], backend: str = "cuda") -> Tensor:
+    return mla_step(**x, scale=SCALE, backend=backend)
+
+
+by_triton = partial(by_op, backend="triton")
 
 
 def run_and_check(case: Case, device: str, step: Step = by_op) -> None:

@@ -263,7 +263,7 @@ def test_rejected_inputs(change, message):
         run({**x, **change})
 
 
-@pytest.mark.parametrize("backend", ["cuda", "composed"])
+@pytest.mark.parametrize("backend", ["cuda", "triton", "composed"])
 def test_a_named_backend_says_why_it_cannot_run(backend):
     with pytest.raises(NotImplementedError, match=f"{backend}: q_nope is on cpu, not on a CUDA device"):
         mla_step(**make(), scale=SCALE, backend=backend)

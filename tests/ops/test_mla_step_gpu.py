@@ -6,17 +6,21 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hylo_ops.fused import cuda_mla, mla_step
+from hylo_ops.backend import choose
+from hylo_ops.fused import cuda_mla, mla, mla_step
 from hylo_ops.testing import within_budget
 from tests.ops.mla_step_cases import (
     BF16,
     EMULATED,
     FP16,
     FP32,
+    OPTIONAL,
     SCALE,
+    TENSORS,
     Case,
     arguments,
     by_op,
+    by_triton,
     check,
     composed,
     run_and_check,
@@ -73,6 +77,28 @@ def test_agrees_with_float64(case):
 @EACH
 def test_the_composition_agrees_with_float64(case):
     run_and_check(replace(case, padding=(1,)), "cuda", composed)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_triton_agrees_with_float64(case):
+    run_and_check(case, "cuda", by_triton)
+
+
+@EACH
+def test_triton_in_fp32_and_over_a_cache_of_16_bits(case):
+    run_and_check(replace(case, dtype=FP32, angles=FP32), "cuda", by_triton)
+    x = replace(case, dtype=FP32, angles=FP32).inputs("cuda")
+    x["kv_cache"] = x["kv_cache"].to(BF16)
+    expected = by_op({**x, "kv_cache": x["kv_cache"].clone()}, "reference")
+    torch.testing.assert_close(by_triton(x), expected, rtol=1e-4, atol=1e-4)
+
+
+@EACH
+def test_triton_runs_what_the_cuda_kernels_refuse(case):
+    """They take 16 bits only."""
+    x = replace(case, dtype=FP32, angles=FP32).inputs("cuda")
+    inputs = {name: x[name] for name in (*TENSORS, *OPTIONAL, "key_scale")} | {"scale": SCALE}
+    assert choose("mla_step", mla.BACKENDS, None, inputs).name == "triton"
 
 
 @only_hopper
