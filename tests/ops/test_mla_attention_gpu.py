@@ -169,4 +169,4 @@ def test_compiles_without_a_graph_break_and_runs_the_same_kernels():
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(**x), run(**x))
     attention = [[name for name in kernels(lambda f=f: f(**x)) if "sdpa" in name] for f in (compiled, run)]
-    assert attention[0] == attention[1]
+    assert attention[0] == attention[1] != []
