@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hylo_ops import checks
 from hylo_ops.mla_attention import reference
 
-# PyTorch's fused attentions on CUDA, the fastest first (measured in docs/mla_attention.md).
+# PyTorch's fused attentions on CUDA.
 FUSED = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -33,9 +33,9 @@ def mla_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, backend: str
         k: [B, T, HK, K], dtype of q. The part without positions and the rotated rope key that all heads share, joined.
         v: [B, T, HK, V], dtype of q.
         scale: K ** -0.5.
-        backend: None takes, on CUDA, the first of PyTorch's "cudnn", "flash" and "efficient" that supports the inputs,
-            and never its composed attention, whose scores take T x T memory; in fp64 "reference"; on other devices
-            what PyTorch takes. A named one never falls back.
+        backend: None takes, on CUDA, the first in PyTorch's order of its "cudnn", "flash" and "efficient" that supports
+            the inputs (on Hopper cudnn comes first), and never its composed attention, whose scores take T x T
+            memory; in fp64 "reference"; on other devices what PyTorch takes. A named one never falls back.
     Returns:
         o: [B, T, H, V], dtype of q.
     Raises:
@@ -79,11 +79,15 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, names: list[str]) -> Tensor:
-    """The first of these attentions that PyTorch finds able, and no other."""
+    """One of these attentions, in PyTorch's order, and no other.
+
+    The order stays PyTorch's: it has cuDNN first where cuDNN is the fastest and sound. It is global and made at the
+    first call; who sets another one around that call takes PyTorch's away for good.
+    """
     if names == ["efficient"] or _only_efficient(q, v):
         k, v = (t.repeat_interleave(q.shape[2] // t.shape[2], dim=2) for t in (k, v))
     try:
-        with sdpa_kernel([FUSED[name] for name in names], set_priority=True):
+        with sdpa_kernel([FUSED[name] for name in names]):
             return _attend(q, k, v, scale)
     except RuntimeError as problem:
         if "No available kernel" not in str(problem) and "No viable backend" not in str(problem):

@@ -12,6 +12,7 @@ from tests.ops.layouts import shifted
 DTYPE = torch.float64
 SCALE = 0.4
 NAMES = ("q", "k", "v")
+FUSED = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]  # an order of a user's
 BACKENDS = [None, "reference"]
 DIMS = [(4, 2, 8, 8), (4, 4, 12, 8), (6, 1, 8, 16)]  # H, HK, K, V
 
@@ -119,18 +120,15 @@ def test_compiles_without_a_graph_break(dims):
 
 
 def test_only_what_is_named_may_run(monkeypatch):
-    """And what the user allowed before is allowed again."""
+    """And what the user allowed and preferred before is so again, and meanwhile."""
     seen = []
     monkeypatch.setattr(op, "_attend", lambda q, *_: seen.append(_cur_sdpa_kernel_backends(with_priority=True)) or q)
     x = make()
-    with sdpa_kernel([SDPBackend.MATH]):
+    with sdpa_kernel([SDPBackend.MATH, *FUSED], set_priority=True):
         op._fused(*x.values(), SCALE, list(op.FUSED))
         op._fused(*x.values(), SCALE, ["flash"])
-        assert _cur_sdpa_kernel_backends() == [SDPBackend.MATH]
-    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
-    assert [found for found in seen[0] if found in order] == order
-    assert SDPBackend.MATH not in seen[0]
-    assert seen[1] == [SDPBackend.FLASH_ATTENTION]
+        assert _cur_sdpa_kernel_backends(with_priority=True) == [SDPBackend.MATH, *FUSED]
+    assert seen == [FUSED, [SDPBackend.FLASH_ATTENTION]]
 
 
 @pytest.mark.filterwarnings("ignore:Flash attention")  # PyTorch's reasons
