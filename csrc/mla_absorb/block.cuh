@@ -87,6 +87,8 @@ __device__ __forceinline__ bool begin_with(Run& run, const Params& p, int first,
 struct First {
   Run run;
   Piece piece;
+
+  __device__ __forceinline__ bool exists() const { return piece.pieces > 0; }
 };
 
 __device__ __forceinline__ First first_of(const Params& p, const Run& run, const Sequence& sequence) {

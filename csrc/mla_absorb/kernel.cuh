@@ -39,22 +39,21 @@ class Block {
     if (!alone) cluster_arrive();
     const int group = uniform(threadIdx.x / 128), warp = uniform(threadIdx.x / 32 % 4);
     CacheLoader<kR, kE, kN, kScaled> loader(p_, stages_, shared_);
-    const First first = begin(loader, group == kGroups && warp == kQueryWarps);
-    if (first.piece.pieces == 0) {  // there is none
-      if (!alone) cluster_wait();
-      return;
-    }
     if (group < kGroups) {
       claim_registers<kAttendingRegisters>();
+      const First first = begin(loader, false);
       if (!alone) cluster_wait();
-      attend(first, group);
+      if (first.exists()) attend(first, group);
+      return;
+    }
+    release_registers<kLoadingRegisters>();
+    const First first = begin(loader, warp == kQueryWarps);
+    if (!first.exists()) {
+      if (!alone) cluster_wait();
+    } else if (warp == kQueryWarps) {
+      loader.run(first);
     } else {
-      release_registers<kLoadingRegisters>();
-      if (warp == kQueryWarps) {
-        loader.run(first);
-      } else {
-        QueryLoader<kR, kE, kN, merging_rounds(kDims)>(p_, warp, kRoom.queries, queries_, shared_).run(first);
-      }
+      QueryLoader<kR, kE, kN, merging_rounds(kDims)>(p_, warp, kRoom.queries, queries_, shared_).run(first);
     }
   }
 
@@ -68,7 +67,7 @@ class Block {
     if (p_.batch > kForeseen) {
       await_kernel_before();
       const First first = first_of_many(p_, shared_);
-      if (loads && first.piece.pieces > 0) loader.look_up_first(first.piece);
+      if (loads && first.exists()) loader.look_up_first(first.piece);
       return first;
     }
     Ends ends = ends_of_few<kSoFar>(p_);
@@ -76,7 +75,7 @@ class Block {
 #pragma unroll 1
     while (true) {
       const First first = first_of_few(p_, ends);
-      const bool loads_first = loads && first.piece.pieces > 0;
+      const bool loads_first = loads && first.exists();
       if (waits) {
         if (loads_first) loader.look_ahead(first.piece);
         await_kernel_before();

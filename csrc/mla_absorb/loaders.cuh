@@ -87,17 +87,19 @@ class CacheLoader {
     Handover& stage = shared_.stages[at];
     if (turn > 0) stage.empty.wait((turn - 1) & 1);
     const int mine = token + (part() << p_.box_shift), in_tile = 1 << parts_shift_;
+    const bool brings = lane() < in_tile && counts(piece, mine);
     const bool whole = token >= piece.start && token + kTokens <= piece.end;
-    const int parts = whole ? in_tile : __popc(__ballot_sync(kAllLanes, lane() < in_tile && counts(piece, mine)));
+    const int parts = whole ? in_tile : __popc(__ballot_sync(kAllLanes, brings));
     if (lane() == 0) stage.full.arrive_expecting(parts * key_tiles(kDims) * (128 << p_.box_shift));
     __syncwarp();
     // 32 is a multiple of the parts: a lane has one of them all the time.
     const int page = __shfl_sync(kAllLanes, pages, first_lane + part());
+    if (!brings) return;
     unsigned char* const to = stages_ + at * stage_size(kDims) + (part() * 128 << p_.box_shift);
-    if (!counts(piece, mine)) return;
-#pragma unroll 1
-    for (int tile = lane() >> parts_shift_; tile < key_tiles(kDims); tile += 32 >> parts_shift_) {
-      copy_box(to + tile * kTileSize, p_.cache, stage.full, tile * kTile, row_of(mine), page, 0);
+    const int row = row_of(mine);
+#pragma unroll
+    for (int tile = 0; tile < key_tiles(kDims); ++tile) {
+      copy_box(to + tile * kTileSize, p_.cache, stage.full, tile * kTile, row, page, 0);
     }
   }
 

@@ -93,11 +93,11 @@ class Merger {
     float weights[kN / 4];
 #pragma unroll
     for (int c = 0; c < kN / 4; ++c) weights[c] = exp2_fast(attending.top(c) - top_of_groups(Attending::column_of(c)));
-    if (thread_ < kN && blocks_ == 1) shared_.total[thread_] = block_total(thread_);
+    if (thread_ < kN) shared_.total[thread_] = block_total(thread_);
 #pragma unroll
     for (int round = 0; round < kRounds; ++round) {
-      if (blocks_ > 1) open(round, is_first && round == 0);
       put(attending, weights, round);
+      if (blocks_ > 1) open(round, is_first && round == 0);
       pass_on(piece, round);
       sync_attending();  // the next ones, or weights, take their place
       if (blocks_ == 1) continue;
@@ -134,18 +134,19 @@ class Merger {
     return results_ + n * (Attending::kWide * kTile) + (latent ^ (n / 2 % 4 * 8));
   }
 
-  // The warpgroups' sum for a round's query rows. It is the same whichever of them had which tiles of tokens.
+  // The warpgroups' sum for a round's query rows: of every other tile of latents each adds what it has to what the other
+  // left. It is the same whichever of them had which tiles of tokens.
   __device__ __forceinline__ void put(const Attending& attending, const float (&weights)[kN / 4], int round) const {
-    if (group_ == 1) put<false>(attending, weights, round);
+    put<false>(attending, weights, round);
     sync_attending();
-    if (group_ == 0) put<true>(attending, weights, round);
+    put<true>(attending, weights, round);
     sync_attending();
   }
   template <bool kAdds>
   __device__ __forceinline__ void put(const Attending& attending, const float (&weights)[kN / 4], int round) const {
 #pragma unroll
     for (int tile = 0; tile < Attending::kWide; ++tile) {
-      if (!attending.has_latents(tile)) continue;
+      if ((tile % kGroups == group_) != kAdds || !attending.has_latents(tile)) continue;
 #pragma unroll
       for (int c = 0; c < kMerged / 4; ++c) {
         const int all = round * (kMerged / 4) + c;
@@ -177,9 +178,9 @@ class Merger {
     }
     __syncwarp();
     if (!have_met) cluster_wait();
-    for (int i = thread_; round == 0 && i < kN * blocks_; i += kAttending) {
+    for (int i = thread_; round == 0 && i < rows_ << p_.cluster_shift; i += kAttending) {
       const int n = i >> p_.cluster_shift;
-      if (n < rows_) shared_.mailbox.send(&shared_.neighbours[rank_][n], i & (blocks_ - 1), block_total(n));
+      shared_.mailbox.send(&shared_.neighbours[rank_][n], i & (blocks_ - 1), shared_.total[n]);
     }
   }
 
