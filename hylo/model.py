@@ -15,6 +15,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from hylo.config import HyloConfig
 from hylo.mixers import GatedDeltaNet, Mamba2, make_mixer
+from hylo.mixers.packing import pack_, project
 from hylo.mixers.rope import Rotary
 
 
@@ -29,7 +30,12 @@ class Mlp(nn.Module):
         self.activation = ACT2FN[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = project(x, (self.gate_proj,), (self.up_proj,))
+        return self.down_proj(self.activation(gate) * up)
+
+    def pack_(self) -> None:
+        """Lets both products with the input be one, where no gradient is wanted."""
+        pack_([self.gate_proj.weight, self.up_proj.weight])
 
 
 class HyloDecoderLayer(GradientCheckpointingLayer):
@@ -135,12 +141,27 @@ class HyloModel(HyloPreTrainedModel):
         mla: dict[str, Any] = {"position_embeddings": self.rotary(position_ids, hidden_states.dtype)}
         full = attention_mask["full_attention"] if isinstance(attention_mask, dict) else attention_mask
         custom = isinstance(full, Tensor) and full.ndim == 4 and prepared is None
-        mla["absorb"] = hidden_states.shape[1] == 1 and cache is not None and not custom and self._has_past(cache)
+        on_past = cache is not None and not custom and self._has_past(cache)
+        mla["absorb"] = on_past and hidden_states.shape[1] == 1
         if mla["absorb"]:
             mla["cache_starts"] = _first_visible(full)
+        elif on_past and (length := self._plain_length(cache, full, hidden_states.shape[1])) is not None:
+            mla["lengths"] = [length] * len(hidden_states)
         else:
             mla["attention_mask"] = full if prepared else create_causal_mask(**shared)
         return arguments | {"full_attention": mla}
+
+    def _plain_length(self, cache: Cache | None, mask: Tensor | None, new: int) -> int | None:
+        """Tokens of every sequence with the new ones, for `mla_prefill`; None where that is not for these.
+
+        It reads all rows up to a length: padding that stands before a sequence would count. Its gradients take memory
+        for all scores. And it wants numbers on the host, which a static cache and a mask have on the device: whoever
+        compiles the model would have the graph broken.
+        """
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        length = int(self._seen_tokens(cache)) + new
+        return length if mask is None or bool((_visible(mask).sum(-1) == length).all()) else None
 
     def _has_past(self, cache: Cache) -> bool:
         layer: Any = cache.layers[self.config.mla_layers[0]]
@@ -200,13 +221,16 @@ class HyloForCausalLM(HyloPreTrainedModel, GenerationMixin):
 
 
 def _first_visible(mask: Tensor | None) -> Tensor | None:
-    """[B] int32: how many leading positions of each row are padding; None if there is no mask.
+    """[B] int32: how many leading positions of each row are padding; None if there is no mask."""
+    return None if mask is None else (~_visible(mask)).cumprod(-1).sum(-1, dtype=torch.int32)
 
-    mask: [B, S] with 1 for tokens, or a prepared 4-D mask of one query, bool or additive.
+
+def _visible(mask: Tensor) -> Tensor:
+    """[B, S] bool: what the last token sees.
+
+    mask: [B, S] with 1 for tokens, or a prepared 4-D mask, bool or additive.
     """
-    if mask is None:
-        return None
-    if mask.ndim == 4:
-        mask = mask[:, 0, -1]
-        mask = mask if mask.dtype == torch.bool else mask == 0
-    return (mask == 0).cumprod(-1).sum(-1, dtype=torch.int32)
+    if mask.ndim == 2:
+        return mask != 0
+    last = mask[:, 0, -1]
+    return last if last.dtype == torch.bool else last == 0

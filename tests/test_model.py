@@ -13,6 +13,7 @@ from hylo.errors import UserError
 from hylo.mixers import mla
 from hylo.mixers.rope import Rotary
 from hylo_ops import fused, mla_attention
+from hylo_ops.testing import within_budget
 
 PUBLISHED = {
     "Llama-4MLA12GDN": 1_673_797_776,
@@ -108,7 +109,7 @@ def test_every_path_gives_the_same_logits(layout, cache_class, qk_norm, rope):
 def test_decode_is_absorbed_and_prefill_expanded(monkeypatch):
     model, calls = make_model(), []
     mixer = type(model.model.layers[1].mixer)
-    for name in ("_absorbed", "_expanded", "_step_in_place"):
+    for name in ("_absorbed", "_expanded", "_sliced", "_step_in_place"):
         original = getattr(mixer, name)
         monkeypatch.setattr(
             mixer, name, lambda *a, _name=name, _original=original, **k: (calls.append(_name), _original(*a, **k))[1]
@@ -125,6 +126,67 @@ def test_decode_is_absorbed_and_prefill_expanded(monkeypatch):
         model(ids[:, 5:], past_key_values=static, use_cache=True)
         assert calls == ["_expanded"] * 2 + ["_step_in_place"] * 2
         assert static.layers[1].keys.data_ptr() == keys.data_ptr()
+        for again in (cache, static):
+            calls.clear()
+            model(ids[:, :2], past_key_values=again, use_cache=True)
+            assert calls == ["_sliced"] * 2
+
+
+@pytest.mark.parametrize("case", ["padded", "hole", "custom mask", "gradient"])
+@pytest.mark.parametrize("cache_class", [DynamicCache, StaticCache])
+def test_what_a_slice_cannot_do_is_expanded_whole(monkeypatch, cache_class, case):
+    """Rows that do not count, or a gradient: on the path that has a mask, and with its numbers."""
+    model, calls = make_model("mla"), []
+    original = type(model.model.layers[0].mixer)._expanded
+    monkeypatch.setattr(
+        type(model.model.layers[0].mixer), "_expanded", lambda *a, **k: (calls.append(1), original(*a, **k))[1]
+    )
+    ids, mask = tokens(2, 9), torch.ones(2, 9, dtype=torch.long)
+    if case in ("padded", "hole"):
+        mask[0, : 4 if case == "padded" else 0] = 0
+        mask[0, 5] = int(case == "padded")
+    full = torch.ones(2, 1, 9, 9, dtype=torch.bool).tril()
+    custom, kept = case == "custom mask", 9 if cache_class is StaticCache else 6
+    with torch.no_grad():
+        whole = model(ids, attention_mask=full if custom else mask, use_cache=False).logits
+        cache = cache_class(config=model.config, **({"max_cache_len": 9} if cache_class is StaticCache else {}))
+        first = model(ids[:, :6], attention_mask=full[..., :6, :kept] if custom else mask[:, :6], past_key_values=cache)
+    calls.clear()
+    with torch.set_grad_enabled(case == "gradient"):
+        second = model(ids[:, 6:], attention_mask=full[..., 6:, :] if custom else mask, past_key_values=cache)
+    assert calls == [1, 1]
+    seen = mask.bool() if case == "padded" else torch.ones_like(mask, dtype=torch.bool)
+    found = torch.cat([first.logits, second.logits], 1)
+    torch.testing.assert_close(found[seen], whole[seen], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("layout", ["gdn", "mamba2", "mla"])
+def test_any_chunking_errs_no_more_than_one_pass(layout):
+    """float32 logits against float64 ones of one pass: at most twice the error of one pass in float32."""
+    exact, ids = make_model(layout), tokens(2, 96)
+    model = copy.deepcopy(exact).float()
+    with torch.no_grad():
+        expected = exact(ids, use_cache=False).logits
+        whole = model(ids, use_cache=False).logits
+        for cuts in ([48, 48], [1, 32, 63], [7] * 13 + [5], [95, 1]):
+            cache = DynamicCache(config=model.config)
+            parts = [model(part, past_key_values=cache, use_cache=True).logits for part in ids.split(cuts, dim=1)]
+            within_budget(torch.cat(parts, 1), whole, expected)
+
+
+def test_a_chunk_reads_the_rows_where_they_lie(monkeypatch):
+    """No copy of a static cache, and no more of it than is filled."""
+    model, calls = make_model("mla"), []
+    original = mla.mla_prefill
+    monkeypatch.setattr(mla, "mla_prefill", lambda *a, **k: (calls.append((a[2], k["lengths"])), original(*a, **k))[1])
+    ids = tokens(2, 9)
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    with torch.no_grad():
+        for part in ids.split([4, 3, 2], dim=1):
+            model(part, past_key_values=cache)
+    assert [lengths for _, lengths in calls] == [[7, 7]] * 2 + [[9, 9]] * 2
+    for (rows, _), layer in zip(calls[2:], cache.layers, strict=True):
+        assert rows.data_ptr() == layer.keys.data_ptr()
 
 
 @pytest.mark.parametrize("cache_class", [DynamicCache, StaticCache])

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from hylo.config import HyloConfig
+from hylo.mixers.packing import pack_, project, stacked
 from hylo.mixers.recurrent import (
     GatedRMSNorm,
     LayerState,
@@ -17,7 +18,7 @@ from hylo.mixers.recurrent import (
     widened,
     without_padding,
 )
-from hylo_ops import chunk_gated_delta_rule, recurrent_gated_delta_rule
+from hylo_ops import chunk_gated_delta_rule, fused
 
 
 class GatedDeltaNet(nn.Module):
@@ -56,24 +57,43 @@ class GatedDeltaNet(nn.Module):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
+        state: LayerState | None = None,
         **_: Any,
     ) -> Tensor:
-        """[B, T, D] -> [B, T, D]; `attention_mask` [B, T] is 0 at padding."""
-        x = without_padding(hidden_states, attention_mask)
-        state = LayerState(past_key_values, self.layer_idx, x.shape[1])
-        q, k, v = self._convolved(x, state)
-        g = -widened(self.A_log).exp() * F.softplus(widened(self.a_proj(x)) + widened(self.dt_bias))
-        beta = widened(self.b_proj(x)).sigmoid()
-        o = state.recur(chunk_gated_delta_rule, recurrent_gated_delta_rule, _unit(q), _unit(k), v, g, beta)
-        return self.o_proj(self.o_norm(o, self.g_proj(x)))
+        """[B, T, D] -> [B, T, D].
 
-    def _convolved(self, x: Tensor, state: LayerState) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k [B, T, H, K] and v [B, T, H, V]. The three convolutions run as one over all channels."""
-        qkv = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
-        weight = torch.cat([self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight])
+        Args:
+            attention_mask: [B, T], 0 at padding.
+            state: what the layer remembers, if not in `past_key_values`.
+        """
+        x = without_padding(hidden_states, attention_mask)
+        if state is None:
+            state = LayerState(past_key_values, self.layer_idx, x.shape[1])
+        qkv, gate, a, b = project(x, *self._projections())
+        q, k, v = self._heads(state.convolve(qkv, stacked(self._conv_weights()), None))
+        if state.decoding:
+            o = state.step(fused.gated_delta_rule_step, q, k, v, a, b, self.A_log, self.dt_bias)
+        else:
+            g = -widened(self.A_log).exp() * F.softplus(widened(a) + widened(self.dt_bias))
+            o = state.scan(chunk_gated_delta_rule, _unit(q), _unit(k), v, g, widened(b).sigmoid())
+        return self.o_proj(self.o_norm(o, gate))
+
+    def pack_(self) -> None:
+        """Lets all projections of the input be one product, where no gradient is wanted."""
+        pack_([layer.weight for group in self._projections() for layer in group])
+        pack_(self._conv_weights())
+
+    def _projections(self) -> tuple[tuple[nn.Linear, ...], ...]:
+        return (self.q_proj, self.k_proj, self.v_proj), (self.g_proj,), (self.a_proj,), (self.b_proj,)
+
+    def _conv_weights(self) -> list[nn.Parameter]:
+        """The three convolutions run as one over all channels."""
+        return [self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight]
+
+    def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k [B, T, H, K] and v [B, T, H, V]."""
         sizes = [self.q_proj.out_features, self.k_proj.out_features, self.v_proj.out_features]
-        parts = state.convolve(qkv, weight, None).split(sizes, dim=-1)
-        q, k, v = (t.unflatten(-1, (len(self.A_log), -1)) for t in parts)
+        q, k, v = (t.unflatten(-1, (len(self.A_log), -1)) for t in qkv.split(sizes, dim=-1))
         return q, k, v
 
 

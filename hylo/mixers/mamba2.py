@@ -54,10 +54,12 @@ class Mamba2(nn.Module):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
+        state: LayerState | None = None,
         **_: Any,
     ) -> Tensor:
-        """[B, T, D] -> [B, T, D]; `attention_mask` [B, T] is 0 at padding."""
-        state = LayerState(past_key_values, self.layer_idx, hidden_states.shape[1])
+        """[B, T, D] -> [B, T, D]; the arguments are `GatedDeltaNet`'s."""
+        if state is None:
+            state = LayerState(past_key_values, self.layer_idx, hidden_states.shape[1])
         projected = self.in_proj(without_padding(hidden_states, attention_mask))
         z, xbc, dt = projected.split([self.inner, self.inner + 2 * self.shared, self.heads], dim=-1)
         if attention_mask is not None:  # the convolution's bias makes padding non-zero again
@@ -71,7 +73,7 @@ class Mamba2(nn.Module):
             dt,
             self.conv1d.weight,
             self.conv1d.bias,
-            -widened(self.A_log).exp(),
+            state.constant(lambda: -widened(self.A_log).exp()),
             self.norm.weight,
             d_state=self.head_dim,
             x_heads=kv_heads,

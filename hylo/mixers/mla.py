@@ -1,5 +1,6 @@
 """Multi-Head Latent Attention with key-value heads shared by groups of query heads (docs/mla_absorb.md)."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,18 +10,48 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from hylo.config import HyloConfig
+from hylo.mixers.packing import pack_, project
 from hylo.mixers.recurrent import widened
 from hylo.mixers.rope import rotate
-from hylo_ops import mla_absorb, mla_attention
+from hylo_ops import mla_absorb, mla_attention, mla_prefill
 from hylo_ops.fused import mla_step
+
+
+class LatentState:
+    """The rows of one layer in a transformers cache, or nowhere (training).
+
+    `preallocated` says that a row can be written where the cache has room for it, by the op that reads the others.
+    """
+
+    def __init__(self, cache: Cache | None, layer_idx: int) -> None:
+        self._cache, self._layer_idx = cache, layer_idx
+        self.preallocated = isinstance(cache, StaticCache)
+
+    def append(self, rows: Tensor) -> Tensor:
+        """Rows [B, T, row] behind those that are there: [B, S, row], all of the cache."""
+        if self._cache is None:
+            return rows
+        # zero width: the values are in the row as well
+        keys, _ = self._cache.update(rows[:, None], rows[:, None, :, :0], self._layer_idx)
+        return keys[:, 0]
+
+    def open_row(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The cache [B, S, row], where the next row goes and how many there are with it, [B] int32; it then counts."""
+        assert self._cache is not None
+        layer: Any = self._cache.layers[self._layer_idx]
+        position = layer.cumulative_length.to(torch.int32, copy=True).expand(batch)
+        lengths = position + 1
+        layer.cumulative_length.add_(1)
+        return layer.keys[:, 0], position, lengths
 
 
 class MultiHeadLatentAttention(nn.Module):
     """Caches one row [latent R | rotated key E | key scales] a token, shared by all heads.
 
     Many tokens: the rows are expanded to keys and values. With nothing before them and nothing masked, as in training,
-    they go through `mla_attention`, else through transformers' attention interface. One token on a cache: the
-    up-projections are absorbed into query and output, and attention reads the rows as they are.
+    they go through `mla_attention`, else through transformers' attention interface. Many on a cache that holds their
+    past: the cache is expanded slice by slice. One token on a cache: the up-projections are absorbed into query and
+    output, and attention reads the rows as they are.
 
     With `qk_norm` the RMS of an expanded key depends on token and head. Its inverse, one scale for each key-value
     head, is stored in the row, and the norm's weight is folded into the up-projection and the rope key; so both
@@ -52,6 +83,8 @@ class MultiHeadLatentAttention(nn.Module):
         past_key_values: Cache | None = None,
         cache_starts: Tensor | None = None,
         absorb: bool = False,
+        lengths: Sequence[int] | None = None,
+        state: LatentState | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """[B, T, D] -> [B, T, D].
@@ -61,25 +94,37 @@ class MultiHeadLatentAttention(nn.Module):
             attention_mask: 4-D mask of the expanded form, None for plain causal.
             cache_starts: [B]. First cached token that is no padding (absorbed form).
             absorb: one token a sequence, on a cache that holds its past.
+            lengths: of each sequence with the new tokens, where the cache is expanded slice by slice; no padding then.
+            state: what the layer remembers, if not in `past_key_values`.
         """
-        q = self.q_b_proj(self.q_a_proj(hidden_states)).unflatten(-1, (self.heads, -1))
-        if self.q_norm is not None:
-            q = self.q_norm(q.to(self.q_norm.weight.dtype)).to(q.dtype)  # autocast leaves the weight wide
+        if state is None:
+            state = LatentState(past_key_values, self.layer_idx)
+        q, row = self._projected(hidden_states)
         q_nope, q_rope = q.split([self.nope, self.rope], dim=-1)
-        row = self._row(hidden_states)
-        if absorb and isinstance(past_key_values, StaticCache):
-            o = self._step_in_place(q_nope, q_rope, row, position_embeddings, past_key_values, cache_starts)
+        if absorb and state.preallocated:
+            o = self._step_in_place(q_nope, q_rope, row, position_embeddings, state, cache_starts)
         else:
             q_rope, rows = rotate(q_rope, *position_embeddings), self._rotated(row, position_embeddings)
-            if past_key_values is not None:
-                # zero width: the values are in the row as well
-                keys, _ = past_key_values.update(rows[:, None], rows[:, None, :, :0], self.layer_idx)
-                rows = keys[:, 0]
+            rows = state.append(rows)
             if absorb:
                 o = self._absorbed(q_nope, q_rope, rows, cache_starts)
+            elif lengths is not None:
+                o = self._sliced(q_nope, q_rope, rows, lengths)
             else:
                 o = self._expanded(torch.cat([q_nope, q_rope], dim=-1), rows, attention_mask, **kwargs)
         return self.o_proj(o.flatten(2))
+
+    def pack_(self) -> None:
+        """Lets both down-projections be one product, where no gradient is wanted."""
+        pack_([self.q_a_proj.weight, self.kv_a_proj_with_mqa.weight])
+
+    def _projected(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries [B, T, H, nope + E], not rotated, and rows as `_with_scales` has them."""
+        q_latent, row = project(hidden_states, (self.q_a_proj,), (self.kv_a_proj_with_mqa,))
+        q = self.q_b_proj(q_latent).unflatten(-1, (self.heads, -1))
+        if self.q_norm is not None:
+            q = self.q_norm(q.to(self.q_norm.weight.dtype)).to(q.dtype)  # autocast leaves the weight wide
+        return q, row if self.k_norm is None else self._with_scales(row, self.k_norm)
 
     def up_projections(self) -> tuple[Tensor, Tensor]:
         """Keys [Hkv, nope, R], with the key norm's weight folded in, and values [Hkv, V, R]."""
@@ -89,17 +134,14 @@ class MultiHeadLatentAttention(nn.Module):
             w_uk = w_uk * self.k_norm.weight[: self.nope, None]
         return w_uk, w_uv
 
-    def _row(self, hidden_states: Tensor) -> Tensor:
-        """[B, T, R + E (+ Hkv)]: latent, unrotated key, key scales."""
-        row = self.kv_a_proj_with_mqa(hidden_states)
-        if self.k_norm is None:
-            return row
+    def _with_scales(self, row: Tensor, k_norm: nn.RMSNorm) -> Tensor:
+        """[B, T, R + E] -> [B, T, R + E + Hkv]: latent, unrotated key, key scales."""
         latent, rope = row.split([self.rank, self.rope], dim=-1)
         w_k = self.kv_b_proj.weight.unflatten(0, (self.kv_heads, -1))[:, : self.nope]
         k_nope = widened(torch.einsum("btr,gnr->btgn", latent, w_k.to(latent.dtype)))
         squares = k_nope.square().sum(-1) + widened(rope).square().sum(-1, keepdim=True)  # [B, T, Hkv]
         scales = torch.rsqrt(squares / (self.nope + self.rope) + self.config.rms_norm_eps)
-        weighted = rope * self.k_norm.weight[self.nope :]
+        weighted = rope * k_norm.weight[self.nope :]
         return torch.cat([latent, weighted.to(row.dtype), scales.to(row.dtype)], dim=-1)
 
     def _rotated(self, row: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
@@ -128,6 +170,23 @@ class MultiHeadLatentAttention(nn.Module):
         k = torch.cat([k_nope, rope[:, :, None].expand(-1, -1, self.kv_heads, -1)], dim=-1)
         return (k if self.k_norm is None else k * scales[..., None]), v
 
+    def _sliced(self, q_nope: Tensor, q_rope: Tensor, rows: Tensor, lengths: Sequence[int]) -> Tensor:
+        """q [B, T, H, nope], [B, T, H, E], the last of `lengths` tokens of rows [B, S, row] -> [B, T, H, V]."""
+        o = mla_prefill(
+            q_nope,
+            q_rope,
+            rows,
+            *self.up_projections(),
+            lengths=lengths,
+            scale=self.scaling,
+            key_scale=self._scales_of(rows),
+        )
+        assert isinstance(o, Tensor)
+        return o
+
+    def _scales_of(self, rows: Tensor) -> Tensor | None:
+        return rows[..., self.rank + self.rope :] if self.k_norm is not None else None
+
     def _absorbed(self, q_nope: Tensor, q_rope: Tensor, rows: Tensor, cache_starts: Tensor | None) -> Tensor:
         """q [B, 1, H, nope], [B, 1, H, E], rows [B, S, row] -> [B, 1, H, V]."""
         w_uk, w_uv = (w.to(q_nope.dtype).repeat_interleave(self.num_key_value_groups, 0) for w in self.up_projections())
@@ -139,7 +198,7 @@ class MultiHeadLatentAttention(nn.Module):
             cache_seqlens=torch.full((rows.shape[0],), rows.shape[1], dtype=torch.int32, device=rows.device),
             cache_starts=cache_starts,
             scale=self.scaling,
-            key_scale=rows[..., self.rank + self.rope :] if self.k_norm is not None else None,
+            key_scale=self._scales_of(rows),
         )
         return torch.einsum("bthr,hvr->bthv", o_latent, w_uv)
 
@@ -149,21 +208,20 @@ class MultiHeadLatentAttention(nn.Module):
         q_rope: Tensor,
         row: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
-        cache: StaticCache,
+        state: LatentState,
         cache_starts: Tensor | None,
     ) -> Tensor:
         """The whole step in one op on a preallocated cache: rotate, append, attend, up-project."""
-        layer: Any = cache.layers[self.layer_idx]
-        position = layer.cumulative_length.to(torch.int32).expand(row.shape[0])
+        kv_cache, position, lengths = state.open_row(len(row))
         w_uk, w_uv = (w.to(row.dtype) for w in self.up_projections())
-        o = mla_step(
+        return mla_step(
             q_nope,
             q_rope,
             row,
             w_uk,
             w_uv,
-            layer.keys[:, 0],
-            cache_seqlens=position + 1,
+            kv_cache,
+            cache_seqlens=lengths,
             cache_starts=cache_starts,
             position=position,
             cos=position_embeddings[0],
@@ -171,5 +229,3 @@ class MultiHeadLatentAttention(nn.Module):
             scale=self.scaling,
             key_scale=self.kv_heads if self.k_norm is not None else None,
         )
-        layer.cumulative_length.add_(1)
-        return o

@@ -87,14 +87,20 @@ class LayerState:
             self._cache.update_conv_state(final, self._layer_idx)
         return y
 
-    def recur(self, chunk: Callable[..., Any], step: Callable[..., Any], *args: Tensor) -> Tensor:
-        """`step(*args, state)` in place when decoding, else `chunk(*args, initial_state=...)`, whose state is kept."""
-        if self.decoding:
-            return step(*args, self._recurrent)
+    def scan(self, chunk: Callable[..., Any], *args: Tensor) -> Tensor:
+        """`chunk(*args, initial_state=...)`, whose state is kept."""
         o, final = chunk(*args, initial_state=self._recurrent)
         if self._cache is not None:
             self._cache.update_recurrent_state(final, self._layer_idx)
         return o
+
+    def step(self, step: Callable[..., Tensor], *args: Tensor) -> Tensor:
+        """`step(*args, state)`, which updates the state in place; when decoding."""
+        return step(*args, self._recurrent)
+
+    def constant(self, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` gives, of weights alone; a state that sees no training need not ask twice."""
+        return make()
 
     def mix(self, scan: Callable[..., Any], step: Callable[..., Any], *args: Tensor | None, **options: Any) -> Tensor:
         """A whole mixer between its projections, both states with it.

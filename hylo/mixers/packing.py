@@ -1,0 +1,60 @@
+"""Weights that lie one behind the other in memory, so that one product takes the place of several."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_ROWS = 8  # what rows are filled up to: those of the product then begin at multiples of 16 bytes, as kernels ask
+
+
+@torch.no_grad()
+def pack_(weights: Sequence[Tensor]) -> None:
+    """Moves weights [rows, ...] of one width into one storage, in this order. Values, names and shapes stay."""
+    sizes = [len(weight) for weight in weights]
+    first = weights[0]
+    whole = first.new_zeros(-(-sum(sizes) // _ROWS) * _ROWS, *first.shape[1:])
+    for part, weight in zip(whole[: sum(sizes)].split(sizes), weights, strict=True):
+        part.copy_(weight)
+        weight.data = part
+
+
+def packed(weights: Sequence[Tensor]) -> Tensor | None:
+    """Weights as one tensor whose last rows, up to 7, mean nothing; None where they lie apart.
+
+    None as well where gradients or a compiler must see each by itself. Where they lie is looked up at each call: what
+    moved or was replaced since `pack_` is then only slower.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    first, rows = weights[0], 0
+    storage = first.untyped_storage()
+    width = first[0].numel()
+    for weight in weights:
+        behind = first.storage_offset() + rows * width
+        elsewhere = weight.storage_offset() != behind or weight.untyped_storage().data_ptr() != storage.data_ptr()
+        if elsewhere or not weight.is_contiguous():
+            return None
+        rows += len(weight)
+    rows = -(-rows // _ROWS) * _ROWS
+    if (first.storage_offset() + rows * width) * first.element_size() > storage.nbytes():
+        return None
+    return first.as_strided((rows, *first.shape[1:]), first.stride())
+
+
+def stacked(weights: Sequence[Tensor]) -> Tensor:
+    """[rows of all, ...]: a view of packed weights, else a copy."""
+    whole = packed(weights)
+    return torch.cat(list(weights)) if whole is None else whole[: sum(len(weight) for weight in weights)]
+
+
+def project(x: Tensor, *groups: Iterable[nn.Linear]) -> list[Tensor]:
+    """For each group what its layers, without bias, make of x [..., D], side by side; packed weights: one product."""
+    layers = [list(group) for group in groups]
+    whole = packed([layer.weight for group in layers for layer in group])
+    if whole is None:
+        parts = ([layer(x) for layer in group] for group in layers)
+        return [part[0] if len(part) == 1 else torch.cat(part, dim=-1) for part in parts]
+    sizes = [sum(layer.out_features for layer in group) for group in layers]
+    return list(F.linear(x, whole).split([*sizes, len(whole) - sum(sizes)], dim=-1)[:-1])
