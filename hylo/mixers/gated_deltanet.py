@@ -78,6 +78,11 @@ class GatedDeltaNet(nn.Module):
             o = state.scan(chunk_gated_delta_rule, _unit(q), _unit(k), v, g, widened(b).sigmoid())
         return self.o_proj(self.o_norm(o, gate))
 
+    def state_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of a sequence's convolution state [D, W] and recurrent state [H, K, V]."""
+        rows, heads = [len(weight) for weight in self._conv_weights()], len(self.A_log)
+        return (sum(rows), self.q_conv1d.weight.shape[1]), (heads, rows[0] // heads, rows[2] // heads)
+
     def pack_(self) -> None:
         """Lets all projections of the input be one product, where no gradient is wanted."""
         pack_([layer.weight for group in self._projections() for layer in group])

@@ -84,3 +84,7 @@ class Mamba2(nn.Module):
             norm_before_gate=self.norm.norm_before_gate,
         )
         return self.out_proj(y.flatten(2))
+
+    def state_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of a sequence's convolution state [D, W] and recurrent state [H, V, K]."""
+        return tuple(self.conv1d.weight.shape), (self.heads, self.head_dim, self.head_dim)

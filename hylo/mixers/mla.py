@@ -114,6 +114,11 @@ class MultiHeadLatentAttention(nn.Module):
                 o = self._expanded(torch.cat([q_nope, q_rope], dim=-1), rows, attention_mask, **kwargs)
         return self.o_proj(o.flatten(2))
 
+    @property
+    def row(self) -> int:
+        """Width of a cached row."""
+        return self.rank + self.rope + (0 if self.k_norm is None else self.kv_heads)
+
     def pack_(self) -> None:
         """Lets both down-projections be one product, where no gradient is wanted."""
         pack_([self.q_a_proj.weight, self.kv_a_proj_with_mqa.weight])

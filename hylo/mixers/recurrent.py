@@ -70,37 +70,53 @@ class LayerState:
     """
 
     def __init__(self, cache: Cache | None, layer_idx: int, tokens: int) -> None:
-        self._cache, self._layer_idx = cache, layer_idx
-        self._conv: Tensor | None = None
-        self._recurrent: Tensor | None = None
-        if cache is not None and cache.has_previous_state(layer_idx):
-            layer: Any = cache.layers[layer_idx]
-            self._conv, self._recurrent = layer.conv_states[0], layer.recurrent_states[0]
-        self.decoding = self._conv is not None and tokens == 1
+        self._cache, self._layer_idx, self._tokens = cache, layer_idx, tokens
+        has_past = cache is not None and cache.has_previous_state(layer_idx)
+        self._layer: Any = cache.layers[layer_idx] if cache is not None and has_past else None
 
-    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Short convolution with SiLU over x [B, T, D]; keeps the last W inputs."""
-        if self.decoding and self._conv is not None:
-            return recurrent_causal_conv1d(x, weight, bias, self._conv, activation="silu")
-        y, final = causal_conv1d(x, weight, bias, activation="silu", initial_state=self._conv)
+    @property
+    def decoding(self) -> bool:
+        return self._layer is not None and self._tokens == 1
+
+    @property
+    def conv(self) -> Tensor | None:
+        """[B, D, W]: the last inputs of the convolution."""
+        return None if self._layer is None else self._layer.conv_states[0]
+
+    @property
+    def recurrent(self) -> Tensor | None:
+        """[B, H, K, V], or [B, H, V, K] in Mamba2."""
+        return None if self._layer is None else self._layer.recurrent_states[0]
+
+    def keep_conv(self, final: Tensor) -> None:
         if self._cache is not None:
             self._cache.update_conv_state(final, self._layer_idx)
-        return y
 
-    def scan(self, chunk: Callable[..., Any], *args: Tensor) -> Tensor:
-        """`chunk(*args, initial_state=...)`, whose state is kept."""
-        o, final = chunk(*args, initial_state=self._recurrent)
+    def keep_recurrent(self, final: Tensor) -> None:
         if self._cache is not None:
             self._cache.update_recurrent_state(final, self._layer_idx)
-        return o
-
-    def step(self, step: Callable[..., Tensor], *args: Tensor) -> Tensor:
-        """`step(*args, state)`, which updates the state in place; when decoding."""
-        return step(*args, self._recurrent)
 
     def constant(self, make: Callable[[], Tensor]) -> Tensor:
         """What `make` gives, of weights alone; a state that sees no training need not ask twice."""
         return make()
+
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Short convolution with SiLU over x [B, T, D]; keeps the last W inputs."""
+        if self.decoding and self.conv is not None:
+            return recurrent_causal_conv1d(x, weight, bias, self.conv, activation="silu")
+        y, final = causal_conv1d(x, weight, bias, activation="silu", initial_state=self.conv)
+        self.keep_conv(final)
+        return y
+
+    def scan(self, chunk: Callable[..., Any], *args: Tensor) -> Tensor:
+        """`chunk(*args, initial_state=...)`, whose state is kept."""
+        o, final = chunk(*args, initial_state=self.recurrent)
+        self.keep_recurrent(final)
+        return o
+
+    def step(self, step: Callable[..., Tensor], *args: Tensor) -> Tensor:
+        """`step(*args, state)`, which updates the state in place; when decoding."""
+        return step(*args, self.recurrent)
 
     def mix(self, scan: Callable[..., Any], step: Callable[..., Any], *args: Tensor | None, **options: Any) -> Tensor:
         """A whole mixer between its projections, both states with it.
@@ -109,11 +125,10 @@ class LayerState:
         initial_state=..., **options)`, whose states are kept.
         """
         if self.decoding:
-            return step(*args, self._conv, self._recurrent, **options)
-        y, conv, final = scan(*args, conv_state=self._conv, initial_state=self._recurrent, **options)
-        if self._cache is not None:
-            self._cache.update_conv_state(conv, self._layer_idx)
-            self._cache.update_recurrent_state(final, self._layer_idx)
+            return step(*args, self.conv, self.recurrent, **options)
+        y, conv, final = scan(*args, conv_state=self.conv, initial_state=self.recurrent, **options)
+        self.keep_conv(conv)
+        self.keep_recurrent(final)
         return y
 
 

@@ -1,0 +1,56 @@
+"""The next token out of logits, on their device."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hylo.errors import UserError
+from hylo.mixers.recurrent import widened
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen.
+
+    Args:
+        temperature: 0 takes the likeliest token; above it tokens are drawn from softmax(logits / temperature).
+        top_k: only of the so many likeliest; of all if None.
+        top_p: only of the likeliest that together reach this probability, after `top_k`; of all if None.
+    Raises:
+        UserError: a value is out of its range.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise UserError(f"temperature must be a number from 0 on, got {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(f"top_k must be at least 1, got {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UserError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+
+
+GREEDY = Sampling()
+
+
+def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    """logits [B, vocabulary] -> tokens [B] int64. No synchronisation; a CUDA graph can capture it."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    scores, tokens = widened(logits) / sampling.temperature, None
+    if sampling.top_k is not None:
+        scores, tokens = scores.topk(min(sampling.top_k, scores.shape[1]))
+    elif sampling.top_p is not None:
+        scores, tokens = scores.sort(descending=True)
+    weights = scores.softmax(-1)
+    if sampling.top_p is not None:
+        likelier = weights.cumsum(-1) - weights
+        weights = weights.masked_fill(likelier >= sampling.top_p, 0)
+    # Of clocks that ring after exponential times at these rates, the first is a draw of them: no sum, no search.
+    times = torch.empty_like(weights).exponential_(generator=generator).clamp_(min=torch.finfo(weights.dtype).tiny)
+    drawn = (weights / times).argmax(-1, keepdim=True)
+    return (drawn if tokens is None else tokens.gather(-1, drawn))[:, 0]
