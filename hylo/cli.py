@@ -115,27 +115,46 @@ def evaluate(
 @app.command()
 def generate(
     model: Annotated[Path, typer.Argument(help="Directory of the model.")],
-    prompt: Annotated[str, typer.Option(help="Text to go on from; '-' reads standard input.")],
+    prompt: Annotated[str | None, typer.Option(help="Text to go on from; '-' reads standard input.")] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="UTF-8 file to go on from; its text is not repeated.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens.")] = 100,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Draw from so many of the likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest that reach this probability.")] = None,
     prefill_chunk_size: Annotated[int | None, typer.Option(help="Tokens of the prompt read at a time.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
 ) -> None:
-    """Continue a text."""
-    from hylo.generate import generate_text
+    """Continue a text; the new text comes on standard output, token by token, progress on standard error."""
+    from hylo.generate import stream_text
+    from hylo.inference import Sampling
+    from hylo.text import read_utf8
 
-    text = sys.stdin.read() if prompt == "-" else prompt
-    pieces = generate_text(
+    if (prompt is None) == (prompt_file is None):
+        raise UserError("give either --prompt or --prompt-file")
+    if prompt_file is not None:
+        text = read_utf8(prompt_file)
+    elif prompt == "-":
+        text = sys.stdin.read()
+    else:
+        text = str(prompt)
+    pieces = stream_text(
         model,
         text,
         max_new_tokens=max_new_tokens,
-        temperature=temperature,
+        sampling=Sampling(temperature, top_k, top_p),
         prefill_chunk_size=prefill_chunk_size,
         device=device,
         seed=seed,
     )
-    typer.echo(pieces)
+    if prompt_file is None:
+        typer.echo(text, nl=False)
+    for piece in pieces:
+        typer.echo(piece, nl=False)
+        sys.stdout.flush()
+    typer.echo()
 
 
 @app.command()

@@ -267,6 +267,7 @@ def test_rejected_calls():
         ({"top_k": 0}, "top_k must be at least 1, got 0"),
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
         ({"top_p": 1.1}, "top_p must be above 0 and at most 1, got 1.1"),
+        ({"top_k": 3}, "top_k and top_p need a temperature above 0, got 0.0"),
     ],
 )
 def test_rejected_sampling(options, message):

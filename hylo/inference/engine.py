@@ -113,6 +113,7 @@ class Engine:
             UserError: no prompt or too many, one that is empty, too long or has an unknown token, or memory that does
                 not suffice.
         """
+        _check_count(max_new_tokens)
         checked = [self._checked(i, prompt, max_new_tokens) for i, prompt in enumerate(prompts)]
         self.prefill(checked, progress=progress)
         return self.decode(max_new_tokens, sampling=sampling, seed=seed, end=end)
@@ -164,8 +165,7 @@ class Engine:
         The step that follows a token is on its way before the token is handed out: at its end, the caches may hold
         one token more than were yielded.
         """
-        if max_new_tokens < 1:
-            raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        _check_count(max_new_tokens)
         if not self._lengths:
             raise UserError("there is nothing to go on from: call prefill or fill first")
         if max(self._lengths) + max_new_tokens > self.capacity:
@@ -289,6 +289,11 @@ class Engine:
     def _wait(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.current_stream().synchronize()
+
+
+def _check_count(max_new_tokens: int) -> None:
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
 
 
 @contextmanager

@@ -32,6 +32,8 @@ class Sampling:
             raise UserError(f"top_k must be at least 1, got {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if self.temperature == 0 and (self.top_k, self.top_p) != (None, None):
+            raise UserError(f"top_k and top_p need a temperature above 0, got {self.temperature}")
 
 
 GREEDY = Sampling()
