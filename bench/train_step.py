@@ -12,18 +12,12 @@ from pathlib import Path
 import torch
 
 import hylo
+from bench.models import on_device
 
 
 def build(layout: str, device: torch.device) -> hylo.HyloForCausalLM:
     """The published layout with random bf16 weights, made on the device, with activation checkpointing."""
-    torch.manual_seed(0)
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with device:
-            model = hylo.HyloForCausalLM(hylo.published_variants()[layout])
-    finally:
-        torch.set_default_dtype(previous)
+    model = on_device(lambda: hylo.HyloForCausalLM(hylo.published_variants()[layout]), device)
     model.gradient_checkpointing_enable()
     return model.train()
 

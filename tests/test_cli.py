@@ -23,20 +23,22 @@ stages:
 """
 
 
+def saved(model, tmp_path_factory):
+    """Directory with the model and a tokenizer."""
+    directory = tmp_path_factory.mktemp("model") / "model"
+    for part in (model, tiny.tokenizer()):
+        part.save_pretrained(directory)
+    return directory
+
+
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("model") / "llama"
-    tiny.llama().save_pretrained(directory)
-    tiny.tokenizer().save_pretrained(directory)
-    return directory
+    return saved(tiny.llama(), tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def hybrid_dir(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("model") / "hybrid"
-    tiny.hylo().save_pretrained(directory)
-    tiny.tokenizer().save_pretrained(directory)
-    return directory
+    return saved(tiny.hylo(), tmp_path_factory)
 
 
 def run(monkeypatch, capsys, *arguments):

@@ -29,6 +29,26 @@ def generated(model, prompt, new=8, **options):
     return found[0, len(prompt) :].tolist()
 
 
+def one_pass_logits(models, given, new):
+    """Logits of the last token of each prompt and of the new ones behind it, as `logits_over_steps` has them."""
+    whole = [torch.cat([prompt, torch.tensor(more)])[None] for prompt, more in zip(given, new, strict=True)]
+    kept = {"logits_to_keep": 1 + len(new[0]), "use_cache": False}
+    with torch.no_grad():
+        for model in models:
+            yield torch.cat([model(ids.to(model.device), **kept).logits for ids in whole]).transpose(0, 1)
+
+
+def logits_over_steps(engine, given, new):
+    """[1 + steps, prompts, vocabulary]: after the prompts, and after each step with the tokens of `new`."""
+    engine.prefill(given)
+    found = [engine.logits.clone()]
+    for tokens_of_all in zip(*new, strict=True):
+        engine._tokens.copy_(torch.tensor(tokens_of_all))
+        engine._advance(len(given), GREEDY)
+        found.append(engine.logits.clone())
+    return torch.stack(found)
+
+
 @pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("layout", ["gdn", "mamba2", "mla", "linear"])
 def test_tokens_are_those_of_generate(layout, qk_norm):
@@ -71,20 +91,10 @@ def test_any_chunking_errs_no_more_than_one_pass(layout):
     model = copy.deepcopy(exact).float()
     given = prompts(80, 85, 90)
     new = engine_of(copy.deepcopy(model), capacity=100).generate(given, max_new_tokens=7)
-    whole = [torch.cat([prompt, torch.tensor(more)])[None] for prompt, more in zip(given, new, strict=True)]
-    with torch.no_grad():
-        expected, one_pass = (
-            torch.cat([m(ids, use_cache=False).logits[:, -8:] for ids in whole]).transpose(0, 1) for m in (exact, model)
-        )
+    expected, one_pass = one_pass_logits((exact, model), given, new)
     for chunk in (1, 7, 32, 90):
         engine = engine_of(copy.deepcopy(model), capacity=100, chunk=chunk)
-        engine.prefill(given)
-        found = [engine.logits.clone()]
-        for tokens_of_all in zip(*new, strict=True):
-            engine._tokens.copy_(torch.tensor(tokens_of_all))
-            engine._advance(3, GREEDY)
-            found.append(engine.logits.clone())
-        within_budget(torch.stack(found), one_pass, expected, f"chunk {chunk}")
+        within_budget(logits_over_steps(engine, given, new), one_pass, expected, f"chunk {chunk}")
 
 
 def test_logits_are_made_for_the_last_token_alone(monkeypatch):

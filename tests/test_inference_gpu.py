@@ -9,7 +9,7 @@ import torch
 import hylo
 from hylo.inference import GREEDY, Engine, Sampling
 from hylo_ops.testing import within_budget
-from tests.test_inference import LENGTHS, prompts
+from tests.test_inference import LENGTHS, logits_over_steps, one_pass_logits, prompts
 from tests.test_model import make_model
 
 pytestmark = [
@@ -106,19 +106,9 @@ def test_half_precision_errs_no_more_than_the_model(layout, qk_norm):
     exact = copy.deepcopy(model).double()
     given = [ids_of(300, seed=n) for n in range(3)]
     new = Engine(copy.deepcopy(model), batch=3, capacity=400, chunk=128).generate(given, max_new_tokens=8)
-    whole = [torch.cat([prompt, torch.tensor(more)])[None].cuda() for prompt, more in zip(given, new, strict=True)]
-    with torch.no_grad():
-        expected, one_pass = (
-            torch.cat([m(ids, use_cache=False).logits[:, -9:] for ids in whole]).transpose(0, 1) for m in (exact, model)
-        )
+    expected, one_pass = one_pass_logits((exact, model), given, new)
     engine = Engine(copy.deepcopy(model), batch=3, capacity=400, chunk=128)
-    engine.prefill(given)
-    found = [engine.logits.clone()]
-    for tokens_of_all in zip(*new, strict=True):
-        engine._tokens.copy_(torch.tensor(tokens_of_all))
-        engine._advance(3, GREEDY)
-        found.append(engine.logits.clone())
-    within_budget(torch.stack(found), one_pass, expected)
+    within_budget(logits_over_steps(engine, given, new), one_pass, expected)
 
 
 def test_a_step_waits_for_nothing():

@@ -1,0 +1,127 @@
+"""The inference benchmark at tiny dims on a CPU: both sides are the models they say, and what is counted is right."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import hylo
+from bench import inference
+from bench.inference import Dense, Hybrid, check, longest, measure, parse, prefill_flop, prompt, rows_of, step_bytes
+from tests import tiny
+
+
+def options_of(*more):
+    return parse(["--chunk", "8", "--llama-chunk", "8", "--lengths", "20", "--fill", "40", "--new", "5", *more])
+
+
+@pytest.fixture
+def tiny_models(monkeypatch):
+    made = {"Llama-6MLA22M2": lambda: tiny.hylo("mamba2"), "Llama-3.2-1B": tiny.llama}
+    monkeypatch.setattr(inference, "build", lambda name, device: made[name]())
+
+
+@pytest.mark.parametrize("make", [tiny.llama, tiny.hylo])
+def test_tokens_are_those_of_generate(make):
+    model = make()
+    runner = inference.runner_of(model, options_of("--batch", "2"), 32)
+    ids = prompt(model, 2, 19)
+    expected = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=2
+    )
+    for _ in range(2):  # nothing of the first run is left
+        runner.prefill(ids)
+        assert torch.tensor(list(runner.tokens(6))).T.equal(expected[:, 19:])
+
+
+@pytest.mark.parametrize("make", [tiny.llama, tiny.hylo])
+def test_a_wrong_cache_is_found(monkeypatch, make):
+    model, options = make(), options_of()
+    assert check(model, options, 8) < 1e-5
+    kind = Hybrid if make is tiny.hylo else Dense
+    original = kind.prefill
+    monkeypatch.setattr(kind, "prefill", lambda self, ids: original(self, ids[:, 8:]))
+    with pytest.raises(AssertionError, match="of one pass"):
+        check(model, options, 8)
+
+
+@pytest.mark.parametrize("name", ["Llama-6MLA22M2", "Llama-3.2-1B"])
+def test_rows(tiny_models, name):
+    options = options_of("--batch", "2")
+    read, filled = rows_of(name, options, torch.device("cpu"))
+    assert (read["context"], filled["context"]) == ("read", "filled")
+    assert read["ttft_s"] > 0
+    assert filled["ttft_s"] is None
+    for row in (read, filled):
+        assert row["tpot_ms"] > 0
+        assert row["tokens_per_second"] == pytest.approx(2 / (row["tpot_ms"] / 1000))
+    assert read["prefill_tflops"] == pytest.approx(read["prefill_flop"] / read["ttft_s"] / 1e12)
+
+
+def test_what_does_not_fit_is_a_row(tiny_models, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nA page of text")
+
+    monkeypatch.setattr(Dense, "fill", full)
+    read, filled = rows_of("Llama-3.2-1B", options_of(), torch.device("cpu"))
+    assert "failed" not in read
+    assert filled["failed"] == "CUDA out of memory."
+
+
+def test_the_longest_cache_is_found():
+    for most in (0, 8192, 3 * 8192, 131 * 8192 + 5):
+        tried = []
+        assert longest(lambda n, most=most, tried=tried: (tried.append(n), n <= most)[1]) == most // 8192 * 8192
+        assert len(tried) <= 2 * math.log2(max(most, 8192) / 8192) + 3
+
+
+@pytest.mark.parametrize("make", [tiny.llama, tiny.hylo, lambda: tiny.hylo("mamba2")])
+def test_products_with_weights_are_all_counted(make):
+    model = make()
+    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m is not model.lm_head)
+    head = 2 * model.lm_head.weight.numel()
+    once, twice = (prefill_flop(model.config, n) - head for n in (1, 2))
+    quadratic = (twice - 2 * once) / 2
+    recurrent = {"gated_deltanet": 6 * 2 * 8 * 16, "mamba2": 4 * 4 * 8 * 8}
+    mixer = getattr(model.config, "mixer_types", ["none"])[0]
+    assert once - quadratic == 2 * weights + recurrent.get(mixer, 0)
+
+
+def test_attention_at_two_million_tokens_is_the_recipes():
+    """162 and 378 PFLOP for 6 and 14 layers of MLA at 3B, 72 for 4 at 1B; products with 3B's weights about 14."""
+    variants = hylo.published_variants()
+    for name, attention in (("Llama-6MLA22M2", 162), ("Llama-14MLA14GDN", 378), ("Llama-4MLA12GDN", 72)):
+        config, length = variants[name], 2**21
+        quadratic = 2 * (prefill_flop(config, length) - 2 * prefill_flop(config, length // 2))
+        assert quadratic / 1e15 == pytest.approx(attention, rel=0.01)
+        if config.num_hidden_layers == 28:
+            assert (prefill_flop(config, length) - quadratic) / 1e15 == pytest.approx(14, rel=0.1)
+
+
+def test_bytes_of_a_step():
+    model = tiny.hylo()
+    runner = Hybrid(model, 3, 50, 8)
+    embedding = model.model.embed_tokens.weight.nbytes
+    weights = sum(p.nbytes for p in model.parameters()) - embedding
+    states = 3 * (2 * 8 * 16 + (2 * 2 * 8 + 2 * 16) * 4)
+    assert step_bytes(model, runner, 50, 20) == weights + 4 * 3 * 20 * 16 + 2 * 4 * states
+
+
+def test_times_are_of_what_they_say(monkeypatch):
+    clock = iter([10.0, 14.0, 14.5, 15.0, 15.5])
+    monkeypatch.setattr(inference.time, "perf_counter", lambda: next(clock))
+    model = tiny.hylo()
+    row = measure(Hybrid(model, 2, 50, 8), prompt(model, 2, 9), 9, 4, False)
+    assert row["ttft_s"] == 4.0
+    assert row["tpot_ms"] == 500.0
+    assert row["tokens_per_second"] == 4.0
+
+
+def test_rejected_options(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--new", "1"])
+    assert "--new must be at least 2, got 1" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse(["--lengths", "8192", "0"])
+    assert "--lengths must be at least 1, got 0" in capsys.readouterr().err
