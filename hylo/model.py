@@ -15,7 +15,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from hylo.config import HyloConfig
 from hylo.mixers import GatedDeltaNet, Mamba2, make_mixer
-from hylo.mixers.packing import pack_, project
+from hylo.mixers.packing import add_product, pack_, project
 from hylo.mixers.rope import Rotary
 
 
@@ -29,9 +29,10 @@ class Mlp(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.activation = ACT2FN[config.hidden_act]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """[B, T, D] -> [B, T, D], added in place to `residual` if given."""
         gate, up = project(x, (self.gate_proj,), (self.up_proj,))
-        return self.down_proj(self.activation(gate) * up)
+        return add_product(self.activation(gate) * up, self.down_proj, residual)
 
     def pack_(self) -> None:
         """Lets both products with the input be one, where no gradient is wanted."""
@@ -48,7 +49,11 @@ class HyloDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = Mlp(config)
 
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, in_place: bool = False, **kwargs: Any) -> Tensor:
+        """[B, T, D] -> [B, T, D]; `in_place` adds to the given tensor, for whoever wants neither it nor a gradient."""
+        if in_place:
+            self.mixer(self.input_layernorm(hidden_states), residual=hidden_states, **kwargs)
+            return self.mlp(self.post_attention_layernorm(hidden_states), residual=hidden_states)
         hidden_states = hidden_states + self.mixer(self.input_layernorm(hidden_states), **kwargs)
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 

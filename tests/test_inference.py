@@ -97,6 +97,32 @@ def test_any_chunking_errs_no_more_than_one_pass(layout):
         within_budget(logits_over_steps(engine, given, new), one_pass, expected, f"chunk {chunk}")
 
 
+def test_a_graph_is_captured_at_the_second_step(monkeypatch):
+    """One for each number of sequences and sampling; the policy alone, with eager steps for graphs."""
+    engine, captured, replayed = engine_of(make_model()), [], []
+
+    class Graph:
+        def __init__(self, *key):
+            captured.append(key)
+            self.key = key
+
+        def replay(self):
+            replayed.append(self.key)
+            engine._step(*self.key)
+
+    expected = engine.generate(prompts(*LENGTHS), max_new_tokens=8)
+    engine.graph = True
+    engine._graphs.clear()
+    monkeypatch.setattr(engine, "_captured", Graph)
+    assert engine.generate(prompts(*LENGTHS), max_new_tokens=8) == expected
+    assert captured == [(3, GREEDY)]
+    assert replayed == [(3, GREEDY)] * 6
+    assert engine.generate(prompts(14), max_new_tokens=8) == expected[2:]
+    assert engine.generate(prompts(*LENGTHS), max_new_tokens=8) == expected
+    assert captured == [(3, GREEDY), (1, GREEDY)]
+    assert replayed[6:] == [(1, GREEDY)] * 6 + [(3, GREEDY)] * 7
+
+
 def test_logits_are_made_for_the_last_token_alone(monkeypatch):
     model = make_model()
     engine, made, original = engine_of(model), [], torch.mm
@@ -283,6 +309,16 @@ def test_rejected_calls():
 def test_rejected_sampling(options, message):
     with pytest.raises(UserError, match=message):
         Sampling(**options)
+
+
+def test_a_layer_that_is_more_than_its_weight_is_refused():
+    class Adapted(torch.nn.Linear):
+        pass
+
+    model = make_model("mla")
+    model.model.layers[1].mixer.o_proj = Adapted(32, 32, bias=False)
+    with pytest.raises(UserError, match=r"got model\.layers\.1\.mixer\.o_proj of type Adapted"):
+        engine_of(model)
 
 
 def test_memory_that_does_not_suffice_is_one_sentence(monkeypatch):

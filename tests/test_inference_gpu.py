@@ -153,7 +153,7 @@ def test_two_million_tokens():
 
 
 def test_one_step_is_few_launches():
-    """13 for a layer of Gated DeltaNet, 14 for one of MLA, some 20 around them; a product may be two."""
+    """11 for a layer of Gated DeltaNet, 12 for one of MLA, some 20 around them; a product may be two."""
     engine = Engine(model_of("gdn"), capacity=64)
     engine.generate([ids_of(9)], max_new_tokens=4)
     engine.prefill([ids_of(9)])
@@ -161,5 +161,5 @@ def test_one_step_is_few_launches():
         engine._step(1, GREEDY)
         torch.cuda.synchronize()
     launches = [event.name for event in profile.events() if event.device_type.name == "CUDA"]
-    assert len(launches) <= 110, launches
+    assert len(launches) <= 100, launches
     assert sum("mla_step" in name for name in launches) == 2 * 2, launches

@@ -1,4 +1,4 @@
-"""Packed weights: one product in place of several, the same numbers, and nothing that a user of the model can tell."""
+"""Packed weights and sums in place: fewer launches, the same numbers, and nothing that a user of the model can tell."""
 
 import copy
 
@@ -44,6 +44,22 @@ def test_one_product_gives_what_several_gave(monkeypatch):
 
 
 @torch.no_grad()
+def test_a_layer_that_is_more_than_its_weight_is_asked_itself():
+    """An adapter that came after packing."""
+
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    layers = linears(5, 3)
+    pack_(weights(layers))
+    x = torch.randn(3, 6, dtype=torch.float64)
+    (want,) = project(x, layers[:1])
+    layers[0].__class__ = Doubled
+    torch.testing.assert_close(project(x, layers[:1], layers[1:])[0], 2 * want)
+
+
+@torch.no_grad()
 def test_stacked_weights_are_a_view_once_packed():
     layers = linears(3, 5)
     apart = stacked(weights(layers))
@@ -83,6 +99,20 @@ def test_weights_that_lie_apart_are_found_apart(change):
         whole = torch.ones(7, 6, dtype=torch.float64)  # no room for the eighth row
         layers[0].weight.data, layers[1].weight.data = whole[:3], whole[3:]
     assert packed(weights(layers)) is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", ["gdn", "mamba2"])
+def test_a_layer_adds_in_place_what_it_adds_elsewhere(layout):
+    model = make_model(layout)
+    x = torch.randn(2, 5, 32, dtype=torch.float64)
+    positions = model.model.rotary(torch.arange(5)[None], x.dtype)
+    for layer in model.model.layers:
+        want = layer(x, position_embeddings=positions)
+        assert want is not x
+        room = x.clone()
+        assert layer(room, position_embeddings=positions, in_place=True) is room
+        torch.testing.assert_close(room, want, rtol=0, atol=1e-12)
 
 
 @torch.no_grad()

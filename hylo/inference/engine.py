@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hylo.errors import UserError
 from hylo.inference.pools import Pools
@@ -35,7 +35,8 @@ class Engine:
         chunk: tokens of a prompt read at a time.
         graph: whether steps run as CUDA graphs; None: on a GPU.
     Raises:
-        UserError: a number is not positive, there is no GPU to capture a graph on, or the caches do not fit in memory.
+        UserError: a number is not positive, a layer has an adapter or quantised weights, there is no GPU to capture a
+            graph on, or the caches do not fit in memory.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Engine:
         self._head = model.lm_head.weight
         self._device = self._head.device
         on_gpu = self._device.type == "cuda"
+        _check_plain(model)
         if graph and not on_gpu:
             raise UserError(f"graph=True needs a model on a CUDA device, got one on {self._device}")
         self.graph = on_gpu if graph is None else graph
@@ -229,7 +231,7 @@ class Engine:
         hidden = model.embed_tokens(tokens)
         how["position_embeddings"] = model.rotary(positions, hidden.dtype)
         for layer, state in zip(model.layers, self.pools.layers, strict=True):
-            hidden = layer(hidden, state=state, **how)
+            hidden = layer(hidden, state=state, in_place=True, **how)
         return hidden
 
     def _score(self, hidden: Tensor) -> None:
@@ -289,6 +291,13 @@ class Engine:
     def _wait(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.current_stream().synchronize()
+
+
+def _check_plain(model: HyloForCausalLM) -> None:
+    """Steps take the weights of layers, so these must be all that a layer is."""
+    for name, module in model.named_modules():
+        if hasattr(module, "base_layer") or (isinstance(module, nn.Linear) and type(module) is not nn.Linear):
+            raise UserError(f"the engine needs plain linear layers, got {name} of type {type(module).__name__}")
 
 
 def _check_count(max_new_tokens: int) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from hylo.config import HyloConfig
-from hylo.mixers.packing import pack_, project, stacked
+from hylo.mixers.packing import add_product, pack_, project, stacked
 from hylo.mixers.recurrent import (
     GatedRMSNorm,
     LayerState,
@@ -58,6 +58,7 @@ class GatedDeltaNet(nn.Module):
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         state: LayerState | None = None,
+        residual: Tensor | None = None,
         **_: Any,
     ) -> Tensor:
         """[B, T, D] -> [B, T, D].
@@ -65,6 +66,7 @@ class GatedDeltaNet(nn.Module):
         Args:
             attention_mask: [B, T], 0 at padding.
             state: what the layer remembers, if not in `past_key_values`.
+            residual: [B, T, D], which the result is added to in place.
         """
         x = without_padding(hidden_states, attention_mask)
         if state is None:
@@ -76,7 +78,7 @@ class GatedDeltaNet(nn.Module):
         else:
             g = -widened(self.A_log).exp() * F.softplus(widened(a) + widened(self.dt_bias))
             o = state.scan(chunk_gated_delta_rule, _unit(q), _unit(k), v, g, widened(b).sigmoid())
-        return self.o_proj(self.o_norm(o, gate))
+        return add_product(self.o_norm(o, gate), self.o_proj, residual)
 
     def state_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Of a sequence's convolution state [D, W] and recurrent state [H, K, V]."""

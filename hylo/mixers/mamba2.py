@@ -8,6 +8,7 @@ from transformers import Cache
 from transformers import initialization as init
 
 from hylo.config import HyloConfig
+from hylo.mixers.packing import add_product
 from hylo.mixers.recurrent import (
     GatedRMSNorm,
     LayerState,
@@ -55,6 +56,7 @@ class Mamba2(nn.Module):
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         state: LayerState | None = None,
+        residual: Tensor | None = None,
         **_: Any,
     ) -> Tensor:
         """[B, T, D] -> [B, T, D]; the arguments are `GatedDeltaNet`'s."""
@@ -83,7 +85,7 @@ class Mamba2(nn.Module):
             eps=self.norm.eps,
             norm_before_gate=self.norm.norm_before_gate,
         )
-        return self.out_proj(y.flatten(2))
+        return add_product(y.flatten(2), self.out_proj, residual)
 
     def state_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Of a sequence's convolution state [D, W] and recurrent state [H, V, K]."""

@@ -10,7 +10,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from hylo.config import HyloConfig
-from hylo.mixers.packing import pack_, project
+from hylo.mixers.packing import add_product, pack_, project
 from hylo.mixers.recurrent import widened
 from hylo.mixers.rope import rotate
 from hylo_ops import mla_absorb, mla_attention, mla_prefill
@@ -85,6 +85,7 @@ class MultiHeadLatentAttention(nn.Module):
         absorb: bool = False,
         lengths: Sequence[int] | None = None,
         state: LatentState | None = None,
+        residual: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """[B, T, D] -> [B, T, D].
@@ -96,6 +97,7 @@ class MultiHeadLatentAttention(nn.Module):
             absorb: one token a sequence, on a cache that holds its past.
             lengths: of each sequence with the new tokens, where the cache is expanded slice by slice; no padding then.
             state: what the layer remembers, if not in `past_key_values`.
+            residual: [B, T, D], which the result is added to in place.
         """
         if state is None:
             state = LatentState(past_key_values, self.layer_idx)
@@ -112,7 +114,7 @@ class MultiHeadLatentAttention(nn.Module):
                 o = self._sliced(q_nope, q_rope, rows, lengths)
             else:
                 o = self._expanded(torch.cat([q_nope, q_rope], dim=-1), rows, attention_mask, **kwargs)
-        return self.o_proj(o.flatten(2))
+        return add_product(o.flatten(2), self.o_proj, residual)
 
     @property
     def row(self) -> int:

@@ -1,4 +1,4 @@
-"""Weights that lie one behind the other in memory, so that one product takes the place of several."""
+"""Products with weights in fewer launches: of several at once, and into what they are added to."""
 
 from collections.abc import Iterable, Sequence
 
@@ -52,9 +52,19 @@ def stacked(weights: Sequence[Tensor]) -> Tensor:
 def project(x: Tensor, *groups: Iterable[nn.Linear]) -> list[Tensor]:
     """For each group what its layers, without bias, make of x [..., D], side by side; packed weights: one product."""
     layers = [list(group) for group in groups]
-    whole = packed([layer.weight for group in layers for layer in group])
+    every = [layer for group in layers for layer in group]
+    # an adapter, or weights of fewer bits, are more than a weight: such a layer is asked itself
+    whole = packed([layer.weight for layer in every]) if all(type(layer) is nn.Linear for layer in every) else None
     if whole is None:
         parts = ([layer(x) for layer in group] for group in layers)
         return [part[0] if len(part) == 1 else torch.cat(part, dim=-1) for part in parts]
     sizes = [sum(layer.out_features for layer in group) for group in layers]
     return list(F.linear(x, whole).split([*sizes, len(whole) - sum(sizes)], dim=-1)[:-1])
+
+
+def add_product(x: Tensor, layer: nn.Linear, residual: Tensor | None) -> Tensor:
+    """What the layer, without bias, makes of x [B, T, N]; or `residual` [B, T, D], contiguous, which gets it added."""
+    if residual is None:
+        return layer(x)
+    residual.view(-1, residual.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), layer.weight.T)
+    return residual
