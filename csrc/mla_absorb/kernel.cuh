@@ -39,21 +39,22 @@ class Block {
     if (!alone) cluster_arrive();
     const int group = uniform(threadIdx.x / 128), warp = uniform(threadIdx.x / 32 % 4);
     CacheLoader<kR, kE, kN, kScaled> loader(p_, stages_, shared_);
-    if (group < kGroups) {
-      claim_registers<kAttendingRegisters>();
-      const First first = begin(loader, false);
-      if (!alone) cluster_wait();
-      if (first.exists()) attend(first, group);
-      return;
-    }
-    release_registers<kLoadingRegisters>();
-    const First first = begin(loader, warp == kQueryWarps);
+    const First first = begin(loader, group == kGroups && warp == kQueryWarps);
     if (!first.exists()) {
       if (!alone) cluster_wait();
-    } else if (warp == kQueryWarps) {
-      loader.run(first);
+      return;
+    }
+    if (group < kGroups) {
+      claim_registers<kAttendingRegisters>();
+      if (!alone) cluster_wait();
+      attend(first, group);
     } else {
-      QueryLoader<kR, kE, kN, merging_rounds(kDims)>(p_, warp, kRoom.queries, queries_, shared_).run(first);
+      release_registers<kLoadingRegisters>();
+      if (warp == kQueryWarps) {
+        loader.run(first);
+      } else {
+        QueryLoader<kR, kE, kN, merging_rounds(kDims)>(p_, warp, kRoom.queries, queries_, shared_).run(first);
+      }
     }
   }
 

@@ -130,8 +130,9 @@ class Merger {
 
   // Where the block's result is, of a query row of the round and a latent. Lanes that store meet no bank twice, and four
   // latents lie side by side.
+  static constexpr int kRow = Attending::kWide * kTile;  // of results
   __device__ __forceinline__ float* result(int n, int latent) const {
-    return results_ + n * (Attending::kWide * kTile) + (latent ^ (n / 2 % 4 * 8));
+    return results_ + n * kRow + (latent ^ (n / 2 % 4 * 8));
   }
 
   // The warpgroups' sum for a round's query rows: of every other tile of latents each adds what it has to what the other
@@ -144,6 +145,9 @@ class Merger {
   }
   template <bool kAdds>
   __device__ __forceinline__ void put(const Attending& attending, const float (&weights)[kN / 4], int round) const {
+    // All of a thread's columns have one n / 2 % 4, so that its places differ by what is known at compile time.
+    float* const rows[2] = {result(Attending::column_of(0), attending.latent(0, 0)),
+                            result(Attending::column_of(0), attending.latent(0, 1))};
 #pragma unroll
     for (int tile = 0; tile < Attending::kWide; ++tile) {
       if ((tile % kGroups == group_) != kAdds || !attending.has_latents(tile)) continue;
@@ -152,7 +156,7 @@ class Merger {
         const int all = round * (kMerged / 4) + c;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          float* const to = result(Attending::column_of(c), attending.latent(tile, r));
+          float* const to = rows[r] + (c / 2 * 8 + c % 2) * kRow + tile * kTile;
           const float number = __fmul_rn(attending.o[tile][Attending::at(all, r)], weights[all]);
           *to = kAdds ? __fadd_rn(number, *to) : number;
         }
@@ -178,6 +182,7 @@ class Merger {
     }
     __syncwarp();
     if (!have_met) cluster_wait();
+#pragma unroll 1
     for (int i = thread_; round == 0 && i < rows_ << p_.cluster_shift; i += kAttending) {
       const int n = i >> p_.cluster_shift;
       shared_.mailbox.send(&shared_.neighbours[rank_][n], i & (blocks_ - 1), shared_.total[n]);
@@ -187,6 +192,7 @@ class Merger {
   // This block's results to the blocks of the cluster that merge them.
   __device__ __forceinline__ void pass_on(const Piece& piece, int round) const {
     const int all = rows_of(round) * kFours;
+#pragma unroll 1
     for (int four = thread_; four < all; four += kAttending) {
       const int n = four / kFours, latent = four % kFours * 4;
       const float4 numbers = *reinterpret_cast<const float4*>(result(n, latent));
@@ -204,6 +210,7 @@ class Merger {
   template <class F>
   __device__ __forceinline__ void each_four(int round, const F& f) const {
     const int here = fours_here(round);
+#pragma unroll 1
     for (int i = thread_; i < here; i += kAttending) f(row_of(round, i), latent_of(i), i);
   }
   __device__ __forceinline__ int row_of(int round, int i) const {
@@ -218,7 +225,7 @@ class Merger {
         return Part{total.top, total.sum, received_[block * part_ + i]};
       };
       Part all[1];
-      blocks_ > 4 ? merge<8>(all, blocks_, received) : merge<4>(all, blocks_, received);
+      merge<8>(all, blocks_, received);
       store(piece, n, latent, all[0], latent == 0 || i == 0);
     });
   }

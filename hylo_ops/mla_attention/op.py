@@ -62,7 +62,7 @@ def mla_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, backend: str
 def _in_autocast(t: Tensor) -> Tensor:
     """In autocast's dtype where that is on, as PyTorch does to what its attention gets."""
     device = t.device.type
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # meta has no autocast
+    on = device != "meta" and torch.is_autocast_enabled(device)  # meta has no autocast, and asking breaks a graph
     return t.to(torch.get_autocast_dtype(device)) if on and t.dtype != torch.float64 else t
 
 
