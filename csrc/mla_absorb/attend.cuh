@@ -68,16 +68,11 @@ class Attention {
 
   // Sums of this thread's warp, and what they are relative to, for `merge`.
   __device__ __forceinline__ void leave_totals() {
+    over_rows(total_, 0.0f, [](float x, float y) { return x + y; },
+              [&](int n, float sum) { shared_.totals[group_][warp_][n] = sum; });
+    if (warp_ != 0 || lane() >= 4) return;
 #pragma unroll
-    for (int c = 0; c < kColumns; ++c) {
-      float sum = total_[c];
-#pragma unroll
-      for (int offset = 4; offset < 32; offset *= 2) sum += __shfl_xor_sync(kAllLanes, sum, offset);
-      if (lane() < 4) {
-        shared_.totals[group_][warp_][column_of(c)] = sum;
-        if (warp_ == 0) shared_.top[group_][column_of(c)] = top_[c];
-      }
-    }
+    for (int c = 0; c < kColumns; ++c) shared_.top[group_][column_of(c)] = top_[c];
   }
 
   // The register of a column and of one of a thread's two rows.
@@ -94,6 +89,30 @@ class Attention {
 
  private:
   __device__ __forceinline__ void sync() const { sync_threads(1 + group_, 128); }
+
+  // Puts together what the eight lanes that share columns have of each, and calls f(query row, all of it) in one of them:
+  // lanes pass on half of their columns, then half of the rest.
+  template <class Op, class F>
+  __device__ __forceinline__ void over_rows(const float (&of_lane)[kColumns], float nothing, const Op& op,
+                                            const F& f) const {
+#pragma unroll
+    for (int first = 0; first < kColumns; first += 8) {
+      float v[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) v[i] = first + i < kColumns ? of_lane[first + i] : nothing;
+#pragma unroll
+      for (int left = 4; left > 0; left /= 2) {
+        const bool upper = (lane() & 4 * left) != 0;
+#pragma unroll
+        for (int i = 0; i < left; ++i) {
+          const float kept = upper ? v[i + left] : v[i], passed = upper ? v[i] : v[i + left];
+          v[i] = op(kept, __shfl_xor_sync(kAllLanes, passed, 4 * left));
+        }
+      }
+      const int c = first + lane() / 4;
+      if (c < kColumns) f(column_of(c), v[0]);
+    }
+  }
 
   // Zeros instead of rows that do not count: a weight of 0 times a NaN is NaN.
   __device__ __forceinline__ void clear_others(const Piece& piece, int token, unsigned char* keys) const {
@@ -163,13 +182,11 @@ class Attention {
 
   // Makes `top` the maximum so far.
   __device__ __forceinline__ void raise(const float (&s)[kN / 2]) {
+    float tops[kColumns];
 #pragma unroll
-    for (int c = 0; c < kColumns; ++c) {
-      float most = fmaxf(s[at(c, 0)], s[at(c, 1)]);
-#pragma unroll
-      for (int offset = 4; offset < 32; offset *= 2) most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, offset));
-      if (lane() < 4) shared_.tops[group_][warp_][column_of(c)] = most;
-    }
+    for (int c = 0; c < kColumns; ++c) tops[c] = fmaxf(s[at(c, 0)], s[at(c, 1)]);
+    over_rows(tops, kNoTop, [](float x, float y) { return fmaxf(x, y); },
+              [&](int n, float top) { shared_.tops[group_][warp_][n] = top; });
     sync();
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {

@@ -25,9 +25,12 @@ HYLO_HOST_DEVICE inline Sequence sequence_of(long long length, long long start, 
   s.unit = 1;
   s.units = s.tiles == 0 ? 1 : s.tiles;
   if (fixed) {
+    // Long ones have kFixedUnits: rounding a unit of more than kFixedTiles up takes none of them away.
+    static_assert(kFixedTiles >= kFixedUnits, "a unit and one tile more are kFixedUnits to the sequence, too");
     const int by_length = ceil_div(s.tiles, kFixedUnits);
-    s.unit = by_length > kFixedTiles ? by_length : kFixedTiles;
-    s.units = s.tiles == 0 ? 1 : ceil_div(s.tiles, s.unit);
+    const bool is_long = by_length > kFixedTiles;
+    s.unit = is_long ? by_length : kFixedTiles;
+    s.units = s.tiles == 0 ? 1 : is_long ? kFixedUnits : ceil_div(s.tiles, kFixedTiles);
   }
   return s;
 }
