@@ -43,10 +43,11 @@ class Appender {
   }
 
   __device__ __forceinline__ T* row_at(int position) const {
+    T* const cache = static_cast<T*>(p_.cache);
+    if (p_.table.data == nullptr) return cache + b_ * p_.cache_page + position * p_.cache_token;
     const int page = position / p_.by_page, slot = position - page * p_.page;
-    const bool paged = p_.table.data != nullptr;
-    const long long outer = paged ? read_index(p_.table.data, 1, p_.table.wide, b_ * p_.table.stride + page) : b_;
-    return static_cast<T*>(p_.cache) + outer * p_.cache_page + slot * p_.cache_token;
+    const long long outer = read_index(p_.table.data, 1, p_.table.wide, b_ * p_.table.stride + page);
+    return cache + outer * p_.cache_page + slot * p_.cache_token;
   }
 
   __device__ __forceinline__ void rotate_query(int at) const {

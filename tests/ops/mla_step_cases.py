@@ -176,4 +176,6 @@ EMULATED = [
     Case(6, 2, 32, 80, 32, 48, page=None, starts=(9, 0, 4, 70), shared=True, integers=torch.int64, spare=3),
     Case(4, 4, 16, 16, 0, 16, (20, 3), page=8, scales=4, dtype=FP16),
     Case(4, 1, 16, 16, 0, 32, (0, 9), page=None, scales=2, padding=(0,), dtype=FP16),
+    # at the end of a cache so long that dividing by its length as by a page's is no longer exact
+    Case(4, 1, 16, 16, 0, 32, (65537,), page=None, scales=2, starts=(65520,), dtype=FP16),
 ]
