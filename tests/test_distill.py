@@ -79,18 +79,20 @@ def test_terminal_gets_a_progress_bar(world: Path) -> None:
     assert "0:00:00" in printed
 
 
-def test_accumulation_and_checkpointing_give_the_same_run(world: Path) -> None:
+def test_accumulation_checkpointing_and_tiles_give_the_same_run(world: Path) -> None:
     losses = {}
     for name, change in {
         "plain": {"batch_size": 4},
         "split": {"batch_size": 1, "gradient_accumulation": 4},
         "recomputed": {"batch_size": 4, "activation_checkpointing": True},
+        "tiled": {"batch_size": 4, "activation_checkpointing": True, "mlp_tile_tokens": 50},
     }.items():
         values = recipe_values(world, STAGES[1] | change, output=str(world / name))
         run_recipe(parse_recipe(values), console=quiet())
         losses[name] = [json.loads(line)["loss"] for line in (world / name / "log.jsonl").open()]
     assert losses["split"] == pytest.approx(losses["plain"], rel=1e-4)
     assert losses["recomputed"] == pytest.approx(losses["plain"], rel=1e-5)
+    assert losses["tiled"] == pytest.approx(losses["plain"], rel=1e-5)
 
 
 def test_larger_teacher_and_bf16(world: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hylo import HyloConfig, HyloForCausalLM
+from hylo.distill.engine import spare_memory
 from hylo.distill.layers import final_hidden
 from hylo.distill.losses import cross_entropy_loss, kl_loss
 from hylo.distill.objectives import alignment_terms, loss_terms
 from hylo.distill.recipe import parse_recipe
 from hylo.distill.table import choose_trainable, parameter_groups
+from hylo.distill.tiling import tile_mlps
 from hylo.errors import UserError
 from hylo_ops.linear_kl import chunked
 from tests.distill_fixtures import recipe_values
@@ -132,10 +136,10 @@ def test_bf16_autocast_stays_near_float32() -> None:
 # ---------------------------------------------------------------- layer-wise alignment
 
 
-def llama(seed: int) -> LlamaForCausalLM:
+def llama(seed: int, *, intermediate_size: int = 24) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4,
+        vocab_size=40, hidden_size=16, intermediate_size=intermediate_size, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, initializer_range=0.3,
     )  # fmt: skip
     return LlamaForCausalLM(config).double()
@@ -248,9 +252,9 @@ def test_a_stage_distils_as_its_recipe_says(
 def hybrid(base: LlamaForCausalLM, **changes: Any) -> HyloForCausalLM:
     """A random hybrid of the base's dims: Mamba2, MLA, Gated DeltaNet."""
     config = HyloConfig(
-        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=4, mixer_types=["mamba2", "mla", "gated_deltanet"], q_lora_rank=8,
-        kv_lora_rank=4, qk_nope_head_dim=2, qk_rope_head_dim=2, v_head_dim=4, linear_num_heads=2,
+        vocab_size=40, hidden_size=16, intermediate_size=base.config.intermediate_size, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=4, mixer_types=["mamba2", "mla", "gated_deltanet"],
+        q_lora_rank=8, kv_lora_rank=4, qk_nope_head_dim=2, qk_rope_head_dim=2, v_head_dim=4, linear_num_heads=2,
         linear_key_head_dim=4, linear_value_head_dim=8, rms_norm_eps=1e-6, **changes,
     )  # fmt: skip
     torch.manual_seed(5)
@@ -278,14 +282,78 @@ def test_hybrid_layers_align_to_the_base() -> None:
     assert got == pytest.approx(expected, rel=1e-6)
 
 
-def test_activation_checkpointing_recomputes_every_mixer() -> None:
+def test_activation_checkpointing_recomputes_every_mixer_and_mlp() -> None:
     student = hybrid(llama(2)).train()
     student.gradient_checkpointing_enable({"use_reentrant": False})
-    calls = [0, 0, 0]
+    calls: Counter[tuple[str, int]] = Counter()
     for index, layer in enumerate(student.model.layers):
-        layer.mixer.register_forward_pre_hook(lambda _m, _a, i=index: calls.__setitem__(i, calls[i] + 1))
+        for part in ("mixer", "mlp"):
+            layer.get_submodule(part).register_forward_pre_hook(lambda _m, _a, at=(part, index): calls.update([at]))
     final_hidden(student, torch.arange(10).view(1, 10)).sum().backward()
-    assert calls == [2, 2, 2]
+    assert calls == {(part, index): 2 for part in ("mixer", "mlp") for index in range(3)}
+
+
+@pytest.mark.parametrize("kind", ["kl", "ce"])
+def test_neither_model_runs_its_head(tmp_path: Path, kind: str) -> None:
+    """Both end at the hidden states: what the loss needs of a head is its weight."""
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("logits of a whole sequence")
+
+    teacher = llama(2)
+    student = hybrid(teacher)
+    for model in (student, teacher):
+        model.lm_head.register_forward_pre_hook(refuse)
+    (stage,) = parse_recipe(recipe_values(tmp_path, {"name": "stage", "kind": kind})).stages
+    (loss,) = loss_terms(stage, student, teacher, torch.arange(20).view(2, 10), torch.enable_grad)
+    loss.backward()
+    assert student.lm_head.weight.grad.abs().sum() > 0
+
+
+class WidestTensor(TorchDispatchMode):
+    """Rows of the largest tensor [rows, width] that any operator makes."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width, self.rows = width, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, Tensor) and tensor.ndim and tensor.shape[-1] == self.width:
+                self.rows = max(self.rows, tensor.numel() // self.width)
+        return result
+
+
+@pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("kind", ["kl", "ild"])
+def test_tiled_mlps_train_alike_and_never_see_a_whole_sequence(tmp_path: Path, kind: str, recomputed: bool) -> None:
+    """80 tokens in tiles of 27: no tensor of the MLPs' width has more rows, neither student's nor teacher's."""
+    options = {"activation_checkpointing": recomputed} if kind == "kl" else {}
+    ids = torch.randint(40, (2, 40), generator=torch.Generator().manual_seed(3))
+    found = {}
+    for tile in (None, 27):
+        values = recipe_values(tmp_path, {"name": "stage", "kind": kind, "mlp_tile_tokens": tile, **options})
+        (stage,) = parse_recipe(values).stages
+        # Only the MLPs are 29 wide; the gradient of a weight [16, 29] has fewer rows than a tile.
+        teacher = llama(2, intermediate_size=29).eval()
+        student = hybrid(teacher).train()
+        spare_memory(stage, student, teacher)
+        with WidestTensor(29) as widest:
+            terms = []
+            for term in loss_terms(stage, student, teacher, ids, torch.enable_grad):
+                term.backward()
+                terms.append(term.detach())
+        found[tile] = torch.stack(terms), {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
+        assert widest.rows == (tile or 80)
+    torch.testing.assert_close(found[27], found[None], rtol=1e-10, atol=1e-13)
+
+
+def test_tiles_larger_than_the_batch_change_nothing() -> None:
+    student, ids = hybrid(llama(2)), torch.arange(10).view(1, 10)
+    expected = final_hidden(student, ids)
+    tile_mlps(student, 10)
+    assert torch.equal(final_hidden(student, ids), expected)
 
 
 def test_hybrid_groups_name_their_mixers() -> None:

@@ -31,6 +31,7 @@ from hylo.distill.data import Batches
 from hylo.distill.log import StageLog
 from hylo.distill.objectives import loss_terms
 from hylo.distill.recipe import CeStage, IldStage, KlStage
+from hylo.distill.tiling import tile_mlps
 from hylo.errors import UserError
 
 EXIT_TERMINATED = 128 + signal.SIGTERM
@@ -80,9 +81,7 @@ def train_stage(job: StageJob, open_log: Callable[[int], StageLog]) -> None:
         SystemExit: with 143 after SIGTERM, once the state is saved.
     """
     stage, student = job.stage, job.student
-    student.train()
-    if not isinstance(stage, IldStage) and stage.activation_checkpointing:
-        student.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    spare_memory(stage, student.train(), job.teacher)
     parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
         parameters, lr=stage.learning_rate, betas=stage.betas, weight_decay=stage.weight_decay
@@ -100,6 +99,19 @@ def train_stage(job: StageJob, open_log: Callable[[int], StageLog]) -> None:
                 _save(job, optimizer, done)
             if stop.requested:
                 raise SystemExit(EXIT_TERMINATED)
+
+
+def spare_memory(stage: IldStage | KlStage | CeStage, student: nn.Module, teacher: nn.Module | None) -> None:
+    """Make the models trade time for memory as the stage says (docs/distillation.md).
+
+    Checkpointing is of whole layers, mixer and MLP, so nothing but the layers' inputs waits for the backward.
+    """
+    if not isinstance(stage, IldStage) and stage.activation_checkpointing:
+        student.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    if stage.mlp_tile_tokens is not None:
+        for model in (student, teacher):
+            if model is not None:
+                tile_mlps(model, stage.mlp_tile_tokens)
 
 
 def train_step(

@@ -127,6 +127,7 @@ class StageBase(Strict):
     grad_clip: Annotated[float, Field(gt=0)] | None = 1.0
     trainable: Literal["all"] | Annotated[list[str], Field(min_length=1)] = "all"
     rope: Rope | None = None
+    mlp_tile_tokens: PositiveInt | None = None
     checkpoint_every: PositiveInt = 500
     log_every: PositiveInt = 10
 
