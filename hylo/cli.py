@@ -1,4 +1,4 @@
-"""Command line: hylo upcycle | distill | evaluate | generate | quickstart. A wrong input exits with 2."""
+"""Command line: hylo upcycle | distill | memory | evaluate | generate | quickstart. A wrong input exits with 2."""
 
 import sys
 from enum import StrEnum
@@ -80,6 +80,33 @@ def distill(
     result = run_recipe(recipe, resume=resume, dry_run=dry_run, steps=steps, overrides=set_ or ())
     if result is not None:
         typer.echo(f"model: {result}")
+
+
+@app.command()
+def memory(
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe (docs/distillation.md).")],
+    stage: Annotated[int | None, typer.Option(help="One stage alone, counted from 0.")] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs that share parameters and optimiser.")] = 1,
+    length: Annotated[int | None, typer.Option(min=2, help="Tokens of a sequence, instead of the recipe's.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Sequences in one forward pass, likewise.")] = None,
+    gpu_gib: Annotated[float, typer.Option(min=1, help="Memory of a GPU, in GiB.")] = 80,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="KEY.SUBKEY=VALUE, over the recipe's.")] = None,
+) -> None:
+    """What a recipe takes of a GPU's memory, by formula (docs/memory.md)."""
+    from rich.console import Console
+
+    from hylo.memory import memory_command
+
+    memory_command(
+        recipe,
+        stage=stage,
+        gpus=gpus,
+        length=length,
+        batch=batch,
+        gpu_gib=gpu_gib,
+        overrides=set_ or (),
+        console=Console(),
+    )
 
 
 @app.command()

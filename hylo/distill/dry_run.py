@@ -23,7 +23,7 @@ def run_dry(recipe: Recipe, console: Console) -> None:
     config = student_config(recipe, dry_run=True)
     for stage in recipe.stages:
         config = with_rope(config, stage.rope)
-        check_fit(stage, config, _teacher_config(recipe, stage))
+        check_fit(stage, config, teacher_config(recipe, stage))
         student = meta_model(config)
         choose_trainable(student, stage.trainable)
         title = f"stage {stage.name} ({stage.kind}): teacher {recipe.teacher_of(stage) or 'none'}"
@@ -50,7 +50,8 @@ def check_first_batch(stage: IldStage | KlStage | CeStage, student: PreTrainedMo
     return count, length
 
 
-def _teacher_config(recipe: Recipe, stage: IldStage | KlStage | CeStage) -> PreTrainedConfig | None:
+def teacher_config(recipe: Recipe, stage: IldStage | KlStage | CeStage) -> PreTrainedConfig | None:
+    """The configuration of a stage's teacher, out of the recipe's `dry_run` block if it is there; None without one."""
     source = recipe.teacher_of(stage)
     if source is None:
         return None

@@ -83,9 +83,7 @@ def train_stage(job: StageJob, open_log: Callable[[int], StageLog]) -> None:
     stage, student = job.stage, job.student
     spare_memory(stage, student.train(), job.teacher)
     parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters, lr=stage.learning_rate, betas=stage.betas, weight_decay=stage.weight_decay
-    )
+    optimizer = make_optimizer(stage, parameters)
     start = _restore(job, optimizer)
     with open_log(start) as log, StopSignal() as stop:
         for step in range(start, job.steps):
@@ -99,6 +97,10 @@ def train_stage(job: StageJob, open_log: Callable[[int], StageLog]) -> None:
                 _save(job, optimizer, done)
             if stop.requested:
                 raise SystemExit(EXIT_TERMINATED)
+
+
+def make_optimizer(stage: IldStage | KlStage | CeStage, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=stage.learning_rate, betas=stage.betas, weight_decay=stage.weight_decay)
 
 
 def spare_memory(stage: IldStage | KlStage | CeStage, student: nn.Module, teacher: nn.Module | None) -> None:

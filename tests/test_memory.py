@@ -1,0 +1,243 @@
+"""Memory by formula: against the tensors of real models on a CPU, and on every recipe of the repository."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, Qwen3Config
+
+import hylo
+from hylo.distill.engine import spare_memory
+from hylo.distill.layers import final_hidden
+from hylo.distill.models import meta_model
+from hylo.distill.objectives import loss_terms
+from hylo.distill.recipe import load_recipe, parse_recipe
+from hylo.distill.table import choose_trainable
+from hylo.errors import UserError
+from hylo.memory import Job, Phase, kept_for_backward, parameter_counts, peak, phases, stage_job
+from hylo.memory.command import choices
+from hylo.memory.recipe import trainable_counts
+from tests.distill_fixtures import recipe_values
+from tests.test_cli import one_sentence, run
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+STAGES = [(path, index) for path in RECIPES for index in range(len(load_recipe(path).stages))]
+STAGE_IDS = [f"{path.stem}-{index}" for path, index in STAGES]
+LENGTH = 640  # tokens: beside them the weights' own tensors are small
+
+
+def config(*mixers: str, **changes: Any) -> hylo.HyloConfig:
+    """Widths differ where PyTorch lets them: its attention on a CPU takes keys as wide as values alone."""
+    return hylo.HyloConfig(
+        **{
+            "vocab_size": 97,
+            "hidden_size": 32,
+            "intermediate_size": 56,
+            "num_hidden_layers": len(mixers),
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "q_lora_rank": 20,
+            "kv_lora_rank": 12,
+            "qk_nope_head_dim": 6,
+            "qk_rope_head_dim": 2,
+            "v_head_dim": 8,
+            "linear_num_heads": 3,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 40,
+            "mixer_types": list(mixers),
+            "max_position_embeddings": 4096,
+        }
+        | changes
+    )
+
+
+def make_job(student: hylo.HyloConfig, **changes: Any) -> Job:
+    values: dict[str, Any] = {
+        "student": student, "teacher": None, "kind": "ce", "batch": 1, "length": LENGTH, "accumulates": False,
+        "half": False, "checkpointing": False, "tile": None, "chunk": 64, "trainable": parameter_counts(student),
+        "cuda": False,
+    }  # fmt: skip
+    return Job(**(values | changes))
+
+
+# ---------------------------------------------------------------- parameters, gradients, optimiser
+
+
+@pytest.mark.parametrize("name", hylo.published_variants())
+def test_parameters_of_every_published_layout(name: str) -> None:
+    published = hylo.published_variants()[name]
+    assert parameter_counts(published).total == meta_model(published).num_parameters()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", [LlamaConfig, Qwen3Config])
+def test_parameters_of_a_teacher(kind: type, tied: bool) -> None:
+    teacher = kind(
+        vocab_size=97, hidden_size=32, intermediate_size=56, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=12, tie_word_embeddings=tied,
+    )  # fmt: skip
+    assert parameter_counts(teacher).total == meta_model(teacher).num_parameters()
+
+
+def test_no_formula_for_other_models() -> None:
+    with pytest.raises(UserError, match="no memory formula for model type 'gpt2', only for hylo, llama and qwen3"):
+        parameter_counts(config("mla", model_type="gpt2"))
+    with pytest.raises(UserError, match="no memory formula for a 'llama' model with mlp_bias"):
+        parameter_counts(LlamaConfig(mlp_bias=True))
+
+
+@pytest.mark.parametrize("trainable", ["all", ["mlp", r"layers\.1\.mixer", "embed"]], ids=["all", "some"])
+@pytest.mark.parametrize("kind", ["ce", "ild"])
+def test_parameters_gradients_and_moments_of_a_step(tmp_path: Path, kind: str, trainable: Any) -> None:
+    """The bytes of real tensors after a real step; alignment reaches neither embedding nor head."""
+    dims = config("gated_deltanet", "mla", "mamba2")
+    student, teacher = hylo.HyloForCausalLM(dims), hylo.HyloForCausalLM(dims)
+    choose_trainable(student, trainable)
+    optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad])
+    (stage,) = parse_recipe(recipe_values(tmp_path, {"name": "stage", "kind": kind})).stages
+    for term in loss_terms(stage, student, teacher, torch.arange(20).view(2, 10), torch.enable_grad):
+        if term.requires_grad:
+            term.backward()
+    optimizer.step()
+    job = make_job(dims, kind=kind, teacher=dims, trainable=trainable_counts(dims, trainable))
+    step = phases(job)[-1]
+    assert step.name == "optimiser step"
+    assert step.parameters == nbytes(student.parameters())
+    assert step.gradients == nbytes(p.grad for p in student.parameters() if p.grad is not None)
+    moments = [s[name] for s in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    assert step.optimiser == nbytes(moments)
+    assert step.teacher == nbytes(teacher.parameters())
+
+
+def named(job: Job, name: str) -> Phase:
+    return next(phase for phase in phases(job) if phase.name == name)
+
+
+def nbytes(tensors: Any) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+# ---------------------------------------------------------------- activations
+
+
+def saved_bytes(model: torch.nn.Module, half: bool) -> int:
+    """Bytes that the student's forward to its final norm saves for its backward; parameters and vectors left out."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    found: dict[int, int] = {}
+    kept: list[Tensor] = []  # so that no address is given out twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept.append(tensor)
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    ids = torch.randint(97, (1, LENGTH), generator=torch.Generator().manual_seed(0))
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16) if half else nullcontext(),
+    ):
+        final_hidden(model, ids)
+    return sum(found.values())
+
+
+@pytest.mark.parametrize("way", ["kept", "tiled", "recomputed"])
+@pytest.mark.parametrize("half", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("mixer", ["mla", "mla-qk-norm", "gated_deltanet", "mamba2"])
+def test_what_a_forward_saves(tmp_path: Path, mixer: str, half: bool, way: str) -> None:
+    kind = mixer.removesuffix("-qk-norm")
+    dims = config(kind, kind, qk_norm=kind != mixer)
+    model = hylo.HyloForCausalLM(dims).train()
+    tile = 100 if way == "tiled" else None
+    options = {"activation_checkpointing": way == "recomputed", "mlp_tile_tokens": tile}
+    (stage,) = parse_recipe(recipe_values(tmp_path, {"name": "stage", "kind": "ce", **options})).stages
+    spare_memory(stage, model, None)
+    job = make_job(dims, half=half, checkpointing=way == "recomputed", tile=tile)
+    beside = named(job, "student forward").weight_copies
+    if way == "recomputed":
+        # Autocast's copies are read by no backward; cos and sin are arguments of the layers and no saved tensors.
+        beside = -2 * 4 * LENGTH * 2 if kind == "mla" else 0
+    elif way == "tiled":
+        beside -= half * 2 * 2 * 3 * 32 * 56  # those of the MLPs are made again with each tile
+    assert saved_bytes(model, half) == pytest.approx(kept_for_backward(job) + beside, rel=0.01)
+
+
+# ---------------------------------------------------------------- recipes
+
+
+@pytest.mark.parametrize(("path", "index"), STAGES, ids=STAGE_IDS)
+def test_every_recipe_has_its_memory(path: Path, index: int) -> None:
+    job = stage_job(load_recipe(path), index)
+    assert parameter_counts(job.student).total == meta_model(job.student).num_parameters()
+    assert parameter_counts(job.teacher).total == meta_model(job.teacher).num_parameters()
+    for phase in phases(job):
+        assert phase.parameters > 0
+        assert min(vars(phase)[part] for part in vars(phase) if part != "name") >= 0
+    for choice in choices(job).values():
+        for longer in (replace(choice, length=2 * job.length), replace(choice, batch=job.batch + 1)):
+            pairs = zip(phases(choice), phases(longer), strict=True)
+            assert all(one.total <= other.total for one, other in pairs)
+            assert peak(longer).total > peak(choice).total or peak(longer).name == "optimiser step"
+    assert peak(replace(job, gpus=8)).total < peak(job).total
+
+
+@pytest.mark.parametrize(("path", "index"), STAGES, ids=STAGE_IDS)
+def test_each_way_to_spare_memory_spares_some(path: Path, index: int) -> None:
+    job = replace(stage_job(load_recipe(path), index), batch=1, length=65536)
+    totals = [peak(choice).total for choice in choices(job).values()]
+    assert totals == sorted(totals, reverse=True)
+    backward = [named(choice, "backward").total for choice in choices(job).values()]
+    assert backward == sorted(set(backward), reverse=True)
+
+
+def test_gradients_come_with_the_backward_of_the_first_micro_batch() -> None:
+    job = make_job(config("mla", "mamba2"), cuda=True)
+    first, later = phases(job), phases(replace(job, accumulates=True))
+    assert [phase.gradients for phase in first][:2] == [0, 0]
+    assert {phase.gradients for phase in later} == {first[-1].gradients} == {4 * parameter_counts(job.student).total}
+
+
+# ---------------------------------------------------------------- command line
+
+
+def test_the_command_prints_what_the_formulas_say(monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    options = ["--stage", "1", "--gpus", "2", "--length", "65536", "--batch", "1", "--gpu-gib", "141"]
+    code, out, error = run(monkeypatch, capsys, "memory", RECIPES[0], *options)
+    assert (code, error) == (0, "")
+    most = peak(stage_job(load_recipe(RECIPES[0]), 1, gpus=2, length=65536, batch=1))
+    assert "1 x 65536 tokens, checkpointing, shared by 2 GPUs" in out
+    assert f"{most.total / 2**30:.2f}" in out
+    assert f"{141 - most.total / 2**30:.2f}" in out
+    assert "latent cache" in out
+    assert "stage align" not in out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--stage", "2"], "there is no stage 2: recipe 'llama-3.2-1b-4mla12gdn-8k' has stages 0 to 1"),
+        (["--stage", "-1"], "there is no stage -1"),
+        (["--set", "stages.1.kind=kd"], "kd"),
+    ],
+)
+def test_the_command_refuses(monkeypatch: Any, capsys: Any, options: list[str], message: str) -> None:
+    code, out, error = run(monkeypatch, capsys, "memory", RECIPES[0], *options)
+    assert code == 2
+    assert message in one_sentence(error)
+    assert out == ""
+
+
+def test_a_student_that_is_no_hybrid_is_refused(tmp_path: Path) -> None:
+    LlamaConfig().save_pretrained(tmp_path / "student")
+    recipe = parse_recipe(recipe_values(tmp_path, {"name": "stage", "kind": "ce"}, teacher=None))
+    with pytest.raises(UserError, match="no memory formula for a student of type 'llama', only for hybrids"):
+        stage_job(recipe, 0)
