@@ -36,7 +36,8 @@ environment() {
 step environment environment
 mv "$out/environment.log" "$out/environment.txt"
 step build "$python" -m pip install --no-build-isolation --no-deps -e .
-step pytest "$python" -m pytest -m gpu -ra -q tests/compat tests/csrc tests/ops tests/test_model_gpu.py tests/test_inference_gpu.py
+step pytest "$python" -m pytest -m gpu -ra -q tests/compat tests/csrc tests/ops tests/test_model_gpu.py \
+  tests/test_inference_gpu.py tests/test_memory_gpu.py
 for tool in memcheck racecheck initcheck; do
   step "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -m tests.csrc.sanitizer_run
 done
@@ -47,4 +48,5 @@ for stem in gated_rms_norm gated_delta_rule causal_conv1d ssd mamba2 mla_absorb 
   step "bench_$stem" "$python" -m bench "$stem" --out "$out" --commit "$commit"
 done
 step train_step "$python" -m bench.train_step --out "$out/train_step.json"
+step memory "$python" -m bench.memory --out "$out/memory.json" --commit "$commit"
 exit $failed
