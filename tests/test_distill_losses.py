@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -354,6 +356,20 @@ def test_tiles_larger_than_the_batch_change_nothing() -> None:
     expected = final_hidden(student, ids)
     tile_mlps(student, 10)
     assert torch.equal(final_hidden(student, ids), expected)
+
+
+def test_a_tiled_model_goes_with_its_last_reference() -> None:
+    """The next stage's models find its memory free; no collector has to come first."""
+    gc.disable()
+    try:
+        student = hybrid(llama(2))
+        tile_mlps(student, 7)
+        final_hidden(student, torch.arange(10).view(1, 10)).sum().backward()
+        mlp = weakref.ref(student.model.layers[0].mlp)
+        del student
+        assert mlp() is None
+    finally:
+        gc.enable()
 
 
 def test_hybrid_groups_name_their_mixers() -> None:

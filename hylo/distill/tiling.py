@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +25,8 @@ def tile_mlps(model: nn.Module, tokens: int) -> None:
     """
     for layer in decoder_layers(model):
         mlp = layer.get_submodule("mlp")
-        mlp.forward = _tiled(mlp.forward, tokens)
+        # Without a reference to the module: in a circle it would keep a stage's weights until the collector comes.
+        mlp.forward = _tiled(partial(type(mlp).forward, weakref.proxy(mlp)), tokens)
 
 
 def _tiled(mlp: Callable[[Tensor], Tensor], tokens: int) -> Callable[[Tensor], Tensor]:
