@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -44,7 +46,7 @@ def memory_command(
     for index in range(len(recipe.stages)) if stage is None else [stage]:
         job = stage_job(recipe, index, gpus=gpus, length=length, batch=batch)
         console.print(phase_table(f"stage {recipe.stages[index].name}: {_what(job)}", job, gpu_gib))
-        console.print(choice_table(job, gpu_gib))
+        console.print(choice_table(job, gpu_gib), "")
     console.print(cache_table(job, gpu_gib))
 
 
@@ -62,7 +64,7 @@ def phase_table(title: str, job: Job, gpu_gib: float) -> Table:
 
 def choice_table(job: Job, gpu_gib: float) -> Table:
     """The step's peak for each way to trade time for memory."""
-    table = _table("", "GiB at the peak", "activations", "room", "sum", f"left of {gpu_gib:g}", "in phase")
+    table = _table("", "GiB at peak", "activations", "room", "sum", "left", "fullest")
     for name, choice in choices(job).items():
         most = peak(choice)
         numbers = (most.activations, most.room, most.total, gpu_gib * GIB - most.total)
@@ -105,14 +107,17 @@ def cache_table(job: Job, gpu_gib: float) -> Table:
 def _what(job: Job) -> str:
     ways = ["checkpointing"] * job.checkpointing + [f"tiles of {job.tile}"] * (job.tile is not None)
     shared = f", shared by {job.gpus} GPUs" if job.gpus > 1 else ""
-    return f"{job.kind}, {job.batch} x {job.length} tokens, {', '.join(ways) or 'all kept'}{shared}"
+    otherwise = "a layer at a time" if job.kind == "ild" else "all kept"
+    return f"{job.kind}, {job.batch} x {job.length} tokens, {', '.join(ways) or otherwise}{shared}"
 
 
 def _table(title: str, first: str, *others: str) -> Table:
-    table = Table(title=title, title_justify="left", min_width=len(title))
-    table.add_column(first)
+    # With a word of a heading in each line, all phases fit 80 columns.
+    form: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "pad_edge": False, "show_edge": False}
+    table = Table(title=title, title_justify="left", min_width=len(title), **form)
+    table.add_column(first, no_wrap=True)
     for name in others:
-        table.add_column(name, justify="right")
+        table.add_column(name.replace(" ", "\n"), justify="right")
     return table
 
 
