@@ -1,14 +1,17 @@
 """The memory benchmark: its cases are stages of recipes; and the formulas against training steps at true dims."""
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from bench import memory
-from bench.memory import CASES, Case, formulas, line
+from bench.memory import CASES, Case, formulas
 from hylo.memory import peak, stage_job
 from hylo.memory.training import loss_room
 from tests.fake_memory import counted_shapes
@@ -65,9 +68,35 @@ def test_a_training_step_as_shapes_takes_what_the_formulas_say(name: str, monkey
         assert expected[phase] == pytest.approx(size, rel=0.1), phase
 
 
-def test_a_line_for_what_does_not_fit() -> None:
-    found = {"case": "m2", "formula_peak_bytes": 3 * 2**30, "peak_bytes": None}
-    assert line(found) == "m2: out of memory; 3.00 GiB by formula"
+def test_the_file_has_a_row_for_what_fits_and_what_does_not(monkeypatch: Any, capsys: Any, tmp_path: Path) -> None:
+    """With a GPU that takes what the formulas say, and has no more than 100 GiB."""
+
+    def measure(recipe: Any, index: int, *_: Any) -> dict[str, int]:
+        taken = {name: phase.total for name, phase in formulas(stage_job(recipe, index)).items()}
+        if max(taken.values()) > 100 * 2**30:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return taken
+
+    for name, fake in {
+        "measure": measure,
+        "most_bytes": lambda: 0,
+        "record": SimpleNamespace(meta=lambda commit: {"gpu": "NVIDIA Fake", "commit": commit}),
+    }.items():
+        monkeypatch.setattr(memory, name, fake)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    out = tmp_path / "results" / "memory.json"
+    assert memory.main(["--out", str(out), "--commit", "abc"]) == 0
+    written = json.loads(out.read_text())
+    assert written["meta"] == {"gpu": "NVIDIA Fake", "commit": "abc"}
+    rows = {row["case"]: row for row in written["rows"]}
+    assert list(rows) == list(CASES)
+    lacking = [name for name, row in rows.items() if row["peak_bytes"] is None]
+    assert lacking == ["m2-64k-no-teacher-kept", "m2-64k-kept"]
+    assert {row["ratio"] for row in rows.values()} == {1.0, None}
+    printed = capsys.readouterr().out
+    most = rows["1b-8k"]["peak_bytes"] / 2**30
+    assert f"1b-8k: {most:.2f} GiB measured, {most:.2f} by formula (1.00): teacher forward" in printed
+    assert "m2-64k-kept: out of memory; " in printed
 
 
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
