@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hylo.errors import UserError
+from hylo.errors import ToldElsewhere, UserError
 
 app = typer.Typer(
     help="Hybrid language models out of pretrained Transformers.",
@@ -200,5 +200,6 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if not isinstance(error, ToldElsewhere):
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

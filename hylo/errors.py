@@ -3,3 +3,7 @@
 
 class UserError(ValueError):
     """A wrong input; the message is one sentence that quotes it. The command line prints it and exits with 2."""
+
+
+class ToldElsewhere(UserError):
+    """What ends the other processes of a run where one of them has raised, and told, the error itself."""

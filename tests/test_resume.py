@@ -19,6 +19,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.filesystem import FileSystem
 
 from hylo.distill import checkpoint as checkpoint_module
 from hylo.distill import engine as engine_module
@@ -81,7 +82,7 @@ def arrange(what: str, stage: str, at: int) -> None:
 
     def dying_save(state: Any, file: BinaryIO) -> None:
         save(state, file)
-        if state["step"] == at and f"/{stage}/" in file.name:
+        if isinstance(state, dict) and state["step"] == at and f"/{stage}/" in file.name:
             file.truncate(file.tell() // 2)
             file.flush()
             os.kill(os.getpid(), signal.SIGKILL)
@@ -158,10 +159,16 @@ def test_old_checkpoints_go_and_a_damaged_one_is_named(world: Path, forks: ForkS
     assert run_child(forks, world, "kept", ("after", "align", 13)) == -signal.SIGKILL
     checkpoints = world / "kept" / "align" / "checkpoints"
     assert checkpoint_module.checkpoint_steps(checkpoints) == [8, 12]
-    newest = checkpoints / "step-000000012" / checkpoint_module.STATE_FILE
-    newest.write_bytes(newest.read_bytes()[:1000])
-    with pytest.raises(UserError, match=r"checkpoint '.*step-000000012.*' cannot be read"):
-        checkpoint_module.load_checkpoint(checkpoints, 12)
+    newest = checkpoints / "step-000000012"
+    assert {path.name for path in newest.iterdir()} == {".metadata", "__0_0.distcp", checkpoint_module.PROGRESS_FILE}
+    for path in newest.iterdir():
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(UserError, match=r"checkpoint '.*step-000000012.*' cannot be read") as caught:
+            run_here(recipe_values(world, *STAGES, output=str(world / "kept")), resume=True)
+        assert "\n" not in str(caught.value)
+        path.write_bytes(whole)
+    assert run_child(forks, world, "kept", None) == 0
 
 
 def run_here(values: dict[str, Any], *, resume: bool = False) -> Path | None:
@@ -206,11 +213,15 @@ def test_foreign_directory_is_refused_and_kept(world: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
-def test_full_disk_during_a_checkpoint_keeps_the_older_one(tmp_path: Path) -> None:
-    state = {"step": 1, "model": {"w": torch.zeros(1_000_000)}}
-    checkpoint_module.save_checkpoint(tmp_path, 1, state, keep=2)
+@pytest.mark.parametrize("full", ["tensors", "progress"])
+def test_full_disk_during_a_checkpoint_keeps_the_older_one(tmp_path: Path, full: str) -> None:
+    state = {"w": torch.zeros(1_000_000)}
+    checkpoint_module.save_checkpoint(tmp_path, 1, state, {"step": 1}, keep=2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint_module, "open_state_file", lambda _path: open("/dev/full", "wb"))  # noqa: SIM115
+        if full == "progress":
+            patch.setattr(checkpoint_module, "open_progress_file", lambda _path: open("/dev/full", "wb"))  # noqa: SIM115
+        else:
+            patch.setattr(FileSystem, "create_stream", lambda *_: open("/dev/full", "wb"))  # noqa: SIM115
         with pytest.raises(UserError, match=r"no space left on the disk while writing '.*step-000000002'"):
-            checkpoint_module.save_checkpoint(tmp_path, 2, state, keep=2)
+            checkpoint_module.save_checkpoint(tmp_path, 2, state, {"step": 2}, keep=2)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000000001"]

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hylo.atomic import atomic_directory
 from hylo.distill.corpus import corpus_identity, documents
+from hylo.distill.processes import from_first, on_first
 from hylo.distill.recipe import Data
 from hylo.errors import UserError
 
@@ -38,20 +39,14 @@ class Packed(NamedTuple):
 def pack(data: Data, tokenizer: PreTrainedTokenizerBase) -> Packed:
     """Tokenise the sources once; later calls with the same content, tokenizer and settings map the same file.
 
+    Of several processes the first one does it, and all map the file.
+
     Raises:
         UserError: the sources are unusable, hold no text, or the disk is full (the partial file is removed).
     """
-    key = _cache_key(data, tokenizer)
-    target = _cache_root(data) / key
-    dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
-    if not target.exists():
-        with atomic_directory(target) as partial:
-            with open_token_file(partial / "tokens.bin") as file:
-                count = _write_tokens(file, documents(data, tokenizer), tokenizer, dtype)
-            if count == 0:
-                raise UserError("the data sources hold no text")
-            (partial / "meta.json").write_text(json.dumps({"tokens": count, "dtype": dtype.name}))
-    return Packed(np.memmap(target / "tokens.bin", dtype=dtype, mode="r"), key)
+    key = from_first(on_first(lambda: _packed_key(data, tokenizer)))
+    assert key is not None
+    return Packed(np.memmap(_cache_root(data) / key / "tokens.bin", dtype=_dtype(tokenizer), mode="r"), key)
 
 
 def open_token_file(path: Path) -> BinaryIO:
@@ -114,6 +109,24 @@ def separators(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]
     if bos is None and eos is None:
         raise UserError(f"tokenizer '{tokenizer.name_or_path}' has neither a BOS nor an EOS token")
     return [] if bos is None else [bos], [] if eos is None else [eos]
+
+
+def _packed_key(data: Data, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Name of the packed tokens, which are there when this returns."""
+    key = _cache_key(data, tokenizer)
+    target, dtype = _cache_root(data) / key, _dtype(tokenizer)
+    if not target.exists():
+        with atomic_directory(target) as partial:
+            with open_token_file(partial / "tokens.bin") as file:
+                count = _write_tokens(file, documents(data, tokenizer), tokenizer, dtype)
+            if count == 0:
+                raise UserError("the data sources hold no text")
+            (partial / "meta.json").write_text(json.dumps({"tokens": count, "dtype": dtype.name}))
+    return key
+
+
+def _dtype(tokenizer: PreTrainedTokenizerBase) -> np.dtype[Any]:
+    return np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
 
 
 def _write_tokens(

@@ -1,7 +1,6 @@
-"""The training loop of one stage: plain PyTorch, one process, one device.
+"""The training loop of one stage: plain PyTorch, each process on one device with its share of every step's sequences.
 
-`place_model` and `whole_state` are the only two places that know how parameters lie on devices; sharding (FSDP2)
-enters there and is not implemented.
+How parameters lie on devices is known to `shards` alone, and how processes talk to `processes`.
 """
 
 from __future__ import annotations
@@ -21,16 +20,20 @@ from torch import Tensor, nn
 
 from hylo.distill.checkpoint import (
     checkpoint_steps,
-    load_checkpoint,
-    random_state,
+    load_progress,
+    load_tensors,
+    random_states,
     restore_random_state,
     save_checkpoint,
+    saved_names,
     seed_everything,
 )
 from hylo.distill.data import Batches
 from hylo.distill.log import StageLog
-from hylo.distill.objectives import loss_terms
+from hylo.distill.objectives import completed_parts, loss_terms
+from hylo.distill.processes import anywhere, from_first, mean_of_all, process_count, process_number
 from hylo.distill.recipe import CeStage, IldStage, KlStage
+from hylo.distill.shards import exchange_gradients, own_parts, whole_value
 from hylo.distill.tiling import tile_mlps
 from hylo.errors import UserError
 
@@ -53,17 +56,14 @@ class StageJob:
     device: torch.device
 
     def autocast(self) -> AbstractContextManager[None]:
-        return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
+        if not self.bf16:
+            return nullcontext()
+        # What a cut-up model gathers for a layer goes with the layer; casts kept until the end of a pass would stay.
+        return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=process_count() == 1)
 
-
-def place_model(model: nn.Module, device: torch.device) -> nn.Module:
-    """Put a model where it trains. A sharded run wraps the decoder layers here."""
-    return model.to(device)
-
-
-def whole_state(model: nn.Module) -> dict[str, Tensor]:
-    """The unsharded state dict, as saved. A sharded run gathers here."""
-    return dict(model.state_dict())
+    def sequences(self, step: int) -> Tensor:
+        """This process's share of the step's sequences; those of all processes are the batch of a single one."""
+        return self.batches.batch(step).chunk(process_count())[process_number()]
 
 
 def last_step(checkpoints: Path) -> int:
@@ -92,10 +92,12 @@ def train_stage(job: StageJob, open_log: Callable[[int], StageLog]) -> None:
             done = step + 1
             log.step_done(done)
             if done % stage.log_every == 0 or done in (1, job.steps):
-                log.write(done, loss=_finite(loss, stage.name, done), lr=rate, grad_norm=norm.item())
-            if stop.requested or done % stage.checkpoint_every == 0:
+                value = _finite(mean_of_all(loss), stage.name, done)
+                log.write(done, loss=value, lr=rate, grad_norm=norm.item())
+            stopping = anywhere(stop.requested)
+            if stopping or done % stage.checkpoint_every == 0:
                 _save(job, optimizer, done)
-            if stop.requested:
+            if stopping:
                 raise SystemExit(EXIT_TERMINATED)
 
 
@@ -119,19 +121,23 @@ def spare_memory(stage: IldStage | KlStage | CeStage, student: nn.Module, teache
 def train_step(
     job: StageJob, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], step: int, rate: float
 ) -> tuple[Tensor, Tensor]:
-    """One optimiser step. Returns loss (mean over the micro-batches) and the gradient norm before clipping."""
+    """One optimiser step. Returns loss (mean over this process's sequences) and the gradient norm before clipping."""
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), device=job.device)
-    share = 1 / job.stage.gradient_accumulation
-    for rows in job.batches.batch(step).split(job.stage.batch_size):
+    sequences = job.sequences(step)
+    pieces = sequences.split(job.stage.batch_size)
+    exchange_gradients([job.student], False)
+    for rows in pieces:
+        share = len(rows) / len(sequences)
         input_ids = rows.to(job.device, non_blocking=True)
-        for term in loss_terms(job.stage, job.student, job.teacher, input_ids, job.autocast):
+        terms = loss_terms(job.stage, job.student, job.teacher, input_ids, job.autocast)
+        for term, parts in zip(terms, completed_parts(job.stage, job.student), strict=True):
+            exchange_gradients(parts, rows is pieces[-1])
             (term * share).backward()
             total += term.detach() * share
-    limit = math.inf if job.stage.grad_clip is None else job.stage.grad_clip
-    norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+    norm = _clip(parameters, job.stage.grad_clip)
     optimizer.step()
     return total, norm
 
@@ -170,26 +176,56 @@ class StopSignal:
 
 
 def _restore(job: StageJob, optimizer: torch.optim.Optimizer) -> int:
-    step = last_step(job.checkpoints)
+    step = from_first(last_step(job.checkpoints))
     if step == 0:
         seed_everything(job.seed)
         return 0
-    state = load_checkpoint(job.checkpoints, step)
-    job.student.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    restore_random_state(state["random"])
+    progress = load_progress(job.checkpoints, step)
+    _expect_state(job.student, optimizer, saved_names(job.checkpoints, step))
+    load_tensors(job.checkpoints, step, _tensors(job.student, optimizer))
+    # Processes that were not there yet draw other numbers than any before.
+    restore_random_state(progress["random"], job.seed + step)
     return step
 
 
 def _save(job: StageJob, optimizer: torch.optim.Optimizer, step: int) -> None:
-    state = {
+    progress = {
+        "stage": job.stage.name,
         "step": step,
         "sequences": step * job.batches.sequences_per_step,
-        "model": whole_state(job.student),
-        "optimizer": optimizer.state_dict(),
-        "random": random_state(),
+        "random": random_states(),
     }
-    save_checkpoint(job.checkpoints, step, state, keep=job.keep_checkpoints)
+    save_checkpoint(job.checkpoints, step, _tensors(job.student, optimizer), progress, keep=job.keep_checkpoints)
+
+
+def _tensors(student: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Model and optimiser state as a checkpoint names them; what else an optimiser has follows from recipe and step."""
+    tensors = {}
+    for name, tensor in own_parts(student).items():
+        tensors[f"model.{name}"] = tensor.detach()
+        for key, value in optimizer.state.get(tensor, {}).items():
+            tensors[_state_name(name, key)] = value
+    return tensors
+
+
+def _expect_state(student: nn.Module, optimizer: torch.optim.Optimizer, saved: set[str]) -> None:
+    """Make room for the optimiser state that was saved: parameters without a gradient have none."""
+    for name, tensor in own_parts(student).items():
+        if _state_name(name, "step") in saved:
+            moments = {key: torch.zeros_like(tensor.detach()) for key in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[tensor] = {"step": torch.zeros(()), **moments}
+
+
+def _state_name(parameter: str, key: str) -> str:
+    return f"optimizer.{parameter}.{key}"
+
+
+def _clip(parameters: list[nn.Parameter], limit: float | None) -> Tensor:
+    """Scale the gradients down to a norm of `limit`, if it is given; returns the norm that they had."""
+    norm = whole_value(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+    if limit is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return norm
 
 
 def _finite(loss: Tensor, stage: str, step: int) -> float:

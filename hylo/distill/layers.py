@@ -6,11 +6,13 @@ Works on every model laid out as transformers lays out Llama and Qwen (`model.em
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+T = TypeVar("T")
 
 
 class LayerStates(NamedTuple):
@@ -65,7 +67,8 @@ def run_layer(model: nn.Module, index: int, entered: Tensor, rotation: tuple[Ten
 @torch.no_grad()
 def layer_states(model: nn.Module, input_ids: Tensor) -> Iterator[LayerStates]:
     """Run a model layer by layer, without gradient, and yield each layer's states; only one layer's are alive."""
-    hidden = model.get_submodule("model.embed_tokens")(input_ids)
+    embedding = model.get_submodule("model.embed_tokens")
+    hidden: Tensor = inside(model, lambda: embedding(input_ids))
     rotation = position_embeddings(model, hidden)
     for index in range(len(decoder_layers(model))):
         states = run_layer(model, index, hidden, rotation)
@@ -74,15 +77,20 @@ def layer_states(model: nn.Module, input_ids: Tensor) -> Iterator[LayerStates]:
 
 
 def final_hidden(model: nn.Module, input_ids: Tensor) -> Tensor:
-    """Hidden states after the final norm, [B, T, D], with no logits made."""
+    """Hidden states after the final norm, [B, T, D], with no logits made; to be called `inside` the model."""
     inner: Any = model.get_submodule("model")
     hidden: Tensor = inner(input_ids=input_ids, use_cache=False).last_hidden_state
     return hidden
 
 
 def head_weight(model: nn.Module) -> Tensor:
-    """The LM head [V, D], whole: where it is sharded it is gathered here, once a step and not once a tile."""
+    """The LM head [V, D]; to be asked for `inside` the model."""
     head: Any = model.get_submodule("lm_head")
-    gather = getattr(head.weight, "full_tensor", None)
-    whole: Tensor = gather() if gather is not None else head.weight
-    return whole
+    weight: Tensor = head.weight
+    return weight
+
+
+def inside(model: nn.Module, work: Callable[[], T]) -> T:
+    """Run `work` with the model's embedding and head whole, if it is cut up (shards.py); backward may follow later."""
+    run: Callable[[Callable[[], T]], T] | None = getattr(model, "run_inside", None)
+    return work() if run is None else run(work)

@@ -53,12 +53,13 @@ class StageLog:
     """Reports one stage: `step_done` every step, with values on the steps that are logged.
 
     Speed is in tokens per second since the last logged step. The JSONL keys are stage, step, loss, lr, grad_norm,
-    tokens (of the stage so far), tokens_per_second and seconds (of this process in the stage).
+    tokens (of the stage so far), tokens_per_second and seconds (of this process in the stage). Without `output` no
+    line is kept: one of several processes writes them.
     """
 
     def __init__(
         self,
-        output: Path,
+        output: Path | None,
         stage: str,
         *,
         steps: int,
@@ -67,12 +68,8 @@ class StageLog:
         board: Any,
         console: Console,
     ) -> None:
-        self.path, self.stage, self.steps, self.tokens_per_step = (
-            output / LOG_FILE,
-            stage,
-            steps,
-            tokens_per_step,
-        )
+        self.path = None if output is None else output / LOG_FILE
+        self.stage, self.steps, self.tokens_per_step = stage, steps, tokens_per_step
         self.board, self.console = board, console
         self.begin = self.last_time = time.perf_counter()
         self.last_step = start
@@ -104,8 +101,9 @@ class StageLog:
         values = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_second": speed}
         row = {"stage": self.stage, "step": step, "tokens": step * self.tokens_per_step, **values}
         row["seconds"] = now - self.begin
-        with full_disk_is_a_user_error(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        if self.path is not None:
+            with full_disk_is_a_user_error(self.path), self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
         if self.board is not None:
             for name, value in values.items():
                 self.board.add_scalar(f"{self.stage}/{name}", value, step)

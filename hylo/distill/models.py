@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from hylo.distill.processes import local_number, process_count
 from hylo.distill.recipe import CeStage, IldStage, KlStage, Recipe, Rope
 from hylo.errors import UserError
 
@@ -26,14 +27,21 @@ T = TypeVar("T")
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device of a recipe's `device`; "auto" is the GPU where there is one.
+    """The device of a recipe's `device`; "auto" is the GPU where there is one, of several processes each one's own.
 
     Raises:
-        UserError: "cuda" without a GPU.
+        UserError: "cuda" without a GPU, or more processes on this host than it has GPUs.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("the recipe says 'device: cuda' but no CUDA GPU is available")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if process_count() == 1:
+        return torch.device("cuda")
+    if local_number() >= torch.cuda.device_count():
+        raise UserError(f"process {local_number()} of this host needs a GPU and there are {torch.cuda.device_count()}")
+    torch.cuda.set_device(local_number())
+    return torch.device("cuda", local_number())
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:

@@ -16,6 +16,7 @@ from hylo.distill.layers import (
     decoder_layers,
     final_hidden,
     head_weight,
+    inside,
     layer_states,
     position_embeddings,
     run_layer,
@@ -36,16 +37,27 @@ def loss_terms(
     """Scalars whose sum is the stage's loss on `input_ids` [B, T]; run backward on each before taking the next."""
     if isinstance(stage, CeStage):
         with autocast():
-            hidden = final_hidden(student, input_ids)
-            weight = head_weight(student)
-            loss = cross_entropy_loss(hidden, weight, input_ids, chunk_tokens=stage.kl_chunk_tokens)
+            loss = inside(student, lambda: _cross_entropy(stage, student, input_ids))
         yield loss
         return
     assert teacher is not None
     if isinstance(stage, KlStage):
-        yield _kl(stage, student, teacher, input_ids, autocast)
+        with autocast():
+            with torch.no_grad():
+                target = inside(teacher, lambda: (final_hidden(teacher, input_ids), head_weight(teacher)))
+            loss = inside(student, lambda: _kl(stage, student, target, input_ids))
+        yield loss
     else:
         yield from alignment_terms(student, teacher, input_ids, stage.mixer_weight, autocast)
+
+
+def completed_parts(stage: IldStage | KlStage | CeStage, student: nn.Module) -> list[list[nn.Module]]:
+    """For each of `loss_terms` the student's parts that no later one gives a gradient."""
+    if not isinstance(stage, IldStage):
+        return [[student]]
+    layers = [[layer] for layer in decoder_layers(student)]
+    layers[-1].append(student.get_submodule("model.norm"))
+    return layers
 
 
 def alignment_terms(
@@ -66,20 +78,20 @@ def alignment_terms(
         yield loss
 
 
-def _kl(stage: KlStage, student: nn.Module, teacher: nn.Module, input_ids: Tensor, autocast: Autocast) -> Tensor:
-    with autocast():
-        with torch.no_grad():
-            teacher_hidden = final_hidden(teacher, input_ids)
-            teacher_weight = head_weight(teacher)
-        hidden = final_hidden(student, input_ids)
-        return kl_loss(
-            hidden,
-            head_weight(student),
-            teacher_hidden,
-            teacher_weight,
-            chunk_tokens=stage.kl_chunk_tokens,
-            temperature=stage.temperature,
-            direction=stage.direction,
-            labels=input_ids,
-            ce_weight=stage.ce_weight,
-        )
+def _cross_entropy(stage: CeStage, student: nn.Module, input_ids: Tensor) -> Tensor:
+    hidden = final_hidden(student, input_ids)
+    return cross_entropy_loss(hidden, head_weight(student), input_ids, chunk_tokens=stage.kl_chunk_tokens)
+
+
+def _kl(stage: KlStage, student: nn.Module, target: tuple[Tensor, Tensor], input_ids: Tensor) -> Tensor:
+    """`target`: the teacher's hidden states and head."""
+    return kl_loss(
+        final_hidden(student, input_ids),
+        head_weight(student),
+        *target,
+        chunk_tokens=stage.kl_chunk_tokens,
+        temperature=stage.temperature,
+        direction=stage.direction,
+        labels=input_ids,
+        ce_weight=stage.ce_weight,
+    )

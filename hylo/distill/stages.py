@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from hylo.atomic import atomic_directory, remove_directory
 from hylo.distill.data import Batches, pack
 from hylo.distill.dry_run import run_dry
-from hylo.distill.engine import StageJob, last_step, place_model, train_stage, whole_state
+from hylo.distill.engine import StageJob, last_step, train_stage
 from hylo.distill.log import LOG_FILE, StageLog, open_board, rewind_log
 from hylo.distill.models import (
     check_fit,
@@ -32,7 +33,9 @@ from hylo.distill.models import (
     with_rope,
 )
 from hylo.distill.output import is_finished, owned_output, result_directory, run_identity
+from hylo.distill.processes import from_first, joined, on_first, process_count, process_number
 from hylo.distill.recipe import CeStage, IldStage, KlStage, Recipe, load_recipe
+from hylo.distill.shards import place_model, whole_state
 from hylo.distill.student import make_student, student_config, student_sources
 from hylo.distill.table import choose_trainable, parameter_groups, parameter_table
 from hylo.errors import UserError
@@ -87,15 +90,23 @@ def run_recipe(
     if dry_run:
         run_dry(recipe, console)
         return None
-    identity = run_identity(recipe, steps, steps_scale)
-    if is_finished(recipe, identity, resume=resume):
-        return result_directory(recipe, -1)
-    with _one_progress_bar():
+    with joined(recipe.device), _one_progress_bar():
+        identity = run_identity(recipe, steps, steps_scale)
+        if from_first(on_first(lambda: is_finished(recipe, identity, resume=resume))):
+            return result_directory(recipe, -1)
         plan = make_plan(recipe, steps, steps_scale)
-        output = Path(recipe.output)
-        with owned_output(output, identity | {"data": plan.data_key}):
-            board = open_board(output / "tensorboard", recipe.tensorboard)
-            return run_stages(plan, make_student(recipe, output), board, console)
+        return _run(plan, identity | {"data": plan.data_key}, console if process_number() == 0 else Console(quiet=True))
+
+
+def _run(plan: Plan, identity: dict[str, Any], console: Console) -> Path:
+    """Run the plan's stages in the directory that is then this run's own."""
+    recipe, output = plan.recipe, Path(plan.recipe.output)
+    with ExitStack() as owned:  # in the first process; the others write nothing
+        on_first(lambda: owned.enter_context(owned_output(output, identity)))
+        board = on_first(lambda: open_board(output / "tensorboard", recipe.tensorboard))
+        student = from_first(on_first(lambda: make_student(recipe, output)))
+        assert student is not None
+        return run_stages(plan, student, board, console)
 
 
 def make_plan(recipe: Recipe, steps: int | None, scale: float | None) -> Plan:
@@ -113,11 +124,21 @@ def make_plan(recipe: Recipe, steps: int | None, scale: float | None) -> Plan:
         )
         for stage in recipe.stages
     ]
+    for stage in recipe.stages:
+        _check_shares(stage)
     counts = [
         steps or _scaled(stage_steps(stage, one.sequences), scale)
         for stage, one in zip(recipe.stages, batches, strict=True)
     ]
     return Plan(recipe, tokenizer, batches, counts, device, packed.key)
+
+
+def _check_shares(stage: IldStage | KlStage | CeStage) -> None:
+    if stage.sequences_per_step % process_count():
+        raise UserError(
+            f"stage '{stage.name}' has {stage.sequences_per_step} sequences in a step (batch_size * "
+            f"gradient_accumulation), which {process_count()} processes cannot share evenly"
+        )
 
 
 def check_models(recipe: Recipe) -> PreTrainedTokenizerBase:
@@ -149,17 +170,26 @@ def stage_steps(stage: IldStage | KlStage | CeStage, sequences: int) -> int:
 
 def run_stages(plan: Plan, student: Path, board: Any, console: Console) -> Path:
     """Run the stages that have no result yet, in order; returns the last result."""
-    earlier: list[str] = []
-    for index, stage in enumerate(plan.recipe.stages):
-        result, checkpoints = result_directory(plan.recipe, index), plan.checkpoints(index)
-        if not result.exists():
-            rewind_log(Path(plan.recipe.output) / LOG_FILE, earlier, stage.name, last_step(checkpoints))
+    for index in range(len(plan.recipe.stages)):
+        result = result_directory(plan.recipe, index)
+        if not from_first(result.exists()):
+            on_first(partial(_rewind, plan, index))
             _run_stage(plan, index, student, board, console)
-        if checkpoints.exists():
-            remove_directory(checkpoints)
+        on_first(partial(_drop_checkpoints, plan.checkpoints(index)))
         student = result
-        earlier.append(stage.name)
     return student
+
+
+def _rewind(plan: Plan, index: int) -> None:
+    """Drop from the log what the stage is about to do again."""
+    recipe = plan.recipe
+    earlier = [stage.name for stage in recipe.stages[:index]]
+    rewind_log(Path(recipe.output) / LOG_FILE, earlier, recipe.stages[index].name, last_step(plan.checkpoints(index)))
+
+
+def _drop_checkpoints(checkpoints: Path) -> None:
+    if checkpoints.exists():
+        remove_directory(checkpoints)
 
 
 def _run_stage(plan: Plan, index: int, origin: Path, board: Any, console: Console) -> None:
@@ -173,7 +203,7 @@ def _run_stage(plan: Plan, index: int, origin: Path, board: Any, console: Consol
 
     def open_log(start: int) -> StageLog:
         return StageLog(
-            Path(recipe.output),
+            Path(recipe.output) if process_number() == 0 else None,
             stage.name,
             steps=plan.steps[index],
             start=start,
@@ -183,9 +213,14 @@ def _run_stage(plan: Plan, index: int, origin: Path, board: Any, console: Consol
         )
 
     train_stage(_job(plan, index, student), open_log)
-    with atomic_directory(result_directory(recipe, index)) as partial:
-        student.save_pretrained(partial, state_dict=whole_state(student))
-        plan.tokenizer.save_pretrained(partial)
+    weights = whole_state(student)
+    on_first(lambda: _save_result(plan, index, student, weights))
+
+
+def _save_result(plan: Plan, index: int, student: PreTrainedModel, weights: dict[str, Tensor]) -> None:
+    with atomic_directory(result_directory(plan.recipe, index)) as directory:
+        student.save_pretrained(directory, state_dict=weights)
+        plan.tokenizer.save_pretrained(directory)
 
 
 def _job(plan: Plan, index: int, student: PreTrainedModel) -> StageJob:
