@@ -42,6 +42,11 @@ STAGES = (
 Kill = tuple[str, str, int] | None
 
 
+def two_gpus(test: Any) -> Any:
+    missing = torch.cuda.device_count() < 2
+    return pytest.mark.gpu(pytest.mark.skipif(missing, reason="needs two NVIDIA GPUs")(test))
+
+
 @pytest.fixture(scope="module")
 def forks() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
@@ -238,11 +243,36 @@ def test_a_hybrid_with_a_tied_head_and_a_wider_teacher(world: Path, forks: ForkS
 
 
 def test_bf16_differs_by_rounding(world: Path, forks: ForkServerContext) -> None:
+    assert_losses_of_one(forks, world, "bf16", precision="bf16")
+
+
+def assert_losses_of_one(forks: ForkServerContext, world: Path, name: str, **changes: Any) -> None:
+    """Two processes have one's losses to 1e-3."""
     losses = {}
     for processes in (1, 2):
-        assert run(forks, world, f"bf16-{processes}", processes=processes, precision="bf16") == [0] * processes
-        losses[processes] = [row["loss"] for row in logged(world / f"bf16-{processes}")]
+        assert run(forks, world, f"{name}-{processes}", processes=processes, **changes) == [0] * processes
+        losses[processes] = [row["loss"] for row in logged(world / f"{name}-{processes}")]
     assert losses[2] == pytest.approx(losses[1], rel=1e-3)
+
+
+@two_gpus
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_two_gpus_train_as_one(world: Path, forks: ForkServerContext, precision: str) -> None:
+    block = {"base": str(world / "base"), "mixer": "gated_deltanet", "mla_layers": [1], "init": "aligned"}
+    settings = {"student": {"upcycle": block}, "device": "cuda", "precision": precision}
+    assert_losses_of_one(forks, world, f"gpus-{precision}", **settings)
+
+
+@two_gpus
+@pytest.mark.parametrize("before", [1, 2])
+def test_run_goes_on_with_another_number_of_gpus(world: Path, forks: ForkServerContext, before: int) -> None:
+    name, settings = f"gpus-from-{before}", {"device": "cuda", "stages": STAGES[1:2]}
+    assert run(forks, world, f"{name}-straight", processes=1, **settings) == [0]
+    kill = ("kill", "distil", 3)
+    assert run(forks, world, name, processes=before, kill=kill, **settings) == [-signal.SIGKILL] * before
+    assert run(forks, world, name, processes=3 - before, **settings) == [0] * (3 - before)
+    losses, straight = ([row["loss"] for row in logged(world / each)] for each in (name, f"{name}-straight"))
+    assert losses == pytest.approx(straight, rel=1e-4)
 
 
 def test_torchrun_starts_the_command_line(world: Path) -> None:
