@@ -13,6 +13,9 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -29,7 +32,8 @@ from transformers import AutoModelForCausalLM
 from hylo.distill import engine as engine_module
 from hylo.distill import parse_recipe, run_recipe
 from hylo.distill.checkpoint import checkpoint_steps, load_progress
-from hylo.errors import UserError
+from hylo.distill.processes import joined, on_first
+from hylo.errors import ToldElsewhere, UserError
 from tests.distill_fixtures import make_world, recipe_values, save_llama
 
 STEPS, EVERY = 6, 2
@@ -71,10 +75,14 @@ def alone(world: Path, forks: ForkServerContext) -> Path:
     return world / "alone"
 
 
-def child(number: int, count: int, port: int, values: dict[str, Any], kill: Kill) -> None:
+def as_one_of(number: int, count: int, port: int) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(count)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def child(number: int, count: int, port: int, values: dict[str, Any], kill: Kill) -> None:
+    as_one_of(number, count, port)
     if kill is not None:
         arrange(*kill, number)
     console = Console(file=io.StringIO(), width=120)
@@ -109,8 +117,13 @@ def run(
 ) -> list[int | None]:
     """Exit codes of the recipe's processes."""
     values = recipe_values(world, *changes.pop("stages", STAGES), output=str(world / name), **changes)
+    return start(forks, processes, child, values, kill)
+
+
+def start(forks: ForkServerContext, count: int, target: Callable[..., None], *arguments: Any) -> list[int | None]:
+    """Exit codes of `count` processes that call the target."""
     port = free_port()
-    started = [forks.Process(target=child, args=(i, processes, port, values, kill)) for i in range(processes)]
+    started = [forks.Process(target=target, args=(number, count, port, *arguments)) for number in range(count)]
     for process in started:
         process.start()
     for process in started:
@@ -242,6 +255,17 @@ def test_a_hybrid_with_a_tied_head_and_a_wider_teacher(world: Path, forks: ForkS
     assert_same_run(outputs[1], outputs[0], STAGES[:2])
 
 
+def test_more_processes_than_a_parameter_has_rows(world: Path, forks: ForkServerContext) -> None:
+    """Some hold nothing of it; their checkpoints are read by one all the same."""
+    block = {"base": str(world / "base"), "mixer": "gated_deltanet", "mla_layers": [1], "linear_num_heads": 2}
+    settings = {"student": {"upcycle": block}, "stages": STAGES[:1]}
+    assert run(forks, world, "rows-alone", processes=1, **settings) == [0]
+    kill = ("kill", "align", 3)
+    assert run(forks, world, "rows", processes=4, kill=kill, **settings) == [-signal.SIGKILL] * 4
+    assert run(forks, world, "rows", processes=1, **settings) == [0]
+    assert_same_run(world / "rows", world / "rows-alone", STAGES[:1])
+
+
 def test_bf16_differs_by_rounding(world: Path, forks: ForkServerContext) -> None:
     assert_losses_of_one(forks, world, "bf16", precision="bf16")
 
@@ -273,6 +297,32 @@ def test_run_goes_on_with_another_number_of_gpus(world: Path, forks: ForkServerC
     assert run(forks, world, name, processes=3 - before, **settings) == [0] * (3 - before)
     losses, straight = ([row["loss"] for row in logged(world / each)] for each in (name, f"{name}-straight"))
     assert losses == pytest.approx(straight, rel=1e-4)
+
+
+def failing_child(number: int, count: int, port: int, mark: Path) -> None:
+    as_one_of(number, count, port)
+    with pytest.raises(UserError, match="no luck") as caught, joined("cpu"), leaving_late(number, mark):
+        on_first(fail)
+    assert isinstance(caught.value, ToldElsewhere) == (number > 0)
+    assert mark.exists()
+
+
+@contextmanager
+def leaving_late(number: int, mark: Path) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        if number == 0:
+            time.sleep(1)
+            mark.touch()
+
+
+def fail() -> None:
+    raise UserError("no luck")
+
+
+def test_the_others_leave_after_the_first_which_failed(forks: ForkServerContext, tmp_path: Path) -> None:
+    assert start(forks, 3, failing_child, tmp_path / "left") == [0, 0, 0]
 
 
 def test_torchrun_starts_the_command_line(world: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -51,6 +51,12 @@ def joined(device: str) -> Iterator[None]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo", timeout=PATIENCE)
     try:
         yield
+    except ToldElsewhere:
+        # torchrun ends all as soon as one ends, and the first has to tidy up and to tell. Nothing comes: this fails
+        # once it has left.
+        with suppress(RuntimeError):
+            dist.recv(torch.zeros(1), src=0)
+        raise
     finally:
         dist.destroy_process_group()
 
