@@ -26,12 +26,16 @@ import torch.distributed.checkpoint as dcp
 import yaml
 from rich.console import Console
 from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
 
 from hylo.distill import engine as engine_module
 from hylo.distill import parse_recipe, run_recipe
 from hylo.distill.checkpoint import checkpoint_steps, load_progress
+from hylo.distill.layers import decoder_layers
 from hylo.distill.processes import joined, on_first
 from hylo.errors import ToldElsewhere, UserError
 from tests.distill_fixtures import make_world, recipe_values, save_llama
@@ -92,8 +96,15 @@ def child(number: int, count: int, port: int, values: dict[str, Any], kill: Kill
 
 
 def arrange(what: str, stage: str, at: int, number: int) -> None:
-    """After step `at` of the stage all die, or the last is asked to stop, or each says which gradients it exchanged."""
+    """After step `at` of the stage all die, or the last is asked to stop, or each tells of its share; or the last dies
+    while it writes its share of the checkpoint."""
     train_step = engine_module.train_step
+    create_stream = FileSystem.create_stream
+
+    def dying_stream(system: FileSystem, path: Path, mode: str) -> Any:
+        if (what, number, mode) == ("tear", 1, "wb") and f"/{stage}/checkpoints/.step-{at:09d}." in str(path):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return create_stream(system, path, mode)
 
     def watched_step(job: engine_module.StageJob, *args: Any) -> Any:
         if (job.stage.name, args[2]) != (stage, at):
@@ -104,11 +115,14 @@ def arrange(what: str, stage: str, at: int, number: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         elif what == "terminate" and number == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        elif what == "count":
+        elif what == "tell":
             exchanges = [e.key for e in profiler.events() if e.key.startswith("FSDP::post_backward_reduce")]
-            (job.checkpoints.parents[1] / f"exchanged-{number}.json").write_text(json.dumps(exchanges))
+            shares = {name: share_of(model) for name, model in (("student", job.student), ("teacher", job.teacher))}
+            told = {"exchanged": exchanges, **shares}
+            (job.checkpoints.parents[1] / f"told-{number}.json").write_text(json.dumps(told))
         return result
 
+    FileSystem.create_stream = dying_stream  # type: ignore[method-assign]
     engine_module.train_step = watched_step
 
 
@@ -209,6 +223,16 @@ def test_a_checkpoint_has_the_student_once_and_no_teacher(world: Path, forks: Fo
     assert not torch.equal(first["torch"], second["torch"])
 
 
+def test_a_process_that_dies_while_it_writes_leaves_the_older_checkpoint(
+    world: Path, forks: ForkServerContext, alone: Path
+) -> None:
+    first, second = run(forks, world, "torn", processes=2, kill=("tear", "distil", 4))
+    assert (first, second) == (1, -signal.SIGKILL)
+    assert checkpoint_steps(world / "torn" / "distil" / "checkpoints") == [2]
+    assert run(forks, world, "torn", processes=2) == [0, 0]
+    assert_same_run(world / "torn", alone)
+
+
 def test_one_process_asked_to_stop_stops_all_after_the_same_step(
     world: Path, forks: ForkServerContext, alone: Path
 ) -> None:
@@ -219,16 +243,27 @@ def test_one_process_asked_to_stop_stops_all_after_the_same_step(
     assert_same_run(world / "terminated", alone)
 
 
+def share_of(model: nn.Module | None) -> float | None:
+    """The part of the layers' elements that this process holds between steps."""
+    if model is None:
+        return None
+    tensors = [parameter for layer in decoder_layers(model) for parameter in layer.parameters()]
+    own = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors)
+    return sum(tensor.numel() for tensor in own) / sum(tensor.numel() for tensor in tensors)
+
+
 @pytest.mark.parametrize(("stage", "units"), [(STAGES[0], 3), (STAGES[1], 4), (STAGES[2], 3)])
-def test_gradients_are_exchanged_once_a_step(
+def test_each_holds_its_share_and_gradients_are_exchanged_once_a_step(
     world: Path, forks: ForkServerContext, stage: dict[str, Any], units: int
 ) -> None:
     """Of two layers and the norm, and of embedding and head where they have gradients; not at each micro-batch."""
-    name, stages = f"counted-{stage['name']}", (stage | {"batch_size": 1, "gradient_accumulation": 8},)
-    assert run(forks, world, name, processes=2, kill=("count", stage["name"], 1), stages=stages) == [0, 0]
+    name, stages = f"telling-{stage['name']}", (stage | {"batch_size": 1, "gradient_accumulation": 8},)
+    assert run(forks, world, name, processes=2, kill=("tell", stage["name"], 1), stages=stages) == [0, 0]
     for number in range(2):
-        exchanged = json.loads((world / name / f"exchanged-{number}.json").read_text())
-        assert len(exchanged) == len(set(exchanged)) == units
+        told = json.loads((world / name / f"told-{number}.json").read_text())
+        assert len(told["exchanged"]) == len(set(told["exchanged"])) == units
+        assert told["student"] == 0.5
+        assert told["teacher"] == (None if stage["kind"] == "ce" else 0.5)
 
 
 def test_two_processes_resume_to_the_same_bits(world: Path, forks: ForkServerContext) -> None:

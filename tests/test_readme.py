@@ -25,7 +25,7 @@ def test_make_targets_exist(line):
     assert re.search(rf"^{line.split()[1]}:", (ROOT / "Makefile").read_text(), re.M)
 
 
-@pytest.mark.parametrize("line", lines("hylo"))
+@pytest.mark.parametrize("line", [*lines("hylo"), *(line.split(" -m ")[1] for line in lines("torchrun"))])
 def test_command_lines_parse(line):
     _, name, *arguments = shlex.split(line)
     command = get_command(app).commands[name]
