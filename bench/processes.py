@@ -20,6 +20,7 @@ import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hylo
+from bench import record
 from hylo.distill import run_recipe
 from hylo.quickstart.run import TEACHER as TOKENIZER
 
@@ -132,8 +133,6 @@ def compare(size: Size, *, counts: Sequence[int], steps: int, device: str) -> di
         run["loss_difference"] = max(abs(loss - other) for loss, other in pairs)
         run["speed_ratio"] = run["tokens_per_second"] / alone["tokens_per_second"]
     return {
-        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
-        "torch": torch.__version__,
         "steps": steps,
         "tokens_per_step": size.length * size.batch_size * size.gradient_accumulation,
         "runs": runs,
@@ -146,6 +145,7 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=2, help="beside one")
     parser.add_argument("--steps", type=int, default=20, help=f"more than {WARM_UP}, which are not timed")
     parser.add_argument("--out", type=Path, help="JSON file")
+    parser.add_argument("--commit", help="what to write into the result where there is no git")
     parser.add_argument("--train", type=Path, nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.train is not None:
@@ -155,11 +155,11 @@ def main() -> int:
         found = torch.cuda.device_count()
         print(f"error: {options.processes} processes need a GPU each, and torch finds {found}", file=sys.stderr)
         return 2
-    result = compare(SIZES[options.size], counts=(1, options.processes), steps=options.steps, device="cuda")
-    text = json.dumps(result, indent=1)
-    print(text)
+    measured = compare(SIZES[options.size], counts=(1, options.processes), steps=options.steps, device="cuda")
+    result = json.dumps({"meta": record.meta(options.commit), "size": options.size} | measured, indent=1)
+    print(result)
     if options.out is not None:
-        options.out.write_text(text + "\n")
+        options.out.write_text(result + "\n")
     return 0
 
 

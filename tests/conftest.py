@@ -1,5 +1,6 @@
 """Fixtures that several files share. `hylo` is imported inside them, so that the operators' tests run without it."""
 
+import multiprocessing
 import os
 
 # Before torch is imported. Of several processes (pytest -n) each has one core, and so have those that it starts.
@@ -32,6 +33,14 @@ def tokenizer():
     from hylo.quickstart.run import TEACHER
 
     return AutoTokenizer.from_pretrained(TEACHER)
+
+
+@pytest.fixture(scope="session")
+def forks():
+    """A fork server that has imported what its children need; there is one, which the first child starts."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.test_resume", "tests.test_processes"])
+    return context
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-import multiprocessing
 import os
 import signal
 import socket
@@ -53,13 +52,6 @@ Kill = tuple[str, str, int] | None
 def two_gpus(test: Any) -> Any:
     missing = torch.cuda.device_count() < 2
     return pytest.mark.gpu(pytest.mark.skipif(missing, reason="needs two NVIDIA GPUs")(test))
-
-
-@pytest.fixture(scope="module")
-def forks() -> ForkServerContext:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.test_processes"])
-    return context
 
 
 @pytest.fixture(scope="module")

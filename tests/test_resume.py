@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -41,13 +40,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Dropout makes the losses depend on the restored generator state too.
     save_llama(root / "student", seed=1, attention_dropout=0.1)
     return root
-
-
-@pytest.fixture(scope="module")
-def forks() -> ForkServerContext:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.test_resume"])
-    return context
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device of a recipe's `device`; "auto" is the GPU where there is one. Each of several processes makes its own current.
+    """The device of a recipe's `device`; "auto" is the GPU where there is one. Of several, each process's is its own.
 
     Raises:
         UserError: "cuda" without a GPU, or more processes on this host than it has GPUs.
