@@ -26,8 +26,11 @@ from hylo.quickstart.run import TEACHER as TOKENIZER
 
 ROOT = Path(__file__).parents[1]
 WARM_UP = 5  # steps that are not timed
-STUDENT_OF_TEACHER = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                      "num_key_value_heads", "head_dim", "max_position_embeddings")  # fmt: skip
+# of student and teacher
+SHARED_DIMS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim"),
+)
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ def prepare(directory: Path, size: Size, steps: int, device: str) -> Path:
     torch.manual_seed(0)
     with torch.device(device):
         hylo.HyloForCausalLM(config).to(torch.bfloat16).save_pretrained(directory / "student")
-        dims = {name: getattr(config, name) for name in STUDENT_OF_TEACHER}
+        dims = {name: getattr(config, name) for name in SHARED_DIMS}
         LlamaForCausalLM(LlamaConfig(**dims)).to(torch.bfloat16).save_pretrained(directory / "teacher")
     if device == "cuda":
         torch.cuda.empty_cache()  # the GPU is the other processes' now
