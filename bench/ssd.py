@@ -101,8 +101,17 @@ def exact_bytes(case: ScanCase) -> float:
 
 def checked_tokens(case: ScanCase) -> int:
     """All tokens of a sequence, or as many times CUT as the float64 reference has memory for."""
-    share = MAX_EXACT_BYTES / exact_bytes(case)
-    return case.T if share >= 1 else int(share * case.T) // CUT * CUT
+    share = _exact_room() / exact_bytes(case)
+    return case.T if share >= 1 else max(int(share * case.T) // CUT, 1) * CUT
+
+
+def _exact_room() -> float:
+    """Half of what the GPU has free at most: the inputs of 1M tokens take much of one."""
+    if not torch.cuda.is_available():
+        return MAX_EXACT_BYTES
+    torch.cuda.empty_cache()  # of what drawing them took besides
+    free, _ = torch.cuda.mem_get_info()
+    return min(MAX_EXACT_BYTES, free / 2)
 
 
 def our_scan(backend: str, inputs: ScanInputs) -> Run:
