@@ -145,7 +145,8 @@ class Merger {
   }
   template <bool kAdds>
   __device__ __forceinline__ void put(const Attending& attending, const float (&weights)[kN / 4], int round) const {
-    // All of a thread's columns have one n / 2 % 4, so that its places differ by what is known at compile time.
+    // All of a thread's columns have one n / 2 % 4, so that its places differ by what is known at compile time. Where
+    // accumulators leave no registers for two of them, each is found anew.
     float* const rows[2] = {result(Attending::column_of(0), attending.latent(0, 0)),
                             result(Attending::column_of(0), attending.latent(0, 1))};
 #pragma unroll
@@ -156,7 +157,8 @@ class Merger {
         const int all = round * (kMerged / 4) + c;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          float* const to = rows[r] + (c / 2 * 8 + c % 2) * kRow + tile * kTile;
+          float* const to = kN <= 32 ? rows[r] + (c / 2 * 8 + c % 2) * kRow + tile * kTile
+                                     : result(Attending::column_of(c), attending.latent(tile, r));
           const float number = __fmul_rn(attending.o[tile][Attending::at(all, r)], weights[all]);
           *to = kAdds ? __fadd_rn(number, *to) : number;
         }

@@ -82,13 +82,13 @@ def test_two_halves_and_a_step_are_the_whole():
 
 
 def test_views_of_one_projection():
-    """As a model has them; nothing is copied to be cut into heads."""
+    """As a model has them; nothing is copied to be cut into heads. A CPU's loops may round an unaligned end otherwise."""
     x = make("hylo", 9)
     z, xbc, dt = (x[name] for name in ("z", "xbc", "dt"))
     projected = torch.cat([z.flatten(2), xbc, dt], dim=-1)
     views = projected.split([z[0, 0].numel(), xbc.shape[2], dt.shape[2]], dim=-1)
     strided = x | {"z": views[0].unflatten(-1, z.shape[2:]), "xbc": views[1], "dt": views[2]}
-    close(mamba2_scan(**strided), mamba2_scan(**x), atol=0)
+    close(mamba2_scan(**strided), mamba2_scan(**x), atol=1e-14)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
