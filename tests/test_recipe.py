@@ -19,6 +19,7 @@ from tests.distill_fixtures import logged, quiet, recipe_values, save_base, ship
 # ---------------------------------------------------------------- recipes
 
 KL = {"name": "kl", "kind": "kl"}
+RECALL = {"documents": 1, "words": 9, "spacing": 4, "reach": 8, "patterns": [{"fact": "{key}", "question": "?"}]}
 
 
 @pytest.mark.parametrize(
@@ -44,6 +45,11 @@ KL = {"name": "kl", "kind": "kl"}
             r"'student.upcycle.kv_lora_rank' = 0: .*greater than 0",
         ),
         ({"data": {"sources": [{"text": "a", "jsonl": "b"}]}}, r"exactly one of text, jsonl, dataset"),
+        (
+            {"data": {"sources": [{"text": "a", "recall": RECALL}]}},
+            r"'data.sources.0.recall.patterns.0': a pattern needs {key} and {value} and no other braces, got '{key}'",
+        ),
+        ({"stages": [{**KL, "sources": []}]}, r"'stages.0.sources' = \[\]"),
         ({"precision": "fp16"}, r"'precision' = 'fp16'"),
     ],
 )

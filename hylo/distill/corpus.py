@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from hylo.distill.recall import recall_documents
 from hylo.distill.recipe import Data, Source
 from hylo.errors import UserError
 from hylo.text import read_utf8
@@ -21,17 +22,20 @@ def documents(data: Data, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     """Yield every document in the order of the sources, files sorted by path, empty ones left out.
 
     Raises:
-        UserError: a source is missing, a file is not UTF-8, a line is not JSON, or a field has another type.
+        UserError: a source is missing, a file is not UTF-8, a line is not JSON, a field has another type, or a text
+            is too short for the recall documents that are to be made of it.
     """
     for source in data.sources:
-        yield from (document for document in _documents(source, data.exclude, tokenizer) if document)
+        found = (document for document in _documents(source, data.exclude, tokenizer) if document)
+        yield from found if source.recall is None else recall_documents(found, source.recall)
 
 
 def corpus_identity(data: Data) -> list[Any]:
     """What decides the documents: every source's settings and a hash of its content."""
     identity: list[Any] = []
     for source in data.sources:
-        settings = source.model_dump(exclude={"text", "jsonl"})
+        unsaid = {"recall"} if source.recall is None else set()  # so that a source without it is what it was before
+        settings = source.model_dump(exclude={"text", "jsonl"} | unsaid)
         if source.dataset is not None:
             identity.append([settings, _load_dataset(source)._fingerprint])
         else:

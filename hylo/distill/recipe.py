@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from string import Formatter
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -76,11 +77,45 @@ class Student(Strict):
         return self
 
 
+class Pattern(Strict):
+    """How a fact is told and how it is asked for, answer included; both texts hold `{key}` and `{value}`."""
+
+    fact: str
+    question: str
+
+    @model_validator(mode="after")
+    def _both_filled_in(self) -> Pattern:
+        for text in (self.fact, self.question):
+            if {name for _, name, _, _ in Formatter().parse(text) if name is not None} != {"key", "value"}:
+                raise ValueError(f"a pattern needs {{key}} and {{value}} and no other braces, got {text!r}")
+        return self
+
+
+class Recall(Strict):
+    """New documents in place of a source's own: stretches of its text with facts told in them and asked for later.
+
+    Every `spacing` words (a half to one and a half times as many, drawn) comes a fact or a question, the question
+    about any fact of the last `reach` words with equal chance. A key is one of the `keys` most frequent words of the
+    text but those of `avoid`, and never that of another fact within reach; a value is a number of `digits` digits.
+    """
+
+    documents: PositiveInt
+    words: PositiveInt
+    spacing: Annotated[int, Field(ge=2)]
+    reach: PositiveInt
+    patterns: Annotated[list[Pattern], Field(min_length=1)]
+    keys: PositiveInt = 4000
+    avoid: list[str] = []
+    digits: PositiveInt = 5
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
 class Source(Strict):
     """Documents: text files (a path or glob), a JSONL file, or a Hugging Face dataset.
 
     `separator` splits a text file into documents; without it a file is one. `field` is the key that holds a
-    string, or a chat as a list of {role, content} that the tokenizer's chat template turns into text.
+    string, or a chat as a list of {role, content} that the tokenizer's chat template turns into text. `recall` makes
+    other documents out of these.
     """
 
     text: str | None = None
@@ -90,6 +125,7 @@ class Source(Strict):
     field: str = "text"
     subset: str | None = None
     split: str = "train"
+    recall: Recall | None = None
 
     @model_validator(mode="after")
     def _one_kind(self) -> Source:
@@ -109,9 +145,13 @@ class Data(Strict):
 
 
 class StageBase(Strict):
-    """What every kind of stage has. Sequences per optimiser step: batch_size * gradient_accumulation."""
+    """What every kind of stage has. Sequences per optimiser step: batch_size * gradient_accumulation.
+
+    `sources` are those of the stage alone, in place of the run's.
+    """
 
     name: StageName
+    sources: Annotated[list[Source], Field(min_length=1)] | None = None
     sequence_length: Annotated[int, Field(ge=2)]
     batch_size: PositiveInt
     gradient_accumulation: PositiveInt = 1
@@ -216,6 +256,10 @@ class Recipe(Strict):
         if stage.teacher is None and isinstance(stage, IldStage) and self.student.upcycle is not None:
             return self.student.upcycle.base
         return stage.teacher or self.teacher
+
+    def data_of(self, stage: IldStage | KlStage | CeStage) -> Data:
+        """The stage's own sources where it names some, else the run's; tokenizer and the rest are the run's."""
+        return self.data if stage.sources is None else self.data.model_copy(update={"sources": stage.sources})
 
     def plain(self) -> dict[str, Any]:
         """What decides the result, as JSON values: two runs with the same may continue one another."""

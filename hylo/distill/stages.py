@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from hylo.atomic import atomic_directory, remove_directory
-from hylo.distill.data import Batches, pack
+from hylo.distill.data import Batches, Packed, pack
 from hylo.distill.dry_run import run_dry
 from hylo.distill.engine import StageJob, last_step, train_stage
 from hylo.distill.log import LOG_FILE, StageLog, open_board, rewind_log
@@ -113,16 +113,16 @@ def make_plan(recipe: Recipe, steps: int | None, scale: float | None) -> Plan:
     """Check recipe, models and data against each other and cut the data into batches."""
     device = resolve_device(recipe.device)
     tokenizer = check_models(recipe)
-    packed = pack(recipe.data, tokenizer)
+    packed = _pack_stages(recipe, tokenizer)
     batches = [
         Batches(
-            packed.tokens,
+            one.tokens,
             length=stage.sequence_length,
             sequences_per_step=stage.sequences_per_step,
             seed=recipe.seed,
             fraction=stage.data_fraction,
         )
-        for stage in recipe.stages
+        for stage, one in zip(recipe.stages, packed, strict=True)
     ]
     for stage in recipe.stages:
         _check_shares(stage)
@@ -130,7 +130,14 @@ def make_plan(recipe: Recipe, steps: int | None, scale: float | None) -> Plan:
         steps or _scaled(stage_steps(stage, one.sequences), scale)
         for stage, one in zip(recipe.stages, batches, strict=True)
     ]
-    return Plan(recipe, tokenizer, batches, counts, device, packed.key)
+    keys = dict.fromkeys(one.key for one in packed)
+    return Plan(recipe, tokenizer, batches, counts, device, ",".join(keys))
+
+
+def _pack_stages(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Packed]:
+    """The tokens of every stage; those that the stages share are read once."""
+    shared = pack(recipe.data, tokenizer)
+    return [shared if one.sources is None else pack(recipe.data_of(one), tokenizer) for one in recipe.stages]
 
 
 def _check_shares(stage: IldStage | KlStage | CeStage) -> None:
