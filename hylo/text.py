@@ -1,5 +1,6 @@
 """Text files, read whole."""
 
+import hashlib
 from pathlib import Path
 
 from hylo.errors import UserError
@@ -18,3 +19,16 @@ def read_utf8(path: Path) -> str:
     except UnicodeDecodeError as error:
         bad = error.object[error.start]
         raise UserError(f"text file '{path}' is not UTF-8: byte 0x{bad:02x} at offset {error.start}") from None
+
+
+def file_hash(path: Path, what: str) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal; `what` the file is, for the message.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"cannot read {what} '{path}': {error.strerror}") from None

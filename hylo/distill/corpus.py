@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import glob
-import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from hylo.distill.recall import recall_documents
 from hylo.distill.recipe import Data, Source
 from hylo.errors import UserError
-from hylo.text import read_utf8
+from hylo.text import file_hash, read_utf8
 
 
 def documents(data: Data, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
@@ -39,7 +38,7 @@ def corpus_identity(data: Data) -> list[Any]:
         if source.dataset is not None:
             identity.append([settings, _load_dataset(source)._fingerprint])
         else:
-            identity.append([settings, [_file_hash(path) for path in source_files(source, data.exclude)]])
+            identity.append([settings, [file_hash(path, "text file") for path in source_files(source, data.exclude)]])
     return identity
 
 
@@ -127,11 +126,3 @@ def _load_dataset(source: Source) -> Any:
         return datasets.load_dataset(source.dataset, source.subset, split=source.split)
     except (FileNotFoundError, ValueError, ConnectionError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"cannot load dataset '{source.dataset}': {error}") from None
-
-
-def _file_hash(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"cannot read text file '{path}': {error.strerror}") from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from string import Formatter
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -16,6 +16,9 @@ PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 RESERVED = ("student", "tensorboard", "run.json", "log.jsonl")  # other entries of the output directory
 StageName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+
+
+M = TypeVar("M", bound="Strict")
 
 
 class Strict(BaseModel):
@@ -38,10 +41,9 @@ class Rope(Strict):
     max_position_embeddings: PositiveInt | None = None
 
 
-class Upcycle(Strict):
-    """Student built from a pretrained base; every rank and width left out follows the base (docs/upcycling.md)."""
+class UpcycleSettings(Strict):
+    """What a base is turned into; every rank and width left out follows the base (docs/upcycling.md)."""
 
-    base: str
     mixer: Literal["gated_deltanet", "mamba2"]
     mla_layers: list[Annotated[int, Field(ge=0)]]
     init: Literal["published", "aligned"] = "published"
@@ -54,6 +56,12 @@ class Upcycle(Strict):
     linear_key_head_dim: PositiveInt | None = None
     linear_value_head_dim: PositiveInt | None = None
     rope: Rope | None = None
+
+
+class Upcycle(UpcycleSettings):
+    """Student built from a pretrained base."""
+
+    base: str
 
 
 class Assemble(Strict):
@@ -290,14 +298,7 @@ def parse_recipe(values: Any, *, origin: str = "recipe", overrides: Sequence[str
     Raises:
         UserError: a key is unknown or missing, or a value does not fit; the message quotes both.
     """
-    if not isinstance(values, dict):
-        raise UserError(f"{origin}: a recipe is a mapping of keys to values, got {values!r}")
-    for override in overrides:
-        _apply_override(values, override)
-    try:
-        return Recipe.model_validate(values)
-    except ValidationError as error:
-        raise UserError(f"{origin}: {_sentence(error)}") from None
+    return parse_strict(Recipe, values, origin=origin, overrides=overrides)
 
 
 def load_recipe(path: str | Path, *, overrides: Sequence[str] = ()) -> Recipe:
@@ -306,7 +307,23 @@ def load_recipe(path: str | Path, *, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UserError: the file cannot be read, is not YAML, or does not fit the schema.
     """
-    path = Path(path)
+    return load_strict(Recipe, Path(path), overrides=overrides)
+
+
+def parse_strict(kind: type[M], values: Any, *, origin: str, overrides: Sequence[str] = ()) -> M:
+    """`parse_recipe` for a schema of any kind."""
+    if not isinstance(values, dict):
+        raise UserError(f"{origin}: a recipe is a mapping of keys to values, got {values!r}")
+    for override in overrides:
+        _apply_override(values, override)
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{origin}: {_sentence(error)}") from None
+
+
+def load_strict(kind: type[M], path: Path, *, overrides: Sequence[str] = ()) -> M:
+    """`load_recipe` for a schema of any kind."""
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
     except OSError as error:
@@ -315,7 +332,7 @@ def load_recipe(path: str | Path, *, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(f"recipe '{path}' is not UTF-8 at byte {error.start}") from None
     except yaml.YAMLError as error:
         raise UserError(f"recipe '{path}' is not valid YAML: {' '.join(str(error).split())}") from None
-    return parse_recipe(values, origin=f"recipe '{path}'", overrides=overrides)
+    return parse_strict(kind, values, origin=f"recipe '{path}'", overrides=overrides)
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
@@ -353,4 +370,4 @@ def _sentence(error: ValidationError) -> str:
 
 
 def _is_tag(loc: tuple[int | str, ...], i: int) -> bool:
-    return i == 2 and loc[0] == "stages" and loc[i] in ("ild", "kl", "ce")
+    return i >= 2 and loc[i - 2] == "stages" and loc[i] in ("ild", "kl", "ce")

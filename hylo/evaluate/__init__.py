@@ -5,6 +5,7 @@ from hylo.evaluate.command import evaluate_command
 from hylo.evaluate.common import encode_text
 from hylo.evaluate.needle import (
     CODE_NEEDLE,
+    NEEDLE_KEYS,
     PROSE_NEEDLE,
     ModelReader,
     NeedleGrid,
@@ -19,6 +20,7 @@ from hylo.evaluate.report import EvaluationReport, evaluate, render_table
 
 __all__ = [
     "CODE_NEEDLE",
+    "NEEDLE_KEYS",
     "PROSE_NEEDLE",
     "CacheBytes",
     "EvaluationReport",

@@ -19,7 +19,20 @@ from hylo.evaluate.common import encode_text, evaluating
 
 NeedleMode = Literal["likelihood", "generation"]
 
-_KEYS = ("amber", "basil", "cedar", "ember", "grove", "harbor", "island", "maple", "onyx", "pebble", "river", "willow")
+NEEDLE_KEYS = (
+    "amber",
+    "basil",
+    "cedar",
+    "ember",
+    "grove",
+    "harbor",
+    "island",
+    "maple",
+    "onyx",
+    "pebble",
+    "river",
+    "willow",
+)
 _SNAP = 0.05  # share of the haystack over which a depth may move back to the end of a sentence or line
 
 
@@ -78,6 +91,11 @@ class NeedleGrid(BaseModel):
     mean: float
     chance: float
     cases: int
+
+    @property
+    def by_length(self) -> list[float]:
+        """Mean over the depths, for each of `lengths`."""
+        return [_mean(scores) for scores in zip(*self.scores, strict=True)]
 
 
 class NeedleReader(Protocol):
@@ -214,7 +232,7 @@ def _build_case(
     depth: float,
     rng: random.Random,
 ) -> NeedleCase:
-    template, key = settings.template, rng.choice(_KEYS)
+    template, key = settings.template, rng.choice(NEEDLE_KEYS)
     values = _absent_numbers(stack.text, settings, rng)
     needle = encode_text(tokenizer, template.needle.format(key=key, value=values[0]))
     question = template.question.format(key=key)

@@ -1,5 +1,6 @@
 """PNG plots of an evaluation: loss by position, needle heat maps, memory against context length."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from hylo.evaluate.report import EvaluationReport, format_bytes, role_label
 
 _COLORS = {"teacher": "#4c566a", "hybrid": "#c8553d"}
 _MARKERS = {"teacher": "s", "hybrid": "o"}
-_DPI = 160
+DPI = 160
 _CONTEXTS = [2**n for n in range(22)]  # tokens, up to 2M
 
 
@@ -22,13 +23,13 @@ def write_plots(report: EvaluationReport, out_dir: Path) -> list[Path]:
         figures[f"needle_{mode}"] = plot_needle(report, mode)
     paths = [out_dir / f"{name}.png" for name in figures]
     for path, figure in zip(paths, figures.values(), strict=True):
-        figure.savefig(path, dpi=_DPI)
+        figure.savefig(path, dpi=DPI)
     return paths
 
 
 def plot_loss(report: EvaluationReport) -> Figure:
     """Mean loss of each position bucket at the bucket's geometric middle, and the overall mean as a dashed line."""
-    figure, axes = _figure(6.4, 4.0)
+    figure, axes = line_figure(6.4, 4.0)
     edges = {1}
     for role in _roles(report):
         loss = getattr(report.loss, role)
@@ -38,7 +39,7 @@ def plot_loss(report: EvaluationReport) -> Figure:
         axes.plot(middles, values, _MARKERS[role] + "-", color=_COLORS[role], label=label, markersize=5)
         axes.axhline(loss.loss, color=_COLORS[role], linestyle="--", linewidth=0.9, alpha=0.7)
         edges |= {b.end for b in loss.by_position}
-    _log2_tokens(axes, sorted(edges))
+    log2_tokens(axes, sorted(edges))
     axes.set_xlim(1, max(edges))
     axes.set_xlabel("tokens of context (ticks are the edges of the buckets)")
     axes.set_ylabel("loss (nats per token)")
@@ -49,7 +50,7 @@ def plot_loss(report: EvaluationReport) -> Figure:
 
 def plot_memory(report: EvaluationReport) -> Figure:
     """Cache plus state of one sequence against its length, with the crossover where there is one."""
-    figure, axes = _figure(6.4, 4.0)
+    figure, axes = line_figure(6.4, 4.0)
     for role in _roles(report):
         memory = getattr(report.cache, role)
         label = f"{role}: {format_bytes(memory.per_token)}/token"
@@ -66,7 +67,7 @@ def plot_memory(report: EvaluationReport) -> Figure:
             textcoords="offset points",
             verticalalignment="top",
         )
-    _log2_tokens(axes, _CONTEXTS[::3])
+    log2_tokens(axes, _CONTEXTS[::3])
     axes.set_yscale("log", base=2)
     axes.yaxis.set_major_locator(LogLocator(base=2**5, numticks=12))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(value)))
@@ -108,7 +109,8 @@ def _heat_map(axes: Any, grid: NeedleGrid) -> Any:
     return image
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Any]:
+def line_figure(width: float, height: float) -> tuple[Figure, Any]:
+    """An empty figure of `width` x `height` inches and its axes."""
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
@@ -116,7 +118,8 @@ def _figure(width: float, height: float) -> tuple[Figure, Any]:
     return figure, axes
 
 
-def _log2_tokens(axes: Any, ticks: list[int]) -> None:
+def log2_tokens(axes: Any, ticks: Sequence[int]) -> None:
+    """Make x an axis of token counts with `ticks`, each twice as far as its half."""
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))

@@ -124,7 +124,7 @@ def make_report(
         held_out_bytes=corpus.held_out_bytes,
         held_out_tokens=teacher.tokens,
         short=short,
-        versions=_versions(),
+        versions=versions(),
     )
 
 
@@ -143,7 +143,8 @@ def _needle(grids: Any) -> Needle:
     return Needle(teacher=grids.teacher.mean, hybrid=grids.hybrid.mean, chance=grids.hybrid.chance)
 
 
-def _versions() -> Versions:
+def versions() -> Versions:
+    """Of this process."""
     return Versions(
         commit=source_commit(),
         python=platform.python_version(),

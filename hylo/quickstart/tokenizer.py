@@ -1,4 +1,4 @@
-"""Byte-level BPE for the quickstart's teacher: a vocabulary of 2048 learned from the corpus's training text only."""
+"""Byte-level BPE for a small teacher, its vocabulary learned from the training text only; the quickstart's has 2048."""
 
 from collections.abc import Iterable
 
@@ -10,8 +10,8 @@ BEGIN_OF_TEXT = "<|begin_of_text|>"
 END_OF_TEXT = "<|end_of_text|>"
 
 
-def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Learns the tokenizer from `texts`; the same texts in the same order give the same vocabulary.
+def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:
+    """Learns a tokenizer of `vocab_size` tokens from `texts`; the same texts in the same order give the same one.
 
     All 256 bytes are in the vocabulary and nothing is normalised, so any text comes back from
     `decode(encode(text))` unchanged. Encoding adds no special tokens; packing puts bos and eos around a document.
@@ -20,7 +20,7 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
+        vocab_size=vocab_size,
         special_tokens=[BEGIN_OF_TEXT, END_OF_TEXT],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,

@@ -84,11 +84,15 @@ def _prepare(corpus: Corpus, out: Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     write_jsonl(corpus.train, out / "train.jsonl")
     tokenizer = train_tokenizer(d.text for d in corpus.train)
+    return save_random(teacher_config(tokenizer), tokenizer, out / "random")
+
+
+def save_random(config: LlamaConfig, tokenizer: PreTrainedTokenizerFast, directory: Path) -> Path:
+    """Write a Llama of random values, always the same ones, and its tokenizer; returns `directory`."""
     torch.manual_seed(INIT_SEED)
-    model = LlamaForCausalLM(teacher_config(tokenizer))
-    model.save_pretrained(out / "random")
-    tokenizer.save_pretrained(out / "random")
-    return out / "random"
+    LlamaForCausalLM(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
 
 
 def _finish(trained: Path, finished: Path) -> None:
