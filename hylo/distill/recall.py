@@ -1,6 +1,6 @@
 """Documents that train a model to look back: text in which facts are told, and asked for after a long while.
 
-A text alone rarely rewards looking back tens of thousands of tokens; here every few lines do (docs/distillation.md).
+A text alone rarely rewards looking back tens of thousands of tokens; here every few lines do (docs/long-context.md).
 """
 
 from __future__ import annotations
