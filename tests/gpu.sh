@@ -37,7 +37,7 @@ step environment environment
 mv "$out/environment.log" "$out/environment.txt"
 step build "$python" -m pip install --no-build-isolation --no-deps -e .
 step pytest "$python" -m pytest -m gpu -ra -q tests/compat tests/csrc tests/ops tests/test_model_gpu.py \
-  tests/test_inference_gpu.py tests/test_memory_gpu.py tests/test_extension.py
+  tests/test_inference_gpu.py tests/test_memory_gpu.py tests/test_distill_gpu.py tests/test_extension.py
 for tool in memcheck racecheck initcheck; do
   step "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -m tests.csrc.sanitizer_run
 done

@@ -61,8 +61,6 @@ def test_a_training_step_as_shapes_takes_what_the_formulas_say(name: str, monkey
         d = job.student.hidden_size
         results = 4 * job.student.vocab_size * d + job.numbers.size * job.tokens * d
         expected["loss"] -= loss_room(job) - results
-    # On a CPU the optimiser goes from tensor to tensor.
-    assert measured.pop("optimiser step") <= expected.pop("optimiser step")
     assert max(expected.values()) == pytest.approx(max(measured.values()), rel=0.05)
     for phase, size in measured.items():
         assert expected[phase] == pytest.approx(size, rel=0.1), phase

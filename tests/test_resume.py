@@ -217,3 +217,14 @@ def test_full_disk_during_a_checkpoint_keeps_the_older_one(tmp_path: Path, full:
         with pytest.raises(UserError, match=r"no space left on the disk while writing '.*step-000000002'"):
             checkpoint_module.save_checkpoint(tmp_path, 2, state, {"step": 2}, keep=2)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000000001"]
+
+
+@pytest.mark.parametrize(("fused", "device"), [(True, "meta"), (False, "cpu")])
+def test_steps_are_counted_where_the_optimiser_would(fused: bool, device: str) -> None:
+    with torch.device("meta"):
+        model = torch.nn.Linear(3, 2, bias=False)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=fused)
+    engine_module._expect_state(model, optimizer, {"optimizer.weight.step"})
+    (state,) = optimizer.state.values()
+    assert state["step"].device.type == device
+    assert state["exp_avg"].device.type == state["exp_avg_sq"].device.type == "meta"

@@ -294,5 +294,7 @@ def _alignment(job: Job) -> Iterator[Phase]:
 
 
 def _step(job: Job) -> Phase:
-    """The optimiser makes the roots of all second moments at once (PyTorch's default on CUDA)."""
-    return _phase(job, "optimiser step", done=None, room=WIDE * job.trained // job.gpus)
+    """One kernel writes where it reads; on a CPU the root of a second moment and a quotient of it, tensor by tensor."""
+    config = job.student
+    largest = config.hidden_size * max(config.vocab_size if job.kind != "ild" else 0, config.intermediate_size)
+    return _phase(job, "optimiser step", done=None, room=0 if job.cuda else 2 * WIDE * largest)
