@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from hylo.mixers import packing
 from hylo.mixers.packing import pack_, packed, project, stacked
 from hylo_ops import fused
 from tests.test_model import make_model, tokens
@@ -144,3 +145,52 @@ def test_gated_deltanet_decodes_in_one_fused_step(monkeypatch):
     last = model(ids[:, 7:], past_key_values=cache).logits
     assert len(calls) == 2
     torch.testing.assert_close(last, whole[:, 7:], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("wanted", [True, False], ids=["input", "weights"])
+def test_a_copy_that_products_share_changes_no_bit(monkeypatch, wanted):
+    """Outputs and gradients as with a cast of its own for each product, which rounds sums of gradients nowhere."""
+    layers = [nn.Linear(6, n, bias=False) for n in (5, 2, 4)]
+    x = torch.randn(3, 7, 6, requires_grad=wanted).clone()  # no leaf, whose cast autocast would keep for all
+
+    def run():
+        kept = {}
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(id(t), t), lambda t: t)
+        with hooks, torch.autocast("cpu", torch.bfloat16):
+            outputs = project(x, layers[:2], layers[2:])
+        leaves = [*weights(layers), *[x] * wanted]
+        grads = torch.autograd.grad([o.float().square().sum() for o in outputs], leaves)
+        copies = {t.data_ptr() for t in kept.values() if t.dtype == torch.bfloat16 and t.numel() == x.numel()}
+        return [*outputs, *grads], len(copies)
+
+    shared, copies = run()
+    monkeypatch.setattr(packing, "reader", lambda x: lambda: x)
+    apart, more = run()
+    assert (copies, more) == (1, 3)
+    for got, want in zip(shared, apart, strict=True):
+        assert got.dtype == want.dtype
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_what_autocast_leaves_as_it_is_is_not_copied(dtype):
+    x = torch.randn(3, 6, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert packing.reader(x)() is x
+
+
+@pytest.mark.parametrize("layout", ["gdn", "mamba2"])
+def test_training_with_shared_copies_is_the_same_to_the_bit(monkeypatch, layout):
+    model = make_model(layout, dtype=torch.float32).train()
+
+    def run():
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(tokens(), labels=tokens()).loss
+        loss.backward()
+        return loss, *(parameter.grad for parameter in model.parameters())
+
+    shared = run()
+    monkeypatch.setattr(packing, "reader", lambda x: lambda: x)
+    for got, want in zip(shared, run(), strict=True):
+        assert torch.equal(got, want)

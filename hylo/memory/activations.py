@@ -30,9 +30,9 @@ class Numbers:
         """Bytes of a number in and out of a matrix product."""
         return 2 if self.half else 4
 
-    def inputs(self, width: int, readers: int) -> int:
-        """What linear maps that read one tensor of the stream keep: a 16-bit copy each, or in fp32 the tensor."""
-        return readers * 2 * width if self.half else STREAM * width
+    def input(self, width: int) -> int:
+        """What the linear maps that read one tensor of the stream keep: a 16-bit copy of it, or in fp32 itself."""
+        return self.size * width
 
     def norm(self, width: int, rows: int = 1) -> int:
         """What a norm of `rows` vectors keeps beside its input."""
@@ -43,7 +43,7 @@ def kept_by_mlp(config: Any, numbers: Numbers, *, tiled: bool) -> int:
     """Input, gate, its activation, up and their product; tiled, the input alone."""
     if tiled:
         return STREAM * config.hidden_size
-    return numbers.inputs(config.hidden_size, readers=2) + 4 * numbers.size * config.intermediate_size
+    return numbers.input(config.hidden_size) + 4 * numbers.size * config.intermediate_size
 
 
 def kept_by_mixer(config: Any, mixer: str, numbers: Numbers) -> int:
@@ -72,7 +72,7 @@ def _kept_by_mla(config: Any, numbers: Numbers) -> int:
     if numbers.cuda and not numbers.half:
         shared = heads  # the one attention that takes fp32 wants keys and values for every head
     attention = e * (heads + shared) * (keys + values) + 4 * heads  # q, k, v, o and the sums of exponentials
-    queries = numbers.inputs(config.hidden_size, readers=2) + e * config.q_lora_rank
+    queries = numbers.input(config.hidden_size) + e * config.q_lora_rank
     # Under autocast a latent for the keys and one for the values; in fp32 the row that both are read from.
     latents = 2 * e * config.kv_lora_rank if numbers.half else e * row
     return queries + latents + attention + (_kept_by_qk_norm(config, numbers) if config.qk_norm else 0)
@@ -97,13 +97,13 @@ def _kept_by_gated_deltanet(config: Any, numbers: Numbers) -> int:
     gates = 4 * 4 * heads  # in and out of the softplus, decay, beta
     # The norms of q and k: widened they are tensors of their own, and their unit vectors are the op's.
     unit = 2 * (4 * heads + e * keys + (4 * keys if numbers.half else 0))
-    return numbers.inputs(config.hidden_size, readers=6) + convolved + gates + unit + 3 * e * values
+    return numbers.input(config.hidden_size) + convolved + gates + unit + 3 * e * values
 
 
 def _kept_by_mamba2(config: Any, numbers: Numbers) -> int:
     inner, channels, projected = _mamba2_widths(config)
     kept = projected + channels + 2 * inner  # z, xbc and dt as they come; convolved; before and after the norm
-    return numbers.inputs(config.hidden_size, readers=1) + numbers.size * kept
+    return numbers.input(config.hidden_size) + numbers.size * kept
 
 
 def _mamba2_widths(config: Any) -> tuple[int, int, int]:

@@ -1,6 +1,7 @@
 """Products with weights in fewer launches: of several at once, and into what they are added to."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,14 +50,45 @@ def stacked(weights: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(weights)) if whole is None else whole[: sum(len(weight) for weight in weights)]
 
 
+class _Narrowed(torch.autograd.Function):
+    """Stands for one of several casts of `x`, with what a single one made of it; its gradient is a cast's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, narrow: Tensor) -> Tensor:
+        ctx.dtype = x.dtype
+        return narrow.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0].to(ctx.dtype), None
+
+
+def reader(x: Tensor) -> Callable[[], Tensor]:
+    """Gives each product that reads `x` what autocast would cast it to, of one copy that all of them then keep.
+
+    One node a product, as autocast makes: their gradients are widened before they are added up.
+    """
+    device = x.device.type
+    # a compiler sees by itself that the casts are the same; meta has no autocast
+    if torch.compiler.is_compiling() or device == "meta" or not torch.is_autocast_enabled(device):
+        return lambda: x
+    dtype = torch.get_autocast_dtype(device)
+    if x.dtype in (dtype, torch.float64):  # autocast leaves both as they are
+        return lambda: x
+    narrow = x.detach().to(dtype)
+    return lambda: _Narrowed.apply(x, narrow)
+
+
 def project(x: Tensor, *groups: Iterable[nn.Linear]) -> list[Tensor]:
     """For each group what its layers, without bias, make of x [..., D], side by side; packed weights: one product."""
     layers = [list(group) for group in groups]
     every = [layer for group in layers for layer in group]
     # an adapter, or weights of fewer bits, are more than a weight: such a layer is asked itself
-    whole = packed([layer.weight for layer in every]) if all(type(layer) is nn.Linear for layer in every) else None
+    plain = all(type(layer) is nn.Linear for layer in every)
+    whole = packed([layer.weight for layer in every]) if plain else None
     if whole is None:
-        parts = ([layer(x) for layer in group] for group in layers)
+        read = reader(x) if plain else lambda: x
+        parts = ([layer(read()) for layer in group] for group in layers)
         return [part[0] if len(part) == 1 else torch.cat(part, dim=-1) for part in parts]
     sizes = [sum(layer.out_features for layer in group) for group in layers]
     return list(F.linear(x, whole).split([*sizes, len(whole) - sum(sizes)], dim=-1)[:-1])
