@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, Qwen3Config
 
 import hylo
+from hylo.distill import objectives
 from hylo.distill.engine import spare_memory
 from hylo.distill.layers import final_hidden
 from hylo.distill.models import meta_model
@@ -161,13 +164,54 @@ def test_what_a_forward_saves(tmp_path: Path, mixer: str, half: bool, way: str) 
     (stage,) = parse_recipe(recipe_values(tmp_path, {"name": "stage", "kind": "ce", **options})).stages
     spare_memory(stage, model, None)
     job = make_job(dims, half=half, checkpointing=way == "recomputed", tile=tile)
-    beside = named(job, "student forward").weight_copies
-    if way == "recomputed":
-        # Autocast's copies are read by no backward; cos and sin are arguments of the layers and no saved tensors.
-        beside = -2 * 4 * LENGTH * 2 if kind == "mla" else 0
-    elif way == "tiled":
-        beside -= half * 2 * 2 * 3 * 32 * 56  # those of the MLPs are made again with each tile
+    beside = named(job, "loss").weight_copies
+    if way == "recomputed" and kind == "mla":
+        beside -= 2 * 4 * LENGTH * 2  # cos and sin are arguments of the layers and no saved tensors
     assert saved_bytes(model, half) == pytest.approx(kept_for_backward(job) + beside, rel=0.01)
+
+
+class WeightCopies(TorchDispatchMode):
+    """What becomes of the 16-bit copies of a model's parameters."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self._parameters = {id(p) for p in model.parameters()}
+        self._copies: list[weakref.ref[Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and id(args[0]) in self._parameters:
+            self._copies.append(weakref.ref(result.untyped_storage()))
+        return result
+
+    def made_and_alive(self) -> tuple[int, int]:
+        return len(self._copies), sum(copy() is not None for copy in self._copies)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("kind", ["ce", "kl"])
+def test_copies_of_weights_that_no_backward_reads_are_gone_at_the_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, checkpointing: bool
+) -> None:
+    dims = config("gated_deltanet", "mla")
+    student, teacher = hylo.HyloForCausalLM(dims).train(), hylo.HyloForCausalLM(dims).requires_grad_(False)
+    values = {"name": "stage", "kind": kind, "activation_checkpointing": checkpointing}
+    (stage,) = parse_recipe(recipe_values(tmp_path, values)).stages
+    spare_memory(stage, student, teacher)
+    name = {"ce": "cross_entropy_loss", "kl": "kl_loss"}[kind]
+    compute, seen = getattr(objectives, name), []
+
+    def at_the_loss(*args: Any, **options: Any) -> Tensor:
+        seen.append(copies.made_and_alive())
+        return compute(*args, **options)
+
+    monkeypatch.setattr(objectives, name, at_the_loss)
+    with WeightCopies(student) as copies:
+        ids = torch.arange(20).view(2, 10)
+        (term,) = loss_terms(stage, student, teacher, ids, lambda: torch.autocast("cpu", torch.bfloat16))
+        term.backward()
+    products = sum(isinstance(m, torch.nn.Linear) for m in student.model.modules()) - 1  # MLA's keys come by an einsum
+    assert seen == [(products, 0 if checkpointing else products)]
 
 
 # ---------------------------------------------------------------- recipes

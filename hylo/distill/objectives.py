@@ -36,17 +36,13 @@ def loss_terms(
 ) -> Iterator[Tensor]:
     """Scalars whose sum is the stage's loss on `input_ids` [B, T]; run backward on each before taking the next."""
     if isinstance(stage, CeStage):
-        with autocast():
-            loss = inside(student, lambda: _cross_entropy(stage, student, input_ids))
-        yield loss
+        yield inside(student, lambda: _cross_entropy(stage, student, input_ids, autocast))
         return
     assert teacher is not None
     if isinstance(stage, KlStage):
-        with autocast():
-            with torch.no_grad():
-                target = inside(teacher, lambda: (final_hidden(teacher, input_ids), head_weight(teacher)))
-            loss = inside(student, lambda: _kl(stage, student, target, input_ids))
-        yield loss
+        with torch.no_grad(), autocast():
+            target = inside(teacher, lambda: (final_hidden(teacher, input_ids), head_weight(teacher)))
+        yield inside(student, lambda: _kl(stage, student, target, input_ids, autocast))
     else:
         yield from alignment_terms(student, teacher, input_ids, stage.mixer_weight, autocast)
 
@@ -78,20 +74,31 @@ def alignment_terms(
         yield loss
 
 
-def _cross_entropy(stage: CeStage, student: nn.Module, input_ids: Tensor) -> Tensor:
-    hidden = final_hidden(student, input_ids)
-    return cross_entropy_loss(hidden, head_weight(student), input_ids, chunk_tokens=stage.kl_chunk_tokens)
+def _cross_entropy(stage: CeStage, student: nn.Module, input_ids: Tensor, autocast: Autocast) -> Tensor:
+    hidden = _own_hidden(student, input_ids, autocast)
+    with autocast():
+        return cross_entropy_loss(hidden, head_weight(student), input_ids, chunk_tokens=stage.kl_chunk_tokens)
 
 
-def _kl(stage: KlStage, student: nn.Module, target: tuple[Tensor, Tensor], input_ids: Tensor) -> Tensor:
+def _kl(
+    stage: KlStage, student: nn.Module, target: tuple[Tensor, Tensor], input_ids: Tensor, autocast: Autocast
+) -> Tensor:
     """`target`: the teacher's hidden states and head."""
-    return kl_loss(
-        final_hidden(student, input_ids),
-        head_weight(student),
-        *target,
-        chunk_tokens=stage.kl_chunk_tokens,
-        temperature=stage.temperature,
-        direction=stage.direction,
-        labels=input_ids,
-        ce_weight=stage.ce_weight,
-    )
+    hidden = _own_hidden(student, input_ids, autocast)
+    with autocast():
+        return kl_loss(
+            hidden,
+            head_weight(student),
+            *target,
+            chunk_tokens=stage.kl_chunk_tokens,
+            temperature=stage.temperature,
+            direction=stage.direction,
+            labels=input_ids,
+            ce_weight=stage.ce_weight,
+        )
+
+
+def _own_hidden(student: nn.Module, input_ids: Tensor, autocast: Autocast) -> Tensor:
+    """Under an autocast of its own: at its end go the copies of weights that no backward reads, before the loss."""
+    with autocast():
+        return final_hidden(student, input_ids)

@@ -163,16 +163,16 @@ def _gradients(job: Job, done: int | None) -> int:
 
 def _whole_model(job: Job) -> Iterator[Phase]:
     layers, d = len(job.trainable.layers), job.student.hidden_size
-    kept, cached = kept_for_backward(job), _cached_weights(job)
+    kept = kept_for_backward(job)
     theirs = 0 if job.teacher is None else job.tokens * job.numbers.size * job.teacher.hidden_size
     if job.teacher is not None:
         yield _phase(job, "teacher forward", done=0, teacher=theirs + _teacher_room(job))
-    forward = {"done": 0, "weight_copies": cached, "activations": kept, "teacher": theirs}
-    yield _phase(job, "student forward", **forward, room=_student_room(job))
-    yield _phase(job, "loss", **forward, loss=_hidden(job) + job.tokens * STREAM * d + loss_room(job))
-    own = 0 if job.checkpointing else cached
+    held = {"done": 0, "activations": kept, "teacher": theirs}
+    yield _phase(job, "student forward", **held, weight_copies=_cached_weights(job), room=_student_room(job))
+    held["weight_copies"] = sum(_kept_weights(job, i) for i in range(layers))
+    yield _phase(job, "loss", **held, loss=_hidden(job) + job.tokens * STREAM * d + loss_room(job))
     made = _hidden(job) + job.tokens * (2 * job.numbers.size + STREAM) * d + 2 * WIDE * _head(job)
-    yield _phase(job, "loss backward", done=0, weight_copies=own, activations=kept, teacher=theirs, loss=made)
+    yield _phase(job, "loss backward", **held, loss=made)
     yield max((_layer_backward(job, i) for i in range(layers)), key=lambda phase: phase.total)
     room = WIDE * job.trainable.embedding * job.accumulates + job.tokens * STREAM * d
     yield _phase(job, "embedding backward", done=None, room=room, activations=job.tokens * STREAM * d)
@@ -192,22 +192,30 @@ def _own(job: Job, layer: int) -> int:
 def _own_weights(job: Job, layer: int) -> int:
     """Copies of a layer's weights that its backward reads."""
     if job.half:
-        return 2 * job.trainable.matrices[layer]
+        return 2 * parameter_counts(job.student).matrices[layer]
     # The up-projection is turned for its products, whatever the type.
     return WIDE * up_projection(job.student) if (job.student.mixer_types or [])[layer] == "mla" else 0
 
 
 def _cached_weights(job: Job) -> int:
-    """All layers' copies: autocast keeps them until the loss is there, whether or not the backward reads them."""
+    """All layers' copies: autocast keeps them until the forward ends, whether or not the backward reads them."""
     layers = range(len(job.trainable.layers))
-    return sum(_own_weights(job, i) for i in layers) if job.half or not job.checkpointing else 0
+    return sum(_own_weights(job, i) if job.half else _kept_weights(job, i) for i in layers)
+
+
+def _kept_weights(job: Job, layer: int) -> int:
+    """What of a layer's copies waits for its backward: none that is made again with the layer, or with a tile."""
+    if job.checkpointing:
+        return 0
+    mlp = 3 * job.student.hidden_size * job.student.intermediate_size
+    return _own_weights(job, layer) - (2 * mlp if job.half and job.tiled else 0)
 
 
 def _layer_backward(job: Job, layer: int) -> Phase:
     """The layer's own tensors are there, kept or made again; with checkpointing no other's."""
     before = range(0 if job.checkpointing else layer)
     kept = _streams(job, layer) + _rotation(job) + sum(_own(job, i) for i in before)
-    copies = sum(_own_weights(job, i) for i in [*before, layer])
+    copies = sum(_kept_weights(job, i) for i in before) + _own_weights(job, layer)
     own, room = _fullest(job, layer)
     done = len(job.trainable.layers) - layer
     return _phase(job, "backward", done=done, weight_copies=copies, activations=kept + own, room=room)
