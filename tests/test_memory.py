@@ -250,6 +250,54 @@ def test_gradients_come_with_the_backward_of_the_first_micro_batch() -> None:
     assert {phase.gradients for phase in later} == {first[-1].gradients} == {4 * parameter_counts(job.student).total}
 
 
+# ---------------------------------------------------------------- several GPUs
+
+
+def test_what_each_of_several_gpus_holds() -> None:
+    """Of four; shares of all, and whole what the pass at hand or those before it have made whole."""
+    dims = config("gated_deltanet", "mla", "mamba2")
+    counts, gpus = parameter_counts(dims), 4
+    table, layer, total = counts.embedding + counts.head, max(counts.layers), counts.total
+    job = make_job(dims, kind="kl", teacher=dims, half=True, checkpointing=True, gpus=gpus, accumulates=True)
+    found = {phase.name: phase for phase in phases(job)}
+    gathered = {
+        "teacher forward": 0, "student forward": table + 2 * layer, "loss": table, "loss backward": table,
+        "backward": table + 2 * layer, "embedding backward": table, "optimiser step": 0,
+    }  # fmt: skip
+    assert {name: phase.parameters for name, phase in found.items()} == {
+        name: 4 * total // gpus + 4 * more for name, more in gathered.items()
+    }
+    assert {phase.optimiser for phase in found.values()} == {8 * total // gpus}
+    assert found["optimiser step"].teacher == 2 * total // gpus + 2 * table
+    assert found["optimiser step"].gradients == 4 * (total // gpus)
+    assert {found[name].gradients for name in ("teacher forward", "student forward", "loss")} == {4 * total}
+    assert found["embedding backward"].gradients == 4 * (2 * table + (total - table) // gpus)
+    assert found["student forward"].weight_copies == 0
+    once = {phase.name: phase for phase in phases(replace(job, accumulates=False))}
+    assert {once[name].gradients for name in ("teacher forward", "student forward", "loss")} == {0}
+    assert once["backward"].gradients < found["backward"].gradients <= 4 * (total + layer)
+
+
+def test_alignment_on_several_gpus_gathers_no_root_of_the_student() -> None:
+    dims = config("mla", "mla")
+    counts = parameter_counts(dims)
+    job = make_job(dims, kind="ild", teacher=dims, gpus=2)
+    backward = named(job, "backward")
+    layer = max(counts.layers)
+    assert backward.parameters == 4 * counts.total // 2 + 8 * layer
+    assert backward.teacher >= 4 * counts.total // 2 + 4 * (counts.embedding + counts.head) + 4 * layer
+
+
+@pytest.mark.parametrize(("gpus", "batch", "accumulates"), [(1, 2, True), (2, 2, True), (4, 2, False), (8, 1, False)])
+def test_a_step_is_shared_out_among_the_gpus(tmp_path: Path, gpus: int, batch: int, accumulates: bool) -> None:
+    """Of four passes of two sequences each GPU has its share, and passes `batch_size` of it at a time."""
+    hybrid = config("mla", "mamba2", vocab_size=258)
+    hybrid.save_pretrained(tmp_path / "student")
+    stage = {"name": "stage", "kind": "ce", "batch_size": 2, "gradient_accumulation": 4}
+    job = stage_job(parse_recipe(recipe_values(tmp_path, stage, teacher=None)), 0, gpus=gpus)
+    assert (job.batch, job.accumulates) == (batch, accumulates)
+
+
 # ---------------------------------------------------------------- command line
 
 

@@ -38,9 +38,9 @@ def stage_job(recipe: Recipe, index: int, *, gpus: int = 1, length: int | None =
         student=student,
         teacher=teacher,
         kind=stage.kind,
-        batch=batch or stage.batch_size,
+        batch=batch or min(stage.batch_size, -(-stage.sequences_per_step // gpus)),
         length=length or stage.sequence_length,
-        accumulates=stage.gradient_accumulation > 1,
+        accumulates=stage.gradient_accumulation > gpus,  # its passes are all GPUs' together
         half=recipe.precision == "bf16",
         checkpointing=whole is not None and whole.activation_checkpointing,
         tile=stage.mlp_tile_tokens,

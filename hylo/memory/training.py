@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from hylo.config import HyloConfig
-from hylo.memory import activations
+from hylo.memory import activations, shares
 from hylo.memory.activations import STREAM, Numbers
 from hylo.memory.counts import Counts, parameter_counts, up_projection
 
@@ -23,7 +23,7 @@ class Job:
         teacher: configuration, None for a stage without one.
         kind: "ild", "kl" or "ce".
         batch, length: sequences, and tokens of each.
-        accumulates: the step has several micro-batches, so gradients are there from the first one on.
+        accumulates: each GPU has several micro-batches in a step, so gradients are there from the first one on.
         half: autocast in bf16, and a teacher in bf16.
         checkpointing: layers keep their input alone.
         tile: tokens that an MLP sees at one time; None for all.
@@ -119,43 +119,61 @@ def kept_for_backward(job: Job) -> int:
 # ---------------------------------------------------------------- what is always there
 
 
+# Layers of a model that several GPUs have whole, or on its way, in a phase: the one at work and the next one.
+_STUDENT_LAYERS = {"student forward": 2, "backward": 2}
+_TEACHER_LAYERS = {"teacher forward": 2}
+_STUDENT_SHARED = ("teacher forward", "optimiser step")  # phases that want nothing of the student's root
+
+
 def _phase(job: Job, name: str, *, done: int | None, **parts: int) -> Phase:
     """Args: done: layers from the last one back whose gradients are there; None where all are for another reason."""
+    student = parameter_counts(job.student)
+    # Alignment calls layers alone, never the student.
+    root = job.kind != "ild" and name not in _STUDENT_SHARED
     return Phase(
         name,
-        parameters=_held(parameter_counts(job.student), WIDE, job.gpus),
-        gradients=_gradients(job, done),
+        parameters=shares.held(student, WIDE, job.gpus, root=root, layers=_STUDENT_LAYERS.get(name, 0)),
+        gradients=WIDE * (_gradients(job, done) if job.gpus == 1 else _shared_gradients(job, name, done)),
         optimiser=2 * WIDE * job.trained // job.gpus,
-        teacher=_teacher(job) + parts.pop("teacher", 0),
+        teacher=_teacher(job, name) + parts.pop("teacher", 0),
         **parts,
     )
 
 
-def _held(counts: Counts, size: int, gpus: int) -> int:
-    """Parameters; sharded, with the two layers that are gathered at one time, and what is outside the layers."""
-    whole = size * counts.total
-    return whole if gpus == 1 else whole // gpus + size * (counts.root + 2 * max(counts.layers))
-
-
-def _teacher(job: Job) -> int:
+def _teacher(job: Job, name: str) -> int:
+    """Of a sharded one embedding and head stay whole, since no backward ends their use."""
     if job.teacher is None:
         return 0
-    return _held(parameter_counts(job.teacher), job.numbers.size, job.gpus)
+    # What was gathered for a layer goes with the next one, which in an alignment is after the student's backward.
+    layers = _TEACHER_LAYERS.get(name, 1 if job.kind == "ild" and name == "backward" else 0)
+    return shares.held(parameter_counts(job.teacher), job.numbers.size, job.gpus, root=True, layers=layers)
 
 
 def _gradients(job: Job, done: int | None) -> int:
-    """All of them after the first micro-batch; in the first those that the backward has come to."""
+    """Elements: all of them after the first micro-batch; in the first those that the backward has come to."""
     if job.accumulates or done is None:
-        elements = job.trained
-    else:
-        layers = job.trainable.layers
-        reached = layers[:done] if job.kind == "ild" else layers[len(layers) - done :]
-        outside = 0 if job.kind == "ild" else job.trainable.head + job.trainable.norm
-        elements = outside * bool(done) + sum(reached)
-    if job.gpus == 1:
-        return WIDE * elements
-    # Those of one layer before they are shared out; what is outside the layers waits for the end.
-    return WIDE * (elements // job.gpus + (max(job.trainable.layers) if done else 0))
+        return job.trained
+    outside = 0 if job.kind == "ild" else job.trainable.head + job.trainable.norm
+    return outside * bool(done) + _reached(job, done)
+
+
+def _shared_gradients(job: Job, name: str, done: int | None) -> int:
+    """The same on several GPUs, in the pass that shares them out: what earlier passes left is whole until then."""
+    if name == "optimiser step":
+        return job.trained // job.gpus
+    if done is None:
+        return shares.last_gradients(job.trainable, job.gpus)
+    left = job.trained if job.accumulates else 0
+    if name != "backward":
+        return left
+    outside = 0 if job.kind == "ild" else job.trainable.head
+    return shares.gradients(job.trainable, job.gpus, left=left, outside=outside, before=_reached(job, done - 1))
+
+
+def _reached(job: Job, done: int) -> int:
+    """Elements of the layers whose backward is over: alignment goes through them from the first one on."""
+    layers = job.trainable.layers
+    return sum(layers[:done] if job.kind == "ild" else layers[len(layers) - done :])
 
 
 # ---------------------------------------------------------------- kl and ce: the whole model at once
@@ -198,9 +216,12 @@ def _own_weights(job: Job, layer: int) -> int:
 
 
 def _cached_weights(job: Job) -> int:
-    """All layers' copies: autocast keeps them until the forward ends, whether or not the backward reads them."""
-    layers = range(len(job.trainable.layers))
-    return sum(_own_weights(job, i) if job.half else _kept_weights(job, i) for i in layers)
+    """All layers' copies: autocast keeps them until the forward ends, whether or not the backward reads them.
+
+    On several GPUs it is told to keep none (engine.py).
+    """
+    of = _own_weights if job.half and job.gpus == 1 else _kept_weights
+    return sum(of(job, i) for i in range(len(job.trainable.layers)))
 
 
 def _kept_weights(job: Job, layer: int) -> int:
