@@ -82,7 +82,7 @@ def test_two_halves_and_a_step_are_the_whole():
 
 
 def test_views_of_one_projection():
-    """As a model has them; nothing is copied to be cut into heads. A CPU's loops may round an unaligned end otherwise."""
+    """As a model has them; nothing is copied to be cut into heads. A CPU may round an unaligned row's end otherwise."""
     x = make("hylo", 9)
     z, xbc, dt = (x[name] for name in ("z", "xbc", "dt"))
     projected = torch.cat([z.flatten(2), xbc, dt], dim=-1)
