@@ -60,9 +60,8 @@ __device__ __forceinline__ int count_before(int value, bool exists, int unit, in
   return before;
 }
 
-template <Moment kAt>
 __device__ __forceinline__ int units_at(const Params& p, int b) {
-  return b < p.batch ? sequence_at<kAt>(p, b).units : 0;
+  return b < p.batch ? sequence_at<kFinal>(p, b).units : 0;
 }
 
 // Over a warp.
@@ -153,7 +152,7 @@ __device__ __forceinline__ First first_of_many(const Params& p, Shared<kN>& shar
   const int sets = ceil_div(p.batch, 32);
 #pragma unroll 1
   for (int set = threadIdx.x / 32; set < sets; set += kThreads / 32) {
-    const int units = units_at<kFinal>(p, 32 * set + lane());
+    const int units = units_at(p, 32 * set + lane());
     const Count count = count_of(units, units);
     if (lane() == 0) shared.units[set] = count;
   }
@@ -170,7 +169,7 @@ __device__ __forceinline__ First first_of_many(const Params& p, Shared<kN>& shar
       const int i = set + lane();
       before = count_before(i < sets ? shared.units[i].total : 0, i < sets, run.unit, run.first_unit);
     }
-    begin_with(run, p, 32 * set, units_at<kFinal>(p, 32 * set + lane()));
+    begin_with(run, p, 32 * set, units_at(p, 32 * set + lane()));
     if (lane() == 0) shared.run = run;
   }
   __syncthreads();
