@@ -98,7 +98,7 @@ def _define_backward(
     backward_schema = f"({of_forward}, {schema[1 : schema.index(')')]}) -> Tensor[]"
 
     def wanted(inputs: Sequence[Any]) -> list[Tensor]:
-        return [inputs[i] for i in positions if inputs[i] is not None]
+        return [inputs[i] for i in positions if _takes_gradient(inputs[i])]
 
     def run(*args: Any) -> list[Tensor]:
         given, inputs, requested = args[: -len(arguments)], args[-len(arguments) : -1], args[-1]
@@ -127,7 +127,7 @@ def _define_backward(
             like = next(value for value in inputs if isinstance(value, Tensor))
             given = [[_materialized(*pair, like) for pair in zip(grads, ctx.results, strict=False)], list(left)]
         results = iter(backward_op(*given, *inputs))
-        found = {i: next(results) for i in positions if inputs[i] is not None}
+        found = {i: next(results) for i in positions if _takes_gradient(inputs[i])}
         return tuple(found.get(i) for i in range(len(inputs)))
 
     _LIBRARY.define(f"{name}_backward{backward_schema}")
@@ -152,6 +152,11 @@ def able_backward(backends: Sequence[Backend]) -> list[Backend]:
     ]
 
 
+def _takes_gradient(value: Any) -> bool:
+    """An input that may have one need not: it may be left out, or be bytes."""
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
 def _materialized(gradient: Tensor | None, of: tuple[torch.Size, torch.dtype], like: Tensor) -> Tensor:
     """Zeros for a gradient that nothing asked for."""
     shape, dtype = of
@@ -171,7 +176,7 @@ def reference_backend(forward: Callable[..., Any], differentiable: Sequence[str]
         leaves = []
         with torch.enable_grad():
             for i in positions:
-                if args[i] is not None:
+                if _takes_gradient(args[i]):
                     args[i] = args[i].detach().requires_grad_()
                     leaves.append(args[i])
             outputs = forward(*args)
