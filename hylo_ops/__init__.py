@@ -5,6 +5,7 @@ from hylo_ops.causal_conv1d.op import causal_conv1d, recurrent_causal_conv1d
 from hylo_ops.gated_delta_rule.op import chunk_gated_delta_rule, recurrent_gated_delta_rule
 from hylo_ops.gated_rms_norm.op import gated_rms_norm
 from hylo_ops.linear_kl.op import linear_cross_entropy, linear_kl
+from hylo_ops.mla_absorb.fp8 import dequantize_kv_cache, fp8_row_bytes, fp8_row_parts, quantize_kv_cache
 from hylo_ops.mla_absorb.op import mla_absorb
 from hylo_ops.mla_attention.op import mla_attention
 from hylo_ops.mla_prefill.op import mla_prefill
@@ -14,6 +15,9 @@ __all__ = [
     "causal_conv1d",
     "chunk_gated_delta_rule",
     "chunk_ssd",
+    "dequantize_kv_cache",
+    "fp8_row_bytes",
+    "fp8_row_parts",
     "fused",
     "gated_rms_norm",
     "linear_cross_entropy",
@@ -21,6 +25,7 @@ __all__ = [
     "mla_absorb",
     "mla_attention",
     "mla_prefill",
+    "quantize_kv_cache",
     "recurrent_causal_conv1d",
     "recurrent_gated_delta_rule",
     "recurrent_ssd",

@@ -71,6 +71,7 @@ def latent_cache(
     block_table: Tensor | None,
     batch: int,
     least_row: int,
+    dtypes: Sequence[torch.dtype] = FLOATS,
 ) -> None:
     """A cache holds one row of tokens a sequence, or is a pool of pages that `block_table` [B, max pages] picks."""
     integers = (torch.int32, torch.int64)
@@ -80,9 +81,10 @@ def latent_cache(
         shape("kv_cache", kv_cache, "pages", "page", "row")
         shape("block_table", block_table, batch, "max pages")
         dtype("block_table", block_table, integers)
-    dtype("kv_cache", kv_cache, FLOATS)
+    dtype("kv_cache", kv_cache, dtypes)
     if kv_cache.shape[2] < least_row:
-        raise ValueError(f"the rows of kv_cache must hold at least {least_row} values, got {kv_cache.shape[2]}")
+        unit = "values" if kv_cache.is_floating_point() else "bytes"
+        raise ValueError(f"the rows of kv_cache must hold at least {least_row} {unit}, got {kv_cache.shape[2]}")
     for name, bound in (("cache_seqlens", cache_seqlens), ("cache_starts", cache_starts)):
         if bound is not None:
             shape(name, bound, batch)

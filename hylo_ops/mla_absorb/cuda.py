@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hylo_ops import cubin
+from hylo_ops.mla_absorb import fp8
 from hylo_ops.mla_absorb.tickets import tickets
 
 if TYPE_CHECKING:
@@ -76,6 +77,8 @@ def why_not(
     **_: object,
 ) -> str | None:
     """The reason why `forward` cannot take these inputs, or None."""
+    if kv_cache.dtype == fp8.BYTES:
+        return "kv_cache is fp8, which its kernels do not read"
     if not q_nope.is_cuda:
         return f"q_nope is on {q_nope.device}, not on a CUDA device"
     if (reason := cubin.why_not_native()) is not None:

@@ -7,7 +7,7 @@ from hylo_ops import checks
 from hylo_ops.backend import Backend
 from hylo_ops.common.sequences import working_dtype
 from hylo_ops.library import define_op, may_skip_dispatcher, reference_backend
-from hylo_ops.mla_absorb import cuda, reference, triton
+from hylo_ops.mla_absorb import cuda, fp8, reference, triton
 
 
 def mla_absorb(
@@ -34,13 +34,15 @@ def mla_absorb(
         q_nope: [B, T, H, R] bf16 | fp16 | fp32 | fp64. Already multiplied by the key up-projection.
         q_rope: [B, T, H, E], dtype of q_nope. Rotated; E may be 0.
         kv_cache: [B, S, row], or [pages, page, row] with `block_table`; row >= R + E: latent | rope | anything.
+            uint8 (or float8_e4m3fn, taken as bytes): rows in fp8 as `quantize_kv_cache` makes them, whose rope has the
+            dtype of q_nope, bf16 | fp16; row, in bytes, >= fp8_row_bytes(R, E), all rows at multiples of 16 bytes.
         cache_seqlens: [B] int32 | int64. Tokens of each sequence in the cache, the T new ones included.
         scale: (nope + rope) ** -0.5 of the expanded head, not of R + E.
         cache_starts: [B] int32 | int64. First position that counts (left padding stands before it); 0 if None.
         block_table: [B, max pages] int32 | int64. Page of each page-long run of positions; entries that
             `cache_seqlens` does not reach are never used.
         key_scale: [B, S, HK] or [pages, page, HK], laid out as the cache; head h reads h // (H / HK). Usually the view
-            `kv_cache[..., R + E :]`.
+            `kv_cache[..., R + E :]`; of a cache in fp8 a view that `fp8_row_parts` gives.
         causal: new token t sees the first `cache_seqlens - T + t + 1` positions, less those before
             `cache_starts`; without, all up to `cache_seqlens`.
         return_lse: also return the log of the sum of exponentials.
@@ -53,9 +55,9 @@ def mla_absorb(
     Raises:
         ValueError: a shape or dtype above is violated; the message quotes it and what it got.
         NotImplementedError: the named backend cannot run these inputs; the message says why.
-    Numerics: fp32 scores and accumulation (fp64 for fp64); o and lse are differentiable in q_nope, q_rope, kv_cache
-        and key_scale; rows before `cache_starts` or past `cache_seqlens` reach neither a result nor a gradient, NaN or
-        not; deterministic: yes.
+    Numerics: fp32 scores and accumulation (fp64 for fp64); o and lse are differentiable in q_nope, q_rope, key_scale
+        and kv_cache, unless that is in fp8; rows before `cache_starts` or past `cache_seqlens` reach neither a result
+        nor a gradient, NaN or not; deterministic: yes.
     Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1.2 and appendix C.
     """
     tensors = (q_nope, q_rope, kv_cache, cache_seqlens, cache_starts, block_table, key_scale)
@@ -63,9 +65,17 @@ def mla_absorb(
         results = cuda.direct()(*tensors, scale, causal, fixed_split, return_lse)
         if not isinstance(results, str):
             return results
+    if kv_cache.dtype == torch.float8_e4m3fn:
+        tensors = (q_nope, q_rope, _as_bytes(kv_cache), *tensors[3:])
     _check(*tensors)
     o, lse = _forward(*tensors, scale, causal, fixed_split, backend)
     return (o, lse) if return_lse else o
+
+
+def _as_bytes(kv_cache: Tensor) -> Tensor:
+    if kv_cache.requires_grad:
+        raise ValueError("kv_cache must not require a gradient in fp8, got one that does")
+    return kv_cache.view(fp8.BYTES)
 
 
 def _check(
@@ -82,9 +92,17 @@ def _check(
     checks.shape("q_rope", q_rope, *q_nope.shape[:3], "E")
     checks.dtype("q_rope", q_rope, (q_nope.dtype,))
     batch, _, heads, rank = q_nope.shape
-    checks.latent_cache(kv_cache, cache_seqlens, cache_starts, block_table, batch, rank + q_rope.shape[3])
+    least_row = rank + q_rope.shape[3]
+    if kv_cache.dtype == fp8.BYTES:
+        checks.dtype("q_nope over an fp8 kv_cache", q_nope, fp8.HALVES)
+        least_row = fp8.fp8_row_bytes(rank, q_rope.shape[3])
+    dtypes = (*checks.FLOATS, fp8.BYTES)
+    checks.latent_cache(kv_cache, cache_seqlens, cache_starts, block_table, batch, least_row, dtypes)
+    if kv_cache.dtype == fp8.BYTES and (reason := fp8.why_not_aligned(kv_cache)) is not None:
+        raise ValueError(reason)
     if key_scale is not None:
         checks.shape("key_scale", key_scale, *kv_cache.shape[:2], "HK")
+        checks.dtype("key_scale", key_scale, checks.FLOATS)
         checks.multiple("the heads of q_nope", heads, "the heads of key_scale", key_scale.shape[2])
     checks.same_device(
         "q_nope",

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from hylo_ops.common.sequences import working_dtype
+from hylo_ops.mla_absorb import fp8
 
 _SLICE = 512  # cached tokens a slice, rounded down to whole pages
 
@@ -103,7 +104,7 @@ def _attend(
         if cache_starts is not None:
             used &= position >= cache_starts[:, None]
         used = used[..., None]  # [B, S, 1]
-        keys = _rows(kv_cache[..., :width], begin, end, block_table, used, compute)
+        keys = _keys(kv_cache, begin, end, block_table, used, (rank, width, q_nope.dtype), compute)
         scores = (queries @ keys.mT).view(batch, length, heads, end - begin)
         if key_scale is not None:
             factors = _rows(key_scale, begin, end, block_table, used, compute).mT[:, None, :, None]  # [B, 1, HK, 1, S]
@@ -135,19 +136,40 @@ def _slices(kv_cache: Tensor, cache_seqlens: Tensor, block_table: Tensor | None)
     return [(begin, min(begin + stride, last)) for begin in range(0, last, stride)]
 
 
+def _keys(
+    cache: Tensor,
+    begin: int,
+    end: int,
+    block_table: Tensor | None,
+    used: Tensor,
+    row: tuple[int, int, torch.dtype],
+    compute: torch.dtype,
+) -> Tensor:
+    """[B, S, R + E] of the slice, as `_rows`; row: R, R + E, and the dtype of the rope in a cache in fp8."""
+    rank, width, dtype = row
+    if cache.dtype != fp8.BYTES:
+        return _rows(cache[..., :width], begin, end, block_table, used, compute)
+    coded = _fetch(cache, begin, end, block_table, used)
+    rows = fp8.dequantize_kv_cache(coded, latent_rank=rank, width=width, dtype=dtype, out_dtype=compute)
+    return rows.masked_fill(~used, 0)
+
+
 def _rows(
     cache: Tensor, begin: int, end: int, block_table: Tensor | None, used: Tensor, compute: torch.dtype
 ) -> Tensor:
     """[B, S, row] of the slice; unused rows become zeros, whatever they hold, in value and in gradient."""
+    return _fetch(cache, begin, end, block_table, used).to(compute).masked_fill(~used, 0)
+
+
+def _fetch(cache: Tensor, begin: int, end: int, block_table: Tensor | None, used: Tensor) -> Tensor:
+    """[B, S, row] of the slice as it is, unused rows being any."""
     if block_table is None:
-        rows = cache[:, begin:end]
-    else:
-        page = cache.shape[1]
-        pages = block_table[:, begin // page : end // page].long()
-        # an entry of the table that no used position needs may hold anything
-        pages = pages.masked_fill(~used[..., 0].unflatten(1, (-1, page)).any(-1), 0)
-        rows = cache.index_select(0, pages.flatten()).view(len(pages), end - begin, cache.shape[2])
-    return rows.to(compute).masked_fill(~used, 0)
+        return cache[:, begin:end]
+    page = cache.shape[1]
+    pages = block_table[:, begin // page : end // page].long()
+    # an entry of the table that no used position needs may hold anything
+    pages = pages.masked_fill(~used[..., 0].unflatten(1, (-1, page)).any(-1), 0)
+    return cache.index_select(0, pages.flatten()).view(len(pages), end - begin, cache.shape[2])
 
 
 def _all_rows(cache: Tensor, block_table: Tensor | None, n: int, cached: int) -> Tensor:

@@ -73,6 +73,8 @@ def test_every_case_of_the_benchmark_is_taken(case):
 REFUSED = {
     "not one dtype": lambda x: {"q_nope": x["q_nope"].half(), "q_rope": x["q_rope"].half()},
     "in fp32": lambda x: {name: x[name].float() for name in ("q_nope", "q_rope", "kv_cache", "key_scale")},
+    "rows of bytes": lambda x: {"kv_cache": torch.zeros(5, 64, 208, dtype=torch.uint8), "key_scale": None},
+    "rows in fp8": lambda x: {"kv_cache": torch.zeros(5, 64, 208).to(torch.float8_e4m3fn), "key_scale": None},
     "queries that start between": lambda x: {"q_nope": shifted(x["q_nope"])},
     "a cache that starts between": lambda x: {"kv_cache": shifted(x["kv_cache"]), "key_scale": None},
     "a transposed cache": lambda x: {"kv_cache": x["kv_cache"].mT.contiguous().mT, "key_scale": None},
