@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hylo_ops.common.triton_device import why_not_on_device_of
+from hylo_ops.mla_absorb import fp8
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MAX_R, _MAX_E = 576, 128
@@ -36,7 +37,8 @@ def why_not(
     if (reason := why_not_on_device_of("q_nope", q_nope)) is not None:
         return reason
     for name, tensor in (("q_nope", q_nope), ("kv_cache", kv_cache), ("key_scale", key_scale)):
-        if tensor is not None and tensor.dtype not in _DTYPES:
+        is_fp8 = tensor is kv_cache and kv_cache.dtype == fp8.BYTES
+        if tensor is not None and tensor.dtype not in _DTYPES and not is_fp8:
             return f"{name} is {tensor.dtype}, not bfloat16, float16 or float32"
     for name, tensor in (("q_nope", q_nope), ("q_rope", q_rope), ("kv_cache", kv_cache)):
         if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
@@ -46,6 +48,8 @@ def why_not(
             return f"{name} is not contiguous"
     if block_table is not None and block_table.stride(1) != 1 and block_table.shape[1] > 1:
         return f"the last dim of block_table is not contiguous: its strides are {block_table.stride()}"
+    if kv_cache.dtype == fp8.BYTES and (reason := fp8.why_not_aligned(kv_cache)) is not None:
+        return reason
     R, E = q_nope.shape[3], q_rope.shape[3]
     if R % 16 or not 0 < R <= _MAX_R:
         return f"R is {R}, not a multiple of 16 up to {_MAX_R}"

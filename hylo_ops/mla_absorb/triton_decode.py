@@ -19,7 +19,11 @@ from triton.runtime import driver
 
 from hylo_ops.common.triton_launch import ceil_div, launch, next_power_of_2
 from hylo_ops.common.triton_math import INTERPRETING, PRECISION, dot_type
+from hylo_ops.mla_absorb import fp8
 from hylo_ops.mla_absorb.tickets import tickets
+
+# Scales of latents are about so far below 1 that a weight times one would have few bits left in fp16.
+FP16_FACTOR = tl.constexpr(256.0)
 
 
 @triton.jit
@@ -108,11 +112,88 @@ def load_queries(p_q, o_m, m_m, first, width, BW: tl.constexpr, DOT: tl.constexp
 
 
 @triton.jit
-def load_keys(p_row, m_s, first, width, BW: tl.constexpr, DOT: tl.constexpr):
+def load_keys(p_row, m_s, first, width, BW: tl.constexpr):
     """[BN, BW]: columns first.. of the cached rows; zeros where masked, as a weight of 0 times a NaN is NaN."""
     o_w = first + tl.arange(0, BW)
     m_k = m_s[:, None] & (o_w < width)[None, :]
-    return tl.load(p_row[:, None] + o_w[None, :], mask=m_k, other=0.0).to(DOT)
+    return tl.load(p_row[:, None] + o_w[None, :], mask=m_k, other=0)
+
+
+@triton.jit
+def rows_at(p_tensor, page, o_s, strides, PAGE: tl.constexpr, ALIGN: tl.constexpr):
+    """Where the rows of the positions o_s begin in a cache, or in its key scales."""
+    slot = (o_s % PAGE).to(tl.int64) if PAGE > 0 else o_s.to(tl.int64)
+    return p_tensor + page * (strides[0] * ALIGN) + slot * (strides[1] * ALIGN)
+
+
+@triton.jit
+def load_key_scales(p_row, m_s, stride, HK: tl.constexpr, BHK: tl.constexpr):
+    """[BN, BHK]: of the heads of the scales, at the rows p_row."""
+    o_k = tl.arange(0, BHK)
+    return tl.load(p_row[:, None] + o_k[None, :] * stride, mask=m_s[:, None] & (o_k < HK)[None, :], other=0.0)
+
+
+@triton.jit
+def load_tile(
+    p_cache,
+    p_scales,
+    page,
+    o_s,
+    start,
+    end,
+    cache_strides,
+    scale_strides,
+    HK: tl.constexpr,
+    R: tl.constexpr,
+    E: tl.constexpr,
+    PAGE: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    BE: tl.constexpr,
+    BHK: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ALIGN_SCALES: tl.constexpr,
+    LATENT_SCALES_AT: tl.constexpr,
+    ROPE_AT: tl.constexpr,
+    ROPE: tl.constexpr,
+):
+    """What rows in fp8 hold at the positions o_s: latents as bytes, their scales, rope, key scales."""
+    m_s = (o_s >= start) & (o_s < end)
+    p_row = rows_at(p_cache, page, o_s, cache_strides, PAGE, ALIGN)
+    b_bits = ()
+    b_c = ()
+    at = 0
+    for i in tl.static_range(len(WIDTHS)):
+        b_bits += (load_keys(p_row, m_s, at, R, WIDTHS[i]),)
+        p_c = (p_row + LATENT_SCALES_AT).to(tl.pointer_type(tl.float32)) + i
+        b_c += (tl.load(p_c, mask=m_s, other=0.0),)
+        at += WIDTHS[i]
+    b_rope = 0
+    if E > 0:
+        b_rope = load_keys((p_row + ROPE_AT).to(tl.pointer_type(ROPE)), m_s, 0, E, BE)
+    b_ks = 0
+    if p_scales is not None:
+        p_ks = rows_at(p_scales, page, o_s, scale_strides, PAGE, ALIGN_SCALES)
+        b_ks = load_key_scales(p_ks, m_s, scale_strides[2], HK, BHK)
+    return b_bits, b_c, b_rope, b_ks
+
+
+@triton.jit
+def from_e4m3(b_bits, DOT: tl.constexpr, HAS_E4M3: tl.constexpr):
+    """The numbers that bytes stand for. Without the type a NaN reads as 480, but then its scale is a NaN."""
+    if HAS_E4M3:
+        return b_bits.to(tl.float8e4nv, bitcast=True).to(DOT)
+    # Sign, exponent and fraction are those of a number in fp16 that is 2^-8 of it: the biases are 8 apart.
+    b_signs = (b_bits & 0x80).to(tl.uint16) << 8
+    b_half = (b_signs | ((b_bits & 0x7F).to(tl.uint16) << 7)).to(tl.float16, bitcast=True)
+    return (b_half.to(tl.float32) * 256.0).to(DOT)
+
+
+@triton.jit
+def latents_of(b_bits, WIDTHS: tl.constexpr, DOT: tl.constexpr, HAS_E4M3: tl.constexpr):
+    b_k = ()
+    for i in tl.static_range(len(WIDTHS)):
+        b_k += (from_e4m3(b_bits[i], DOT, HAS_E4M3),)
+    return b_k
 
 
 @triton.jit
@@ -137,44 +218,106 @@ def attend(
     PAGE: tl.constexpr,
     WIDTHS: tl.constexpr,
     BE: tl.constexpr,
+    BHK: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     ALIGN: tl.constexpr,
     ALIGN_SCALES: tl.constexpr,
     DOT: tl.constexpr,
+    LATENT_SCALES_AT: tl.constexpr,
+    ROPE_AT: tl.constexpr,
+    ROPE: tl.constexpr,
+    HAS_E4M3: tl.constexpr,
 ):
-    """Running maximum [BM], sum [BM] and weighted latents [R, BM] over the positions begin..stop."""
+    """Running maximum [BM], sum [BM] and weighted latents [R, BM] over the positions begin..stop.
+
+    A tile in fp8 is loaded and converted while the one before it is attended to. Then both products read what was
+    converted once; Triton's own pipeline would convert it for each.
+    """
+    IS_FP8: tl.constexpr = LATENT_SCALES_AT > 0
     b_top = tl.full([BM], float("-inf"), dtype=tl.float32)
     b_sums = tl.zeros([BN, BM], dtype=tl.float32)
     b_o = zeros_of(WIDTHS, BM)
-    page = begin.to(tl.int64) * 0 if p_pages is None else load_pages(p_pages, begin, start, end, PAGE, BN)
+    page = load_pages(p_pages, begin, start, end, PAGE, BN) if PAGE > 0 else begin.to(tl.int64) * 0
+    if IS_FP8:
+        b_bits, b_c, b_rope, b_ks = load_tile(
+            p_cache,
+            p_scales,
+            page,
+            begin + tl.arange(0, BN),
+            start,
+            end,
+            cache_strides,
+            scale_strides,
+            HK,
+            R,
+            E,
+            PAGE,
+            WIDTHS,
+            BE,
+            BHK,
+            ALIGN,
+            ALIGN_SCALES,
+            LATENT_SCALES_AT,
+            ROPE_AT,
+            ROPE,
+        )
+        b_k = latents_of(b_bits, WIDTHS, DOT, HAS_E4M3)
+        if PAGE > 0:
+            page = load_pages(p_pages, begin + BN, start, end, PAGE, BN)
     for i_s in range(begin, stop, BN):
         o_s = i_s + tl.arange(0, BN)
         m_s = (o_s >= start) & (o_s < end)
-        slot = o_s.to(tl.int64) if p_pages is None else (o_s % PAGE).to(tl.int64)
-        p_row = p_cache + page * (cache_strides[0] * ALIGN) + slot * (cache_strides[1] * ALIGN)
+        if IS_FP8:
+            b_bits, b_next_c, b_next_rope, b_next_ks = load_tile(
+                p_cache,
+                p_scales,
+                page,
+                i_s + BN + tl.arange(0, BN),
+                start,
+                end,
+                cache_strides,
+                scale_strides,
+                HK,
+                R,
+                E,
+                PAGE,
+                WIDTHS,
+                BE,
+                BHK,
+                ALIGN,
+                ALIGN_SCALES,
+                LATENT_SCALES_AT,
+                ROPE_AT,
+                ROPE,
+            )
+        else:
+            p_row = rows_at(p_cache, page, o_s, cache_strides, PAGE, ALIGN)
+            b_k = ()
         b_s = tl.zeros([BN, BM], dtype=tl.float32)
-        b_k = ()
         at = 0
         for i in tl.static_range(len(WIDTHS)):
-            b_k += (load_keys(p_row, m_s, at, R, WIDTHS[i], DOT),)
             # [BN, BR] @ [BR, BM]
-            b_s = tl.dot(b_k[i], b_q[i], b_s, input_precision=PRECISION)
+            if IS_FP8:
+                b_s += tl.dot(b_k[i], b_q[i], input_precision=PRECISION) * b_c[i][:, None]
+            else:
+                b_k += (load_keys(p_row, m_s, at, R, WIDTHS[i]).to(DOT),)
+                b_s = tl.dot(b_k[i], b_q[i], b_s, input_precision=PRECISION)
             at += WIDTHS[i]
         if E > 0:
-            b_s = tl.dot(load_keys(p_row + R, m_s, 0, E, BE, DOT), b_q_rope, b_s, input_precision=PRECISION)
+            if not IS_FP8:
+                b_rope = load_keys(p_row + R, m_s, 0, E, BE)
+            b_s = tl.dot(b_rope.to(DOT), b_q_rope, b_s, input_precision=PRECISION)
         b_s *= scale
         if p_scales is not None:
-            BHK: tl.constexpr = b_heads.shape[0]
-            o_k = tl.arange(0, BHK)
-            p_ks = p_scales + page * (scale_strides[0] * ALIGN_SCALES) + slot * (scale_strides[1] * ALIGN_SCALES)
-            p_ks = p_ks[:, None] + o_k[None, :] * scale_strides[2]
-            b_ks = tl.load(p_ks, mask=m_s[:, None] & (o_k < HK)[None, :], other=0.0).to(b_heads.dtype)
+            if not IS_FP8:
+                p_ks = rows_at(p_scales, page, o_s, scale_strides, PAGE, ALIGN_SCALES)
+                b_ks = load_key_scales(p_ks, m_s, scale_strides[2], HK, BHK)
             # A product with ones and zeros copies a scale to its heads, and its loads run ahead like the keys'.
-            b_s *= tl.dot(b_ks, b_heads, input_precision=PRECISION)
-        if p_pages is not None:
-            # The next tile's, a whole tile ahead of the loads that wait for it.
-            page = load_pages(p_pages, i_s + BN, start, end, PAGE, BN)
+            b_s *= tl.dot(b_ks.to(b_heads.dtype), b_heads, input_precision=PRECISION)
+        if PAGE > 0:
+            # Of the next tile to be loaded, a whole tile ahead of the loads that wait for it.
+            page = load_pages(p_pages, i_s + (2 * BN if IS_FP8 else BN), start, end, PAGE, BN)
 
         m_seen = m_s[:, None] & (o_s[:, None] < b_limit[None, :])
         b_s = tl.where(m_seen, b_s, float("-inf"))
@@ -185,10 +328,21 @@ def attend(
         b_sums = b_sums * b_kept[None, :] + b_p
         b_sum_o = ()
         for i in tl.static_range(len(WIDTHS)):
+            b_w = b_p
+            if IS_FP8:
+                b_w *= (b_c[i] * FP16_FACTOR)[:, None]
             # [BR, BN] @ [BN, BM]
-            b_sum_o += (tl.dot(tl.trans(b_k[i]), b_p.to(DOT), b_o[i] * b_kept[None, :], input_precision=PRECISION),)
+            b_sum_o += (tl.dot(tl.trans(b_k[i]), b_w.to(DOT), b_o[i] * b_kept[None, :], input_precision=PRECISION),)
         b_o = b_sum_o
         b_top = b_new
+        if IS_FP8:
+            b_k = latents_of(b_bits, WIDTHS, DOT, HAS_E4M3)
+            b_c, b_rope, b_ks = b_next_c, b_next_rope, b_next_ks
+    if IS_FP8:
+        b_sum_o = ()
+        for i in tl.static_range(len(WIDTHS)):
+            b_sum_o += (b_o[i] / FP16_FACTOR,)
+        b_o = b_sum_o
     return b_top, tl.sum(b_sums, 0), b_o
 
 
@@ -305,6 +459,9 @@ def mla_absorb_fwd_kernel_decode(
     GROUP: tl.constexpr,
     DOT: tl.constexpr,
     DOT_SCALES: tl.constexpr,
+    LATENT_SCALES_AT: tl.constexpr,
+    ROPE_AT: tl.constexpr,
+    HAS_E4M3: tl.constexpr,
 ):
     """One program per tile of query rows and share of all units; a share is cut into pieces where a sequence ends."""
     rows = T * H
@@ -392,11 +549,16 @@ def mla_absorb_fwd_kernel_decode(
             PAGE,
             WIDTHS,
             BE,
+            BHK,
             BM,
             BN,
             ALIGN,
             ALIGN_SCALES,
             DOT,
+            LATENT_SCALES_AT,
+            ROPE_AT,
+            p_q_nope.dtype.element_ty,
+            HAS_E4M3,
         )
 
         p_ob = p_o + i_b * rows * R
@@ -468,13 +630,16 @@ _ROOMY = 227 * 1024  # bytes of shared memory of a Hopper; others have 99 to 163
 _WIDEST_TILE = 128
 
 
-def config_for(R: int, E: int, rows: int, dtype: torch.dtype, shared_bytes: int) -> Config:
+def config_for(R: int, E: int, rows: int, dtype: torch.dtype, is_fp8: bool, shared_bytes: int) -> Config:
     """By compiling for sm_90: tiles are not spilled, and up to R 256 two programs share a multiprocessor."""
     if shared_bytes < _ROOMY and (R + E > 320 or dtype == torch.float32):
         return Config(_LEAST_SIDE, 16 if dtype == torch.float32 else 32, 8, 1, 1, 256, 16, 1)
     BM = min(max(next_power_of_2(rows), _LEAST_SIDE), 32)
     if dtype == torch.float32:
         return Config(_LEAST_SIDE, 32, 8 if R > 128 else 4, 2, 1, 256, 16, 2)
+    if is_fp8 and R > 128:
+        # A thread holds some of the next tile, too: small ones, two programs for all R.
+        return Config(BM if R <= 256 else _LEAST_SIDE, 32, 4, 1, 2, 256, 16, 2)
     if R > 256:
         return Config(BM, 64, 8, 2, 1, 256, 16, 4)
     if R > 128:
@@ -517,9 +682,10 @@ def _plan(
     config: Config | None,
 ) -> _Plan:
     B, T, H, HK, R, E, page, capacity = sizes
-    dot, scales_dtype = dtypes
+    dot, scales_dtype, cache_dtype = dtypes
+    is_fp8 = cache_dtype == fp8.BYTES
     multiprocessors, shared_bytes = _resources(device)
-    c = config or config_for(R, E, T * H, dot, shared_bytes)
+    c = config or config_for(R, E, T * H, dot, is_fp8, shared_bytes)
     BM, widths = c.rows, widths_for(R)
     tiles = ceil_div(T * H, BM)
     programs = max(c.programs * multiprocessors // tiles, 1)
@@ -554,6 +720,8 @@ def _plan(
         c.group,
         dot_type(dot),
         dot_type(scales_dtype),
+        *(fp8.offsets(R) if is_fp8 else (0, 0)),
+        is_fp8 and _has_e4m3(),
     )
     return _Plan(tiles, programs, slots, tiles * slots * (R + 2) * BM if is_cut else 0, constants, c.warps, c.stages)
 
@@ -588,7 +756,7 @@ def forward(
         scale_strides = (scales_outer // align_scales, scales_token // align_scales, scales_head)
     plan = _plan(
         (B, T, H, HK, R, E, page, capacity),
-        (dtype if dtype == kv_cache.dtype else torch.float32, scales_dtype),
+        (dtype if kv_cache.dtype in (dtype, fp8.BYTES) else torch.float32, scales_dtype, kv_cache.dtype),
         (align, align_scales),
         causal,
         fixed_split,
@@ -637,3 +805,11 @@ def _resources(device: torch.device) -> tuple[int, int]:
         return 8, _ROOMY
     properties = driver.active.utils.get_device_properties(device.index or 0)
     return properties["multiprocessor_count"], properties["max_shared_mem"]
+
+
+def _has_e4m3() -> bool:
+    """Whether the current GPU converts from e4m3 itself."""
+    if INTERPRETING:
+        return False
+    target = driver.active.get_current_target()
+    return target.backend == "cuda" and target.arch >= 89

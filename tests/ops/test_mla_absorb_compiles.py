@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hylo_ops import mla_absorb
+from hylo_ops import fp8_row_bytes, fp8_row_parts, mla_absorb
 from hylo_ops.mla_absorb import triton as backend
 from tests.dry_driver import SHARED_BYTES, compiling
 
@@ -16,24 +16,38 @@ CASES = [
     (16, 512, 64, BF16, 64, None, 96),
     (32, 128, 32, FP32, 64, None, 64),
 ]
+# The same over rows in fp8, whose loop does touch it.
+CASES_FP8 = [
+    (32, 128, 32, BF16, 64, None, 0),
+    (24, 128, 64, FP16, None, None, 64),
+    (32, 128, 32, BF16, 16, 8, 128),
+    (16, 256, 64, BF16, 64, None, 0),
+    (32, 256, 32, BF16, 64, None, 32),
+    (16, 512, 64, BF16, 64, None, 192),
+    (128, 512, 64, BF16, 64, None, 192),
+]
 
 
-def tensors(H, R, E, dtype, page, HK, T=1):
+def tensors(H, R, E, dtype, page, HK, T=1, fp8=False):
     """Widths, dtypes and alignment are those of a model, the rest is small; long enough to be cut."""
-    row, lengths = R + E + (HK or 0), torch.zeros(2, dtype=torch.int32)
+    row, stored = (fp8_row_bytes(R, E, HK or 0), torch.uint8) if fp8 else (R + E + (HK or 0), dtype)
+    lengths = torch.zeros(2, dtype=torch.int32)
     if page is None:
-        cache, table = torch.empty(2, 2048, row, dtype=dtype), None
+        cache, table = torch.empty(2, 2048, row, dtype=stored), None
     else:
-        cache, table = torch.empty(4, page, row, dtype=dtype), torch.zeros(2, 2048 // page, dtype=torch.int32)
+        cache, table = torch.empty(4, page, row, dtype=stored), torch.zeros(2, 2048 // page, dtype=torch.int32)
     q, rope = torch.empty(2, T, H, R, dtype=dtype), torch.empty(2, T, H, E, dtype=dtype)
-    return q, rope, cache, lengths, None, table, None if HK is None else cache[..., R + E :]
+    behind = fp8_row_parts(cache, latent_rank=R, dtype=dtype)[2][..., E:] if fp8 else cache[..., R + E :]
+    return q, rope, cache, lengths, None, table, None if HK is None else behind[..., :HK]
 
 
 @pytest.mark.parametrize(
-    ("H", "R", "E", "dtype", "page", "HK", "stack"), CASES, ids=lambda x: str(x).removeprefix("torch.")
+    ("H", "R", "E", "dtype", "page", "HK", "stack", "fp8"),
+    [*((*case, False) for case in CASES), *((*case, True) for case in CASES_FP8)],
+    ids=lambda x: str(x).removeprefix("torch."),
 )
-def test_decode(H, R, E, dtype, page, HK, stack):
-    inputs = tensors(H, R, E, dtype, page, HK)
+def test_decode(H, R, E, dtype, page, HK, stack, fp8):
+    inputs = tensors(H, R, E, dtype, page, HK, fp8=fp8)
     with compiling() as launched:
         backend.forward(*inputs, 1.0, True, False)
     (kernel,) = launched

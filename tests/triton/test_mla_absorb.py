@@ -4,14 +4,16 @@ import dataclasses
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from triton.runtime import interpreter
 
-from hylo_ops import mla_absorb
+from hylo_ops import fp8_row_bytes, mla_absorb
 from hylo_ops.mla_absorb import reference, triton_decode
 from hylo_ops.mla_absorb import triton as backend
 from hylo_ops.mla_absorb.triton_decode import Config
-from hylo_ops.testing import cast, gradients, within_budget
-from tests.triton.mla_absorb_cases import BF16, FP32, SMALL, Case, make
+from hylo_ops.testing import gradients, within_budget
+from tests.triton.mla_absorb_cases import BF16, FP16, FP32, SMALL, SMALL_FP8, Case, dequantized, make
 
 NAMES = ("q_nope", "q_rope", "kv_cache", "cache_seqlens", "cache_starts", "block_table", "key_scale")
 CUT = Config(16, 32, 4, 1, 1, 32, 4, 2)  # small shares, merged four by four
@@ -34,7 +36,7 @@ def exact(inputs, case):
     """The definition in float64, on the inputs as they are rounded; it reads entries of the table that nobody needs."""
     table = inputs["block_table"]
     clean = {"block_table": None if table is None else table.clamp(0, len(inputs["kv_cache"]) - 1)}
-    wide = cast(inputs | clean, torch.float64)
+    wide = dequantized(inputs | clean, case, torch.float64)
     return reference.step_by_step(*(wide[name] for name in NAMES), scale=inputs["scale"], causal=case.causal)
 
 
@@ -51,9 +53,27 @@ def check(inputs, case):
     return o, lse
 
 
-@pytest.mark.parametrize("case", SMALL, ids=str)
+@pytest.mark.parametrize("case", [*SMALL, *SMALL_FP8], ids=str)
 def test_equals_the_definition(case):
     check(make(case), case)
+
+
+@pytest.mark.parametrize("has_e4m3", [False, True])
+@pytest.mark.parametrize("dtype", [FP16, FP32])
+def test_every_byte_of_e4m3(has_e4m3, dtype):
+    """With and without a GPU's own conversion; a NaN is left to the scale without it."""
+    bits = torch.arange(256, dtype=torch.uint8)
+    found, expected = torch.empty(256, dtype=dtype), bits.view(torch.float8_e4m3fn).to(dtype)
+    converted[(1,)](bits, found, has_e4m3, {FP16: tl.float16, FP32: tl.float32}[dtype])
+    number = ~expected.isnan()
+    assert int(number.sum()) == 254
+    assert torch.equal(found[number], expected[number])
+
+
+@triton.jit
+def converted(p_bits, p_out, HAS_E4M3: tl.constexpr, DOT: tl.constexpr):
+    o_i = tl.arange(0, 256)
+    tl.store(p_out + o_i, triton_decode.from_e4m3(tl.load(p_bits + o_i), DOT, HAS_E4M3))
 
 
 @pytest.mark.parametrize(("group", "lengths", "H"), [(4, (1056, 320), 4), (16, (250, 90), 19)])
@@ -131,6 +151,17 @@ def test_strided_views():
     check(inputs | {"q_nope": q[..., :32], "q_rope": q[..., 33:49], "kv_cache": pool[::2], "key_scale": scales}, case)
 
 
+def test_strided_rows_in_fp8():
+    """Every second page of a pool, with bytes behind the rows, and scales of their own dtype and layout."""
+    case = Case((60, 33), T=2, R=160, page=16, HK=2, fp8=True)
+    inputs = make(case)
+    row = inputs["kv_cache"].shape[-1]
+    pool = torch.full((2 * len(inputs["kv_cache"]), 16, row + 32), 255, dtype=torch.uint8)
+    pool[::2, :, :row] = inputs["kv_cache"]
+    scales = inputs["key_scale"].float().transpose(1, 2).contiguous().transpose(1, 2)
+    check(inputs | {"kv_cache": pool[::2], "key_scale": scales}, case)
+
+
 @pytest.mark.parametrize("index", [torch.int32, torch.int64])
 def test_dtypes_of_indices_and_a_narrow_cache(index):
     case = Case((60, 33), page=16, starts=(3, 30), dtype=FP32)
@@ -194,3 +225,6 @@ def test_supports_the_whole_contract():
                 q, rope = torch.empty(1, 1, 1, R, dtype=dtype), torch.empty(1, 1, 1, E, dtype=dtype)
                 cache, lengths = torch.empty(1, 1, R + E, dtype=dtype), torch.zeros(1, dtype=torch.int32)
                 assert backend.why_not(q, rope, cache, lengths, None, None, None, **options) is None
+                if dtype != FP32:
+                    rows = torch.empty(1, 1, fp8_row_bytes(R, E), dtype=torch.uint8)
+                    assert backend.why_not(q, rope, rows, lengths, None, None, None, **options) is None
