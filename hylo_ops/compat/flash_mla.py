@@ -6,11 +6,11 @@ from hylo_ops.compat.flash_mla import flash_mla_with_kvcache, get_mla_metadata
 import torch
 from torch import Tensor
 
-from hylo_ops import checks, mla_absorb
+from hylo_ops import checks, fp8_row_bytes, mla_absorb
 
 __all__ = ["FlashMLASchedMeta", "absorbed_attention", "flash_mla_with_kvcache", "get_mla_metadata"]
 
-_NO_FP8 = "the cache has the dtype of the queries"
+_FP8 = (torch.uint8, torch.float8_e4m3fn)
 _NO_SPARSE = "each query attends to all cached tokens that it may see, none are picked"
 
 
@@ -29,16 +29,15 @@ def get_mla_metadata(
     """Placeholders for `flash_mla_with_kvcache`; they stay valid when shapes or lengths change.
 
     Args:
-        cache_seqlens: as num_q_tokens_per_head_k, num_heads_k and num_heads_q of FlashMLA's earlier forms: ignored.
-        is_fp8_kvcache: must be False.
+        cache_seqlens: as num_q_tokens_per_head_k, num_heads_k, num_heads_q and is_fp8_kvcache of FlashMLA's earlier
+            forms: ignored.
         topk: must be None.
     Returns:
         tile_scheduler_metadata: FlashMLASchedMeta.   num_splits: None.
     Raises:
-        NotImplementedError: an fp8 cache or sparse attention is asked for.
+        NotImplementedError: sparse attention is asked for.
     Source: FlashMLA (github.com/deepseek-ai/FlashMLA), flash_mla/flash_mla_interface.py.
     """
-    _refuse("is_fp8_kvcache", is_fp8_kvcache or None, _NO_FP8)
     _refuse("topk", topk, _NO_SPARSE)
     return FlashMLASchedMeta(), None
 
@@ -67,7 +66,9 @@ def flash_mla_with_kvcache(
     takes R 512, R + E 576 or 512 and pages of 64 only; here they are what the op takes.
     Args:
         q: [batch, seq_len_q, heads_q, head_dim] bf16 | fp16 | fp32 | fp64. Latent | rope.
-        k_cache: [num_blocks, page_block_size, 1, head_dim], dtype of q. Latent | rope.
+        k_cache: [num_blocks, page_block_size, 1, head_dim], dtype of q. Latent | rope. With is_fp8_kvcache
+            [num_blocks, page_block_size, 1, bytes] uint8 | float8_e4m3fn: rows of `hylo_ops.quantize_kv_cache`, which
+            at FlashMLA's dims are its 656 bytes.
         block_table: [batch, max_blocks] int32 | int64.
         cache_seqlens: [batch] int32 | int64. Tokens of each sequence in the cache, the seq_len_q new ones included.
         head_dim_v: the latent's width, 1 to head_dim.
@@ -76,7 +77,7 @@ def flash_mla_with_kvcache(
         softmax_scale: head_dim ** -0.5 if None, the form's default. A model's is (nope + rope) ** -0.5 of its expanded
             head and has to be given.
         causal: new token t sees the first `cache_seqlens - seq_len_q + t + 1` positions, so the last one sees all.
-        is_fp8_kvcache: must be False.
+        is_fp8_kvcache: whether the cache is in fp8; q is bf16 or fp16 then.
         indices: must be None, as attn_sink, extra_k_cache, extra_indices_in_kvcache, topk_length, extra_topk_length.
     Returns:
         out: [batch, seq_len_q, heads_q, head_dim_v], dtype of q. A token that sees nothing gets zeros.
@@ -85,10 +86,9 @@ def flash_mla_with_kvcache(
     Raises:
         TypeError: an argument has a name that the form does not have.
         ValueError: a shape or dtype above is violated, or block_table or cache_seqlens is None.
-        NotImplementedError: an fp8 cache, sparse attention, a sink or a second cache is asked for; as the op.
+        NotImplementedError: sparse attention, a sink or a second cache is asked for; as the op.
     Source: FlashMLA (github.com/deepseek-ai/FlashMLA), flash_mla/flash_mla_interface.py.
     """
-    _refuse("is_fp8_kvcache", is_fp8_kvcache or None, _NO_FP8)
     _refuse("indices", indices, _NO_SPARSE)
     _refuse("attn_sink", attn_sink, "the softmax has no sink")
     _refuse("extra_k_cache", extra_k_cache, "there is one cache")
@@ -102,8 +102,9 @@ def flash_mla_with_kvcache(
     head_dim = q.shape[3]
     if not 0 < head_dim_v <= head_dim:
         raise ValueError(f"head_dim_v must be 1 to head_dim ({head_dim}), got {head_dim_v}")
-    checks.shape("k_cache", k_cache, "num_blocks", "page_block_size", 1, head_dim)
-    checks.dtype("k_cache", k_cache, (q.dtype,))
+    row = fp8_row_bytes(head_dim_v, head_dim - head_dim_v) if is_fp8_kvcache else head_dim
+    checks.shape("k_cache", k_cache, "num_blocks", "page_block_size", 1, row)
+    checks.dtype("k_cache", k_cache, _FP8 if is_fp8_kvcache else (q.dtype,))
     out, lse = mla_absorb(
         q[..., :head_dim_v],
         q[..., head_dim_v:],

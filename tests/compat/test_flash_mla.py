@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from hylo_ops import mla_absorb
+from hylo_ops import dequantize_kv_cache, mla_absorb, quantize_kv_cache
 from hylo_ops.compat import flash_mla
 from hylo_ops.compat.flash_mla import absorbed_attention, flash_mla_with_kvcache, get_mla_metadata
 from hylo_ops.testing import cast, gradients, within_budget
@@ -124,7 +124,7 @@ def test_metadata_plans_nothing():
     earlier = get_mla_metadata(x["cache_seqlens"], 2 * 3, 1)
     close(flash_mla_with_kvcache(*x.values(), *earlier), expected)
     named = get_mla_metadata(
-        cache_seqlens=x["cache_seqlens"], num_q_tokens_per_head_k=6, num_heads_k=1, num_heads_q=3, is_fp8_kvcache=False
+        cache_seqlens=x["cache_seqlens"], num_q_tokens_per_head_k=6, num_heads_k=1, num_heads_q=3, is_fp8_kvcache=True
     )
     close(flash_mla_with_kvcache(*x.values(), *named), expected)
     schedule, splits = get_mla_metadata()
@@ -168,7 +168,6 @@ def test_nothing_is_copied(seen):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("is_fp8_kvcache", True),
         ("indices", torch.zeros(5, 1, 4, dtype=torch.int32)),
         ("attn_sink", torch.zeros(3)),
         ("extra_k_cache", torch.zeros(2, 4, 1, R + E)),
@@ -178,14 +177,12 @@ def test_nothing_is_copied(seen):
     ],
 )
 def test_what_there_is_not(name, value):
-    got = "True" if value is True else rf"\[{', '.join(map(str, value.shape))}\]"
-    with pytest.raises(NotImplementedError, match=rf"^{name} is not supported: .*; got {got}$"):
+    got = ", ".join(map(str, value.shape))
+    with pytest.raises(NotImplementedError, match=rf"^{name} is not supported: .*; got \[{got}\]$"):
         run(make(), **{name: value})
 
 
 def test_metadata_for_what_there_is_not():
-    with pytest.raises(NotImplementedError, match=r"is_fp8_kvcache is not supported: .*; got True"):
-        get_mla_metadata(is_fp8_kvcache=True)
     with pytest.raises(NotImplementedError, match=r"topk is not supported: .*; got 2048"):
         get_mla_metadata(topk=2048)
     with pytest.raises(TypeError, match="unexpected keyword argument 'top_k'"):
@@ -213,6 +210,53 @@ def test_what_it_refuses():
             run({**x, **changed})
     with pytest.raises(TypeError, match="unexpected keyword argument 'descale_k'"):
         run(x, descale_k=None)
+
+
+# A cache in fp8
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e4m3fn])
+def test_flash_mla_s_rows_of_656_bytes(dtype, seen):
+    """Put together from bytes as its README has it; read where they lie, in pages with a row to spare."""
+    x = make(2, R=512, E=64, page=64, dtype=torch.float32) | {"head_dim_v": 512}
+    x["q"] = x["q"].bfloat16()
+    latents, rope = x["k_cache"].split([512, 64], -1)
+    scale = latents.unflatten(-1, (4, 128)).abs().amax(-1) / 448
+    codes = (latents.unflatten(-1, (4, 128)) / scale[..., None]).to(torch.float8_e4m3fn)
+    parts = [codes.flatten(-2), scale, rope.bfloat16()]
+    rows = torch.cat([part.contiguous().view(torch.uint8) for part in parts], -1)
+    pool = torch.full((len(rows), 65, 1, 656), 255, dtype=torch.uint8)[:, :64]
+    found = run(x | {"k_cache": pool.copy_(rows).view(dtype)}, causal=True, is_fp8_kvcache=True)
+    ((_, _, cache),) = seen
+    assert cache.data_ptr() == pool.data_ptr()
+    products = (codes.double() * scale[..., None]).flatten(-2)
+    exact = cast(x, DTYPE) | {"k_cache": torch.cat([products, rope.bfloat16().double()], -1)}
+    out, lse = plain(**exact, scale=576**-0.5, causal=True)
+    within_budget(found[0], out.bfloat16(), out, "out")
+    torch.testing.assert_close(found[1], lse.float())
+
+
+def test_rows_in_fp8_of_other_dims():
+    x = make(1, R=128, E=32, dtype=torch.bfloat16) | {"head_dim_v": 128}
+    rows = quantize_kv_cache(x["k_cache"], latent_rank=128)
+    found = run(x | {"k_cache": rows}, is_fp8_kvcache=True)
+    back = dequantize_kv_cache(rows, latent_rank=128, width=160, dtype=torch.bfloat16, out_dtype=DTYPE)
+    out, lse = plain(**cast(x, DTYPE) | {"k_cache": back}, scale=160**-0.5, causal=False)
+    within_budget(found[0], out.bfloat16(), out, "out")
+    torch.testing.assert_close(found[1], lse.float())
+
+
+def test_what_it_refuses_of_fp8():
+    x = make(R=128, E=32, dtype=torch.bfloat16) | {"head_dim_v": 128}
+    rows = quantize_kv_cache(x["k_cache"], latent_rank=128)
+    for changed, message in (
+        ({"k_cache": x["k_cache"]}, r"k_cache must have shape .*, 1, 208\], got \[52, 4, 1, 160\]"),
+        ({"k_cache": rows.short()}, "k_cache must be uint8 or float8_e4m3fn, got int16"),
+        ({"k_cache": rows, "head_dim_v": 160}, r"k_cache must have shape .*, 1, 176\], got \[52, 4, 1, 208\]"),
+        ({"k_cache": rows, "q": x["q"].float()}, "fp8 kv_cache must be bfloat16 or float16, got float32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run({**x, **changed}, is_fp8_kvcache=True)
 
 
 # Latents and rope keys as two tensors
