@@ -13,10 +13,10 @@ from bench import contest, timing
 from bench.contest import Contestant, Results, Roofs, Work
 from bench.peers import mla_absorb as peers
 from bench.peers.mla_absorb import Attention, AttentionForm, LatentCache, Step, StepInputs
-from bench.shapes import MLA_ABSORB, MLA_ABSORB_LARGE, LatentCase
+from bench.shapes import MLA_ABSORB, MLA_ABSORB_FP8, MLA_ABSORB_LARGE, LatentCase
 from bench.timing import Call, Rotation
 
-CASES = {case.name: case for case in MLA_ABSORB}
+CASES = {case.name: case for case in (*MLA_ABSORB, *MLA_ABSORB_FP8)}
 EXTRA_CASES = {case.name: case for case in MLA_ABSORB_LARGE}
 PEERS = list(peers.FORMS)
 BACKENDS = ["cuda", "triton", "composed"]
@@ -35,7 +35,10 @@ def ceilings() -> dict[str, float]:
 
 
 def draw_cache(case: LatentCase, generator: torch.Generator) -> LatentCache:
-    """Copies of one cache, whose pages lie in random order; what lies behind a sequence's end is drawn, too."""
+    """Copies of one cache, whose pages lie in random order; what lies behind a sequence's end is drawn, too.
+
+    No peer attends to all rows of one in fp8: theirs are dequantized, in 16 bits.
+    """
     device = generator.device
     counts = [-(-length // case.page) for length in case.lengths]
     order = torch.randperm(sum(counts), generator=generator, device=device).int()
@@ -43,9 +46,13 @@ def draw_cache(case: LatentCase, generator: torch.Generator) -> LatentCache:
     for pages, found in zip(block_table, order.split(counts), strict=True):
         pages[: len(found)] = found
     shape = sum(counts), case.page, case.R + case.E
-    first = normal_numbers(case, generator)(shape)
+    first, coded = normal_numbers(case, generator)(shape), None
+    if case.fp8:
+        coded = hylo_ops.quantize_kv_cache(first, latent_rank=case.R)
+        first = dequantized(coded, case, case.dtype)
     return LatentCache(
-        copies=(first, *(first.clone() for _ in range(-(-COLD_BYTES // first.nbytes) - 1))),
+        copies=cold_copies(first),
+        fp8_copies=() if coded is None else cold_copies(coded),
         lengths=case.lengths,
         cache_seqlens=torch.tensor(case.lengths, dtype=torch.int32, device=device),
         block_table=block_table,
@@ -54,6 +61,16 @@ def draw_cache(case: LatentCase, generator: torch.Generator) -> LatentCache:
         E=case.E,
         scale=(case.nope + case.E) ** -0.5,
     )
+
+
+def dequantized(coded: Tensor, case: LatentCase, out_dtype: torch.dtype) -> Tensor:
+    sizes: dict[str, Any] = {"latent_rank": case.R, "width": case.R + case.E, "dtype": case.dtype}
+    return hylo_ops.dequantize_kv_cache(coded, **sizes, out_dtype=out_dtype)
+
+
+def cold_copies(first: Tensor) -> tuple[Tensor, ...]:
+    """It and so many more of it that none is in a cache of the GPU when its turn comes."""
+    return (first, *(first.clone() for _ in range(-(-COLD_BYTES // first.nbytes) - 1)))
 
 
 def seeded(device: str = "cuda") -> torch.Generator:
@@ -71,12 +88,13 @@ def work(case: LatentCase) -> Work:
     A multiply and an add are 2 FLOP. Of a cached token: 2 H (2 R + E) FLOP, R + E numbers read once for all heads. Of a
     sequence: H (2 R + E) numbers of queries and output. A step has instead those before and behind the up-projections,
     both of these once, 2 H R (nope + v) FLOP, cos and sin, and the new row read and written. Bytes are the true ones,
-    also for those who read padding.
+    also for those who read padding: a cached token in fp8 has R, 4 for each 128 latents, and E numbers.
     """
     size, tokens, row = case.dtype.itemsize, sum(case.lengths), case.R + case.E
     flop = 2 * tokens * case.H * (case.R + row)
     if case.scope == "attention":
-        return Work(bytes=size * (tokens * row + case.B * case.H * (case.R + row)), flop=flop)
+        cached = case.R + 4 * -(-case.R // 128) + size * case.E if case.fp8 else size * row
+        return Work(bytes=tokens * cached + size * case.B * case.H * (case.R + row), flop=flop)
     weights = case.HK * case.R * (case.nope + case.v)
     of_sequence = case.H * (case.nope + case.E + case.v) + 2 * row + 2 * case.E
     old_rows = (tokens - case.B) * row
@@ -94,7 +112,7 @@ def our_attention(backend: str, cache: LatentCache) -> Attention:
         assert isinstance(o, Tensor)
         return o
 
-    return Attention(cache.copies, cache.slots, lambda *queries: queries, attend)
+    return Attention(cache.fp8_copies or cache.copies, cache.slots, lambda *queries: queries, attend)
 
 
 def our_step(backend: str, inputs: StepInputs) -> Step:
@@ -140,7 +158,8 @@ def attention_sides(case: LatentCase) -> Sides:
         return Contestant(check=check, start=start)
 
     # queries in float64 make the reference compute so, slice by slice of the cache as it is: 2M tokens fit
-    exact = our_attention("reference", cache).attend((queries[0].double(), queries[1].double()), cache.copies[0])
+    rows = dequantized(cache.fp8_copies[0], case, torch.float64) if case.fp8 else cache.copies[0]
+    exact = our_attention("reference", cache).attend((queries[0].double(), queries[1].double()), rows)
     return Sides(
         ours=lambda name: contestant(partial(our_attention, name)),
         peers={name: contestant(form) for name, form in peers.FORMS.items()},
@@ -204,6 +223,7 @@ def run(case: LatentCase, backends: list[str], chosen_peers: list[str], roofs: R
     ours, others = contest.prepare(case.name, able, chosen, sides.exact, MAX_ERROR)
     common = {
         **contest.described(case, PASSES[case.scope]),
+        **({"state_dtype": "fp8"} if case.fp8 else {}),
         "scope": case.scope,
         "tokens": sum(case.lengths),
         "page": case.page,

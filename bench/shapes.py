@@ -238,6 +238,7 @@ class LatentCase:
         v: width of a head's value after the value up-projection.
         HK: heads of the up-projections.
         skewed: lengths from 100 to S, log-uniform.
+        fp8: whether the cache has rows of `hylo_ops.quantize_kv_cache`.
         scope: what is timed: the "attention" on latents, or the whole "step" of a layer.
     """
 
@@ -251,6 +252,7 @@ class LatentCase:
     v: int
     HK: int = 8
     skewed: bool = False
+    fp8: bool = False
     scope: str = "attention"
     page: int = 64
     dtype: torch.dtype = torch.bfloat16
@@ -300,6 +302,12 @@ MLA_ABSORB = [
         for name in ("hylo-1b", "hylo-3b")
         for B in (1, 32)
     ),
+]
+
+MLA_ABSORB_FP8 = [
+    LatentCase(f"{name}-{B}x{S // _K}k-fp8", B, S, *_LATENTS[name], fp8=True)
+    for name in ("hylo-1b", "qwen", "deepseek-h16", "deepseek-h128")
+    for B, S in ((1, 4 * _K), (1, 128 * _K), (32, 4 * _K), (32, 32 * _K))
 ]
 
 # 5 to 19 GB of cache, and as much again for each layout that a peer wants. Run by name only.

@@ -23,6 +23,7 @@ ROOFS = Roofs(bytes_per_second=1e12, flop_per_second=1e15)
 TINY = replace(mla_absorb.CASES["hylo-1b-32x4k"], name="tiny", B=3, S=150, H=2)
 SKEWED = replace(mla_absorb.CASES["qwen-64-skewed"], name="skewed", B=4, S=200, H=2)
 DEEPSEEK = replace(mla_absorb.CASES["deepseek-h16-1x4k"], name="deepseek", B=2, S=70, H=2)
+FP8 = replace(mla_absorb.CASES["hylo-1b-32x4k-fp8"], name="fp8", B=3, S=150, H=2)
 STEP = replace(mla_absorb.CASES["hylo-3b-step-1"], name="step", B=2, S=70, H=4, HK=2)
 GRID = [
     *((1, n * 1024) for n in (4, 32, 128, 1024, 2048)),
@@ -220,7 +221,13 @@ def libraries(monkeypatch):
 
 
 def test_every_case_of_the_bar_is_there():
-    cases = list(mla_absorb.CASES.values())
+    in_fp8 = [case for case in mla_absorb.CASES.values() if case.fp8]
+    assert [case.name for case in in_fp8] == [
+        f"{name}-{size}-fp8"
+        for name in ("hylo-1b", "qwen", "deepseek-h16", "deepseek-h128")
+        for size in ("1x4k", "1x128k", "32x4k", "32x32k")
+    ]
+    cases = [case for case in mla_absorb.CASES.values() if case not in in_fp8]
     alone = [case for case in cases if case.scope == "attention"]
     even = [(case.H, case.R, case.E, case.B, case.S) for case in alone if not case.skewed]
     assert even == [(*dims, *size) for dims in DIMS for size in GRID]
@@ -252,6 +259,9 @@ def test_work_by_hand():
     assert hylo.flop == tokens * 18_432
     assert deepseek.bytes == tokens * 1152 + 32 * 128 * (2 * 512 + 64) * 2
     assert deepseek.flop == tokens * 278_528
+    for name, row, queries in (("hylo-1b", 196, 32 * (2 * 128 + 32)), ("deepseek-h16", 656, 16 * (2 * 512 + 64))):
+        fp8, wide = (mla_absorb.work(mla_absorb.CASES[f"{name}-32x4k{suffix}"]) for suffix in ("-fp8", ""))
+        assert (fp8.bytes, fp8.flop) == (tokens * row + 32 * queries * 2, wide.flop)
     skewed = mla_absorb.CASES["qwen-64-skewed"]
     assert mla_absorb.work(skewed).bytes == sum(skewed.lengths) * 640 + 64 * 16 * (2 * 256 + 64) * 2
     step = mla_absorb.work(mla_absorb.CASES["hylo-1b-step-32"])
@@ -304,6 +314,20 @@ def test_every_peer_of_the_attention_computes_the_same(on_cpu, libraries, case):
     assert row["bytes_per_second"] == pytest.approx(row["bytes"] / 4e-6)
     assert row["peers"]["torch"]["flop_per_second"] == pytest.approx(row["flop"] / 12e-6)
     assert row["ratio"] == pytest.approx(3.0)
+
+
+def test_rows_in_fp8_are_held_to_what_they_stand_for(on_cpu, libraries):
+    """Ours reads the bytes; peers, and float64, have the same numbers."""
+    attention = mla_absorb.our_attention("reference", mla_absorb.draw_cache(FP8, mla_absorb.seeded()))
+    assert {(copy.dtype, copy.shape[-1]) for copy in attention.copies} == {(torch.uint8, 208)}
+    (row,) = rows(FP8)
+    assert (row["dtype"], row["state_dtype"]) == ("bf16", "fp8")
+    assert row["error"] < 3e-3
+    present = {name: entry["error"] for name, entry in row["peers"].items() if "missing" not in entry}
+    assert present.keys() == {"flashinfer_fa3", "flashinfer_fa2", "fa3", "vllm_triton", "torch"}
+    assert max(present.values()) < 2e-2
+    (cuda,) = rows(FP8, [], ["cuda"])
+    assert "kv_cache is fp8" in cuda["missing"]
 
 
 def test_every_peer_of_the_step_computes_the_same(on_cpu, libraries):

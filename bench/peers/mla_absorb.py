@@ -25,6 +25,7 @@ class LatentCache:
 
     Args:
         copies: [pages, page, R + E] each, all alike; calls take them in turn.
+        fp8_copies: [pages, page, bytes] each, in fp8, where there are such: `copies` are what they stand for then.
         lengths: tokens of each sequence, as the host knows them; `cache_seqlens` [B] int32 is the same on the device.
         block_table: [B, max pages] int32; unused entries are 0.
     """
@@ -37,6 +38,7 @@ class LatentCache:
     R: int
     E: int
     scale: float
+    fp8_copies: tuple[Tensor, ...] = ()
 
     @property
     def page(self) -> int:
