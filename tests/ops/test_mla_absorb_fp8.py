@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hylo_ops import dequantize_kv_cache, fp8_row_bytes, fp8_row_parts, mla_absorb, quantize_kv_cache
-from hylo_ops.testing import gradients
+from hylo_ops.testing import gradients, relative_error
 from tests.triton.mla_absorb_cases import BF16, FP16, FP32, SMALL_FP8, Case, dequantized, key_scales, make
 
 FP8, FP64 = torch.float8_e4m3fn, torch.float64
@@ -169,6 +169,24 @@ def test_the_reference_is_that_over_dequantized_rows(case):
     assert torch.isfinite(o).all()
     assert torch.equal(o, expected[0])
     assert torch.equal(lse, expected[1])
+
+
+@pytest.mark.parametrize(
+    ("dims", "of_o", "of_lse"),
+    [((32, 128, 32, 32), 2.2e-2, 9e-3), ((16, 256, 64, 64), 2.3e-2, 5e-3), ((16, 512, 64, 128), 3.5e-2, 5e-3)],
+    ids=["128+32", "256+64", "512+64"],
+)
+def test_what_it_costs(dims, of_o, of_lse):
+    """One token over 4096 of normal numbers, against float64 over those: the numbers of docs/mla_absorb.md."""
+    H, R, E, nope = dims
+    g = torch.Generator().manual_seed(0)
+    rows, q = (torch.randn(1, n, R + E, generator=g).bfloat16() for n in (4096, H))
+    queries = q[:, None, :, :R], q[:, None, :, R:]
+    options = {"cache_seqlens": torch.tensor([4096]), "scale": (nope + E) ** -0.5, "return_lse": True}
+    o, lse = mla_absorb(*queries, quantize_kv_cache(rows, latent_rank=R), **options)
+    exact_o, exact_lse = mla_absorb(*(half.double() for half in queries), rows.double(), **options)
+    assert relative_error(o, exact_o) == pytest.approx(of_o, rel=0.05)
+    assert float((lse - exact_lse).abs().max()) == pytest.approx(of_lse, rel=0.1)
 
 
 def test_bytes_and_e4m3_are_the_same_cache():
