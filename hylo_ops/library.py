@@ -19,7 +19,7 @@ _LIBRARY = torch.library.Library("hylo_ops", "DEF")
 # Found once: each lookup through torch's modules takes as long as the call.
 _is_compiling = torch.compiler.is_compiling
 _count_dispatch_modes = torch._C._len_torch_dispatch_stack
-_tracing_state = torch._C._get_tracing_state
+_is_tracing = torch._C._is_tracing
 _transform = torch._C._functorch.peek_interpreter_stack
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
@@ -30,7 +30,7 @@ def may_skip_dispatcher() -> bool:
 
     Tensors can ask for the dispatcher too: subclasses, and those that want a gradient.
     """
-    return not (_is_compiling() or _count_dispatch_modes() or _tracing_state() is not None or _transform() is not None)
+    return not (_is_compiling() or _count_dispatch_modes() or _is_tracing() or _transform() is not None)
 
 
 def _are_plain(arguments: Sequence[Any]) -> bool:

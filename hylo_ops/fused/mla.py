@@ -69,11 +69,14 @@ def mla_step(
         deterministic: yes.
     Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1 and appendix C.
     """
-    tensors = (q_nope, q_rope, kv_new, w_uk, w_uv, kv_cache, cache_seqlens, position, cos, sin)
     if (backend is None or backend == "cuda") and may_skip_dispatcher():
-        o = cuda_mla.direct()(*tensors, cache_starts, block_table, scale, key_scale)
+        o = cuda_mla.direct()(  # one by one: a tuple to be unpacked takes 0.3 us
+            q_nope, q_rope, kv_new, w_uk, w_uv, kv_cache, cache_seqlens, position, cos, sin, cache_starts, block_table,
+            scale, key_scale,
+        )  # fmt: skip
         if not isinstance(o, str):
             return o
+    tensors = (q_nope, q_rope, kv_new, w_uk, w_uv, kv_cache, cache_seqlens, position, cos, sin)
     _check(*tensors, cache_starts, block_table, key_scale)
     return _step(*tensors, cache_starts, block_table, scale, key_scale, backend)
 

@@ -60,13 +60,16 @@ def mla_absorb(
         nor a gradient, NaN or not; deterministic: yes.
     Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1.2 and appendix C.
     """
-    tensors = (q_nope, q_rope, kv_cache, cache_seqlens, cache_starts, block_table, key_scale)
-    if backend in (None, "cuda") and may_skip_dispatcher():
-        results = cuda.direct()(*tensors, scale, causal, fixed_split, return_lse)
+    if (backend is None or backend == "cuda") and may_skip_dispatcher():
+        results = cuda.direct()(  # one by one: a tuple to be unpacked takes 0.3 us
+            q_nope, q_rope, kv_cache, cache_seqlens, cache_starts, block_table, key_scale,
+            scale, causal, fixed_split, return_lse,
+        )  # fmt: skip
         if not isinstance(results, str):
             return results
     if kv_cache.dtype == torch.float8_e4m3fn:
-        tensors = (q_nope, q_rope, _as_bytes(kv_cache), *tensors[3:])
+        kv_cache = _as_bytes(kv_cache)
+    tensors = (q_nope, q_rope, kv_cache, cache_seqlens, cache_starts, block_table, key_scale)
     _check(*tensors)
     o, lse = _forward(*tensors, scale, causal, fixed_split, backend)
     return (o, lse) if return_lse else o
