@@ -13,7 +13,7 @@ using gated_delta_rule::StepInputs;
 using gated_delta_rule::StepKind;
 
 GatedDeltaRuleStep::GatedDeltaRuleStep(const py::module_& torch, py::object load, int device_type)
-    : torch_(torch), load_(std::move(load)), device_type_(device_type) {}
+    : torch_(torch, device_type), load_(std::move(load)), device_type_(device_type) {}
 
 py::object GatedDeltaRuleStep::run(const py::tuple& tensors, py::handle scale, bool normalise, float most_strength,
                                    bool direct) {
@@ -27,7 +27,7 @@ py::object GatedDeltaRuleStep::run(const py::tuple& tensors, py::handle scale, b
 
   Tensor made;
   py::object o = torch_.empty_like(PyTuple_GET_ITEM(tensors.ptr(), 2), inputs.v);
-  if (!torch_.view(o, made)) return py::str("what torch allocates cannot be seen");
+  if (!torch_.view(o, made)) return py::str(TorchTensors::kNotAllocated);
   step(*kind.kernel, inputs, {static_cast<float>(factor), normalise, most_strength}, made.data,
        torch_.stream(inputs.q));
   return o;

@@ -30,7 +30,7 @@ Spread read_spread(py::handle from) {
 
 MlaAbsorb::MlaAbsorb(const py::module_& torch, py::object load, py::object floats, py::object tickets,
                      py::object capturing, int device_type)
-    : torch_(torch),
+    : torch_(torch, device_type),
       load_(std::move(load)),
       make_floats_(std::move(floats)),
       tickets_(std::move(tickets)),
@@ -67,14 +67,14 @@ py::object MlaAbsorb::launch(PyObject* const* tensors, const Call& call) {
   py::object o = torch_.empty_like(tensors[0], q), lse;
   bool seen = torch_.view(o, seen_o);
   if (call.with_lse) {
-    lse = torch_.empty(floats(q.device), {q.shape[0], q.shape[1], q.shape[2]});
+    lse = torch_.empty(floats(q.device), q, kFp32, {q.shape[0], q.shape[1], q.shape[2]});
     seen = seen && torch_.view(lse, seen_lse);
   }
   if (q.shape[0] > 0 && q.shape[1] > 0 && q.shape[2] > 0) {
     const Plan plan = planned(*found.kernel, inputs, call.spread, call.fixed_split);
     void* const stream = torch_.stream(q);
-    const Workspace used = workspace(plan, q.device, stream);
-    if (!seen || !used.seen) return py::str("what torch allocates cannot be seen");
+    const Workspace used = workspace(plan, q, stream);
+    if (!seen || !used.seen) return py::str(TorchTensors::kNotAllocated);
     mla_absorb::launch(*found.kernel, inputs, options, plan, seen_o.data, seen_lse.data, used.seen_partial.data,
                        used.seen_tickets.data, stream);
   }
@@ -97,8 +97,9 @@ bool MlaAbsorb::is_capturing() const {
 }
 
 // The stream's, if it is worth keeping and no graph will own it. No other thread comes between this and the launch.
-MlaAbsorb::Workspace MlaAbsorb::workspace(const Plan& plan, int device, void* stream) {
+MlaAbsorb::Workspace MlaAbsorb::workspace(const Plan& plan, const Tensor& near, void* stream) {
   constexpr long long kKept = 8 << 20;  // numbers
+  const int device = near.device;
   Workspace made;
   made.seen = plan.numbers == 0;
   if (made.seen) return made;
@@ -114,7 +115,7 @@ MlaAbsorb::Workspace MlaAbsorb::workspace(const Plan& plan, int device, void* st
   made.stream = stream;
   made.numbers = plan.numbers;
   made.count = plan.tickets;
-  made.partial = torch_.empty(floats(device), {plan.numbers});
+  made.partial = torch_.empty(floats(device), near, kFp32, {plan.numbers});
   made.tickets = tickets_(plan.tickets, device);
   made.seen = torch_.view(made.partial, made.seen_partial) && torch_.view(made.tickets, made.seen_tickets);
   if (kept && made.seen) keep(made);
@@ -147,8 +148,8 @@ py::object MlaAbsorb::attend(const Inputs& inputs, const mla_absorb::Options& op
   const Kernels::Loaded& found = loaded(kind_of(inputs));
   if (found.kernel == nullptr) return found.found;
   const Plan plan = planned(*found.kernel, inputs, {}, options.fixed);
-  const Workspace used = workspace(plan, inputs.q_nope.device, stream);
-  if (!used.seen) return py::str("what torch allocates cannot be seen");
+  const Workspace used = workspace(plan, inputs.q_nope, stream);
+  if (!used.seen) return py::str(TorchTensors::kNotAllocated);
   mla_absorb::launch(*found.kernel, inputs, options, plan, o, nullptr, used.seen_partial.data, used.seen_tickets.data,
                      stream);
   return py::none();

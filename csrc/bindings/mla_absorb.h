@@ -70,7 +70,7 @@ class MlaAbsorb {
   mla_absorb::Plan planned(const Kernel& kernel, const mla_absorb::Inputs& inputs, mla_absorb::Spread spread,
                            bool fixed);
   bool is_capturing() const;
-  Workspace workspace(const mla_absorb::Plan& plan, int device, void* stream);
+  Workspace workspace(const mla_absorb::Plan& plan, const Tensor& near, void* stream);
   void keep(const Workspace& workspace);
   std::string view(PyObject* const* tensors, bool direct, mla_absorb::Inputs& inputs) const;
   const Kernels::Loaded& loaded(const mla_absorb::Kind& kind);

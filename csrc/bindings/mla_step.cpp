@@ -76,7 +76,7 @@ bool has_rows(const Inputs& x) { return x.q_nope.shape[0] > 0 && x.q_nope.shape[
 }  // namespace
 
 MlaStep::MlaStep(const py::module_& torch, py::object load, py::object attention, int device_type)
-    : torch_(torch),
+    : torch_(torch, device_type),
       load_(std::move(load)),
       held_attention_(std::move(attention)),
       attention_(held_attention_.cast<MlaAbsorb&>()),
@@ -101,12 +101,13 @@ py::object MlaStep::launch(PyObject* const* tensors, py::handle scale, py::handl
   if (py::object refused = find(x, queries, values); !refused.is_none()) return refused;
 
   const Workspace at = workspace_of(x);
+  const Tensor& q = x.q_nope;
   Tensor seen_o, seen_workspace;
-  py::object o = torch_.empty(tensors[0], {x.q_nope.shape[0], 1, x.q_nope.shape[2], x.w_uv.shape[1]});
+  py::object o = torch_.empty(tensors[0], q, q.type, {q.shape[0], 1, q.shape[2], x.w_uv.shape[1]});
   if (!has_rows(x)) return o;
-  const py::object workspace = torch_.empty(tensors[0], {at.size});
+  const py::object workspace = torch_.empty(tensors[0], q, q.type, {at.size});
   if (!torch_.view(o, seen_o) || !torch_.view(workspace, seen_workspace)) {
-    return py::str("what torch allocates cannot be seen");
+    return py::str(TorchTensors::kNotAllocated);
   }
   void* const stream = torch_.stream(x.q_nope);
   launch_queries(*queries, x, at, seen_workspace.data, stream);

@@ -52,7 +52,7 @@ void expect(Py_ssize_t count, Py_ssize_t wanted) {
 // --- SsdStep ---
 
 SsdStep::SsdStep(const py::module_& torch, py::object load, int device_type)
-    : torch_(torch), load_(std::move(load)), device_type_(device_type) {}
+    : torch_(torch, device_type), load_(std::move(load)), device_type_(device_type) {}
 
 py::object SsdStep::run(const py::tuple& tensors, bool softplus, py::handle dt_limit) {
   return launch(TorchTensors::items<kTensors>(tensors), softplus, dt_limit, false);
@@ -74,19 +74,12 @@ py::object SsdStep::launch(PyObject* const* tensors, bool softplus, py::handle d
   const Kernels::Loaded& kind = loaded(step_kind(inputs));
   if (kind.kernel == nullptr) return kind.found;
 
+  const auto B = inputs.x.shape[0], H = inputs.state.shape[1], V = inputs.state.shape[2];
   Tensor made;
-  py::object o = empty_output(tensors, inputs);
-  if (!torch_.view(o, made)) return py::str("what torch allocates cannot be seen");
+  py::object o = torch_.empty(tensors[0], inputs.x, inputs.x.type, {B, 1, H, V});
+  if (!torch_.view(o, made)) return py::str(TorchTensors::kNotAllocated);
   step(*kind.kernel, inputs, options, made.data, torch_.stream(inputs.x));
   return o;
-}
-
-// Like x or c where one has its shape.
-py::object SsdStep::empty_output(PyObject* const* tensors, const StepInputs& inputs) const {
-  const auto B = inputs.x.shape[0], H = inputs.state.shape[1], V = inputs.state.shape[2];
-  if (inputs.x.shape[2] == H) return torch_.empty_like(tensors[0], inputs.x);
-  if (inputs.c.shape[2] == H && inputs.c.shape[3] == V) return torch_.empty_like(tensors[4], inputs.c);
-  return torch_.empty(tensors[0], {B, 1, H, V});
 }
 
 py::object SsdStep::why_not(const py::tuple& tensors) {
@@ -118,7 +111,7 @@ const SsdStep::Kernels::Loaded& SsdStep::loaded(const StepKind& kind) {
 // --- Mamba2Step ---
 
 Mamba2Step::Mamba2Step(const py::module_& torch, py::object load, int device_type)
-    : torch_(torch), load_(std::move(load)), device_type_(device_type) {}
+    : torch_(torch, device_type), load_(std::move(load)), device_type_(device_type) {}
 
 py::object Mamba2Step::run(const py::tuple& tensors, const py::tuple& dims, bool softplus, py::handle dt_limit,
                            py::handle eps, bool norm_before_gate) {
@@ -151,7 +144,7 @@ py::object Mamba2Step::launch(PyObject* const* tensors, PyObject* const* dims, c
 
   Tensor made;
   py::object y = torch_.empty_like(tensors[0], inputs.z);
-  if (!torch_.view(y, made)) return py::str("what torch allocates cannot be seen");
+  if (!torch_.view(y, made)) return py::str(TorchTensors::kNotAllocated);
   mamba2_step(*kind.kernel, inputs, plan, options, made.data, torch_.stream(inputs.z));
   return y;
 }

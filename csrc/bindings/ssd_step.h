@@ -37,7 +37,6 @@ class SsdStep {
 
   pybind11::object launch(PyObject* const* tensors, bool softplus, pybind11::handle dt_limit, bool direct);
   std::string view(PyObject* const* tensors, bool direct, ssd::StepInputs& inputs) const;
-  pybind11::object empty_output(PyObject* const* tensors, const ssd::StepInputs& inputs) const;
   const Kernels::Loaded& loaded(const ssd::StepKind& kind);
 
   TorchTensors torch_;

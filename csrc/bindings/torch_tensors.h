@@ -3,6 +3,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <array>
 #include <initializer_list>
 #include <string>
 
@@ -13,9 +14,11 @@ namespace hylo {
 class TorchTensors {
  public:
   static constexpr const char* kUnseen = "a tensor has no memory to be seen";
+  static constexpr const char* kNotAllocated = "what torch allocates cannot be seen";
 
-  // torch: the module. Throws where it offers no table that we know.
-  explicit TorchTensors(const pybind11::module_& torch);
+  // torch: the module. device_type: DLPack's number, of what is allocated. Throws where torch offers no table that we
+  // know.
+  TorchTensors(const pybind11::module_& torch, std::int32_t device_type);
 
   // Fills in the view of a tensor; false where there is no memory to be seen.
   bool view(pybind11::handle tensor, Tensor& out) const { return see(tensor, false, false, out); }
@@ -47,23 +50,42 @@ class TorchTensors {
     return PySequence_Fast_ITEMS(tensors.ptr());
   }
 
-  // Uninitialised, contiguous, else like `tensor`, that `seen` is the view of; on its device.
-  pybind11::object empty_like(pybind11::handle tensor, const Tensor& seen) const;
-
-  // The same of another shape, which takes half as long again.
-  pybind11::object empty(pybind11::handle like, std::initializer_list<std::int64_t> sizes) const;
+  // Uninitialised, contiguous, on the device of `tensor`, that `seen` is the view of; of that or of another type and
+  // shape.
+  pybind11::object empty_like(pybind11::handle tensor, const Tensor& seen);
+  pybind11::object empty(pybind11::handle tensor, const Tensor& seen, ElementType type,
+                         std::initializer_list<std::int64_t> sizes);
 
   // The stream that torch would launch on.
   void* stream(const Tensor& tensor) const;
 
  private:
+  static constexpr int kMaxDims = 4;
+
+  // What torch's function takes for a type and a shape: sizes, strides and dtype, as a tuple.
+  struct Layout {
+    ElementType type;
+    int dims;
+    std::array<std::int64_t, kMaxDims> sizes;
+    pybind11::object arguments;
+  };
+
   // no_subclass, no_gradient: what is not to be seen.
   bool see(pybind11::handle tensor, bool no_subclass, bool no_gradient, Tensor& out) const;
   bool gradients_are_on() const;
   bool wants_gradient(pybind11::handle tensor) const;
 
+  pybind11::object make(pybind11::handle tensor, const Tensor& seen, ElementType type, const std::int64_t* sizes,
+                        int dims);
+  const Layout& layout(ElementType type, const std::int64_t* sizes, int dims);
+  pybind11::object dtype(ElementType type) const;
+  bool is_current(std::int32_t device) const;
+
   const TensorExchange* exchange_;
-  pybind11::object tensor_, parameter_, empty_like_, contiguous_, keyword_, grad_enabled_, requires_grad_, new_empty_;
+  pybind11::object torch_, tensor_, parameter_, grad_enabled_, requires_grad_, new_empty_, dtype_keyword_;
+  pybind11::object fast_empty_, current_device_;  // either may be None
+  std::array<Layout, 8> layouts_{};               // of the last calls
+  std::size_t next_layout_ = 0;
 };
 
 }  // namespace hylo

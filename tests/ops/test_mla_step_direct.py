@@ -8,7 +8,9 @@ import torch
 
 from hylo_ops import cubin
 from hylo_ops.fused import cuda_mla, mla_step
-from tests.csrc.emulator.run_mla_step import NO_KERNEL, step
+from tests.csrc.emulator import run_mla_absorb
+from tests.csrc.emulator.run_mla_step import CPU, NO_KERNEL, step
+from tests.csrc.emulator.verdicts import torch_that_fills
 from tests.ops.layouts import shifted, strided
 from tests.ops.mla_step_cases import SCALE, Case, arguments
 
@@ -75,6 +77,29 @@ def test_wrong_input_gets_its_own_message(direct):
 def test_the_native_function_counts_its_arguments(native):
     with pytest.raises(TypeError, match="fourteen arguments are expected"):
         native.direct(*range(13))
+
+
+def test_results_are_allocated_as_compiled_graphs_allocate_theirs(monkeypatch):
+    """No sequence, no kernel. Where torch has no such function, by its public one."""
+    asked = []
+
+    def note(*layout):
+        asked.append(layout)
+        return torch.empty_strided(layout[0], layout[1], dtype=layout[2])
+
+    monkeypatch.setattr(torch._C._dynamo.guards, "_empty_strided_cpu", note)
+    attention = run_mla_absorb.native(lambda *_: NO_KERNEL)
+    fast, general = (
+        cubin.native().MlaStep(module, None, attention, device_type=CPU) for module in (torch, torch_that_fills())
+    )
+    of_sequences = {"q_nope", "q_rope", "kv_new", "cache_seqlens", "position", "cos", "sin", "block_table"}
+    dtypes = (torch.bfloat16, torch.float16, torch.bfloat16)
+    for dtype in dtypes:
+        x = replace(CASE, dtype=dtype).inputs("cpu")
+        tensors = arguments(x | {name: x[name][:0] for name in of_sequences})
+        for o in (fast.run(tensors, SCALE, None), general.run(tensors, SCALE, None)):
+            assert (o.dtype, o.shape, o.stride()) == (dtype, (0, 1, 4, 16), (64, 64, 16, 1))
+    assert asked == [((0, 1, 4, 16), (64, 64, 16, 1), dtype) for dtype in dtypes]
 
 
 @pytest.mark.parametrize(

@@ -197,6 +197,17 @@ def test_it_runs_on_the_callers_stream_without_synchronising(case):
     assert torch.equal(o, expected)
 
 
+@only_hopper
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_results_lie_where_the_inputs_do():
+    """Not on the current device."""
+    for device in (0, 1):
+        x = HYLO_1B.inputs(f"cuda:{device}")
+        o = by_op(x)
+        assert o.device == x["q_nope"].device
+        assert torch.equal(o.cpu(), by_op(HYLO_1B.inputs("cuda:0")).cpu())
+
+
 def test_the_composition_does_not_synchronise():
     x = HYLO_1B.inputs("cuda")
     composed(x)

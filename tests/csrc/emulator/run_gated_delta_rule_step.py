@@ -2,13 +2,11 @@
 
 from typing import Any
 
-import torch
-
 from hylo_ops import cubin
 from hylo_ops.cubin import Spec
 from hylo_ops.gated_delta_rule import cuda_recurrent
 from tests.csrc.emulator.build import kernel_name
-from tests.csrc.emulator.verdicts import report
+from tests.csrc.emulator.verdicts import report, torch_that_fills
 from tests.ops.gated_delta_rule_step_cases import CASES, run_and_check
 
 CPU = 1  # DLPack's number
@@ -20,7 +18,7 @@ def main() -> None:
         spec = Spec("gated_delta_rule", (*types, ("K", K), ("RAW", int(raw)), ("TEAM", team)), "step")
         return cubin.native().Kernel(kernel_name(spec).encode(), cuda_recurrent._KERNEL, 0)
 
-    native = cubin.native().GatedDeltaRuleStep(torch, load, device_type=CPU)
+    native = cubin.native().GatedDeltaRuleStep(torch_that_fills(), load, device_type=CPU)
     cuda_recurrent._native_or_none = lambda: native
     report(CASES, run_and_check)
 

@@ -11,7 +11,7 @@ from hylo_ops import cubin
 from hylo_ops.cubin import Spec
 from hylo_ops.mla_absorb import cuda
 from tests.csrc.emulator.build import kernel_name
-from tests.csrc.emulator.verdicts import report
+from tests.csrc.emulator.verdicts import report, torch_that_fills
 from tests.ops.mla_absorb_cuda_cases import EMULATED, NAMES, SCALE, Case, run_and_check
 
 CPU = 1  # DLPack's number
@@ -45,7 +45,9 @@ def native(find: Callable[..., Any]) -> Any:
     def tickets(count: int, device: int) -> Tensor:
         return torch.zeros(count, dtype=torch.int32)
 
-    return cubin.native().MlaAbsorb(torch, load, lambda device: torch.empty(0), tickets, lambda: False, device_type=CPU)
+    return cubin.native().MlaAbsorb(
+        torch_that_fills(), load, lambda device: torch.empty(0), tickets, lambda: False, device_type=CPU
+    )
 
 
 def attend(emulated: Any, x: dict[str, Any], case: Case) -> tuple[Tensor, Tensor]:

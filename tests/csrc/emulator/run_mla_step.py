@@ -3,15 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from hylo_ops import cubin
 from hylo_ops.cubin import Spec
 from hylo_ops.fused import cuda_mla
 from hylo_ops.testing import DTYPE_NAMES
 from tests.csrc.emulator import run_mla_absorb
 from tests.csrc.emulator.build import kernel_name
-from tests.csrc.emulator.verdicts import report
+from tests.csrc.emulator.verdicts import report, torch_that_fills
 from tests.ops.mla_step_cases import EMULATED, Case, arguments, run_and_check
 
 CPU = 1  # DLPack's number
@@ -44,7 +42,7 @@ def step(find: Callable[..., Any], find_attention: Callable[..., Any]) -> Any:
         return find(cuda_mla.spec(dtype, nope, R), cuda_mla.KERNELS[values])
 
     attention = run_mla_absorb.native(find_attention)
-    return cubin.native().MlaStep(torch, load, attention, device_type=CPU)
+    return cubin.native().MlaStep(torch_that_fills(), load, attention, device_type=CPU)
 
 
 def main() -> None:

@@ -3,13 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from hylo_ops import cubin
 from hylo_ops.cubin import Spec
 from hylo_ops.ssd import cuda_mamba2, cuda_recurrent
 from tests.csrc.emulator.build import kernel_name
-from tests.csrc.emulator.verdicts import report
+from tests.csrc.emulator.verdicts import report, torch_that_fills
 from tests.ops.ssd_step_cases import CASES, MAMBA2_CASES, MANY, Case, Mamba2Case, run_and_check
 
 CPU = 1  # DLPack's number
@@ -49,6 +47,7 @@ def natives(find: Callable[..., Any]) -> tuple[Any, Any]:
         return find(cuda_mamba2.spec(*of_spec), cuda_mamba2.KERNEL, shared_bytes, max_cluster)
 
     native = cubin.native()
+    torch = torch_that_fills()
     return native.SsdStep(torch, load, device_type=CPU), native.Mamba2Step(torch, load_mamba2, device_type=CPU)
 
 
