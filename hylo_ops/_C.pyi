@@ -45,7 +45,6 @@ class MlaAbsorb:
         self,
         torch: ModuleType,
         load: Callable[[int, str, int, int, int, bool, int, int], Kernel | str],
-        floats: Callable[[int], Tensor],
         tickets: Callable[[int, int], Tensor],
         capturing: Callable[[], bool],
         device_type: int = 2,

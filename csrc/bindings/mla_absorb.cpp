@@ -1,5 +1,6 @@
 #include "bindings/mla_absorb.h"
 
+#include <algorithm>
 #include <tuple>
 #include <utility>
 
@@ -28,11 +29,10 @@ Spread read_spread(py::handle from) {
 
 }  // namespace
 
-MlaAbsorb::MlaAbsorb(const py::module_& torch, py::object load, py::object floats, py::object tickets,
-                     py::object capturing, int device_type)
+MlaAbsorb::MlaAbsorb(const py::module_& torch, py::object load, py::object tickets, py::object capturing,
+                     int device_type)
     : torch_(torch, device_type),
       load_(std::move(load)),
-      make_floats_(std::move(floats)),
       tickets_(std::move(tickets)),
       capturing_(std::move(capturing)),
       device_type_(device_type) {}
@@ -67,16 +67,15 @@ py::object MlaAbsorb::launch(PyObject* const* tensors, const Call& call) {
   py::object o = torch_.empty_like(tensors[0], q), lse;
   bool seen = torch_.view(o, seen_o);
   if (call.with_lse) {
-    lse = torch_.empty(floats(q.device), q, kFp32, {q.shape[0], q.shape[1], q.shape[2]});
+    lse = torch_.empty(tensors[0], q, kFp32, {q.shape[0], q.shape[1], q.shape[2]});
     seen = seen && torch_.view(lse, seen_lse);
   }
   if (q.shape[0] > 0 && q.shape[1] > 0 && q.shape[2] > 0) {
-    const Plan plan = planned(*found.kernel, inputs, call.spread, call.fixed_split);
     void* const stream = torch_.stream(q);
-    const Workspace used = workspace(plan, q, stream);
-    if (!seen || !used.seen) return py::str(TorchTensors::kNotAllocated);
-    mla_absorb::launch(*found.kernel, inputs, options, plan, seen_o.data, seen_lse.data, used.seen_partial.data,
-                       used.seen_tickets.data, stream);
+    const Ready ready = prepare(*found.kernel, inputs, {tensors[0], stream, call.spread, call.fixed_split, 0});
+    if (!seen || !ready.workspace.seen) return py::str(TorchTensors::kNotAllocated);
+    mla_absorb::launch(*found.kernel, inputs, options, ready.plan, seen_o.data, seen_lse.data, ready.partial,
+                       ready.workspace.tickets, stream);
   }
   return call.with_lse ? py::make_tuple(std::move(o), std::move(lse)) : o;
 }
@@ -96,63 +95,68 @@ bool MlaAbsorb::is_capturing() const {
   return answer.ptr() == Py_True;
 }
 
+MlaAbsorb::Ready MlaAbsorb::prepare(const Kernel& kernel, const Inputs& inputs, const Request& request) {
+  constexpr long long kUnit = 64;  // numbers of 256 bytes
+  const Plan plan = planned(kernel, inputs, request.spread, request.fixed);
+  const long long others = (request.others + kUnit - 1) / kUnit * kUnit, numbers = others + plan.numbers;
+  if (numbers == 0) return {plan, {}, nullptr};
+  Workspace used = workspace(numbers, plan.tickets, inputs, request);
+  float* const partial = static_cast<float*>(used.start) + others;
+  return {plan, std::move(used), partial};
+}
+
 // The stream's, if it is worth keeping and no graph will own it. No other thread comes between this and the launch.
-MlaAbsorb::Workspace MlaAbsorb::workspace(const Plan& plan, const Tensor& near, void* stream) {
+MlaAbsorb::Workspace MlaAbsorb::workspace(long long numbers, long long count, const Inputs& inputs,
+                                          const Request& request) {
   constexpr long long kKept = 8 << 20;  // numbers
-  const int device = near.device;
-  Workspace made;
-  made.seen = plan.numbers == 0;
-  if (made.seen) return made;
-  const bool of_graph = is_capturing(), kept = !of_graph && plan.numbers <= kKept;
-  if (kept && !captured_) {
-    for (const Workspace& known : workspaces_) {
-      const bool mine = known.device == device && known.stream == stream;
-      if (mine && known.numbers >= plan.numbers && known.count >= plan.tickets) return known;
-    }
-  }
+  const Tensor& q = inputs.q_nope;
+  const Workspace sizes{q.device, request.stream, numbers, count};
+  const bool of_graph = is_capturing(), refill = captured_;
   captured_ = of_graph;
-  made.device = device;
-  made.stream = stream;
-  made.numbers = plan.numbers;
-  made.count = plan.tickets;
-  made.partial = torch_.empty(floats(device), near, kFp32, {plan.numbers});
-  made.tickets = tickets_(plan.tickets, device);
-  made.seen = torch_.view(made.partial, made.seen_partial) && torch_.view(made.tickets, made.seen_tickets);
-  if (kept && made.seen) keep(made);
+  if (of_graph || numbers > kKept) return allocated(sizes, q, request.like);
+  Workspace& known = of_stream(q.device, request.stream);
+  if (known.numbers >= numbers && known.count >= count && !refill) return known;
+  // One call's needs do not take from what another's were.
+  const Workspace made = allocated(
+      {q.device, request.stream, std::max(known.numbers, numbers), std::max(known.count, count)}, q, request.like);
+  if (made.seen) known = made;
   return made;
 }
 
-void MlaAbsorb::keep(const Workspace& workspace) {
+// Stays in place.
+MlaAbsorb::Workspace& MlaAbsorb::of_stream(int device, void* stream) {
   for (Workspace& known : workspaces_) {
-    if (known.device != workspace.device || known.stream != workspace.stream) continue;
-    known = workspace;
-    return;
+    if (known.device == device && known.stream == stream) return known;
   }
-  workspaces_.push_back(workspace);
+  return workspaces_.emplace_back(Workspace{device, stream});
+}
+
+MlaAbsorb::Workspace MlaAbsorb::allocated(Workspace sizes, const Tensor& near, py::handle like) {
+  Tensor numbers{}, tickets{};
+  sizes.held_numbers = torch_.empty(like, near, kFp32, {sizes.numbers});
+  sizes.seen = torch_.view(sizes.held_numbers, numbers);
+  if (sizes.count > 0) {
+    sizes.held_tickets = tickets_(sizes.count, sizes.device);
+    sizes.seen = sizes.seen && torch_.view(sizes.held_tickets, tickets);
+  }
+  sizes.start = numbers.data;
+  sizes.tickets = tickets.data;
+  return sizes;
 }
 
 py::object MlaAbsorb::why_not(const py::tuple& tensors) {
   Inputs inputs{};
   const std::string reason = view(TorchTensors::items<kTensors>(tensors), false, inputs);
-  return reason.empty() ? why_not(inputs) : py::str(reason);
+  const Kernel* kernel = nullptr;
+  return reason.empty() ? find(inputs, kernel) : py::str(reason);
 }
 
-py::object MlaAbsorb::why_not(const Inputs& inputs) {
+py::object MlaAbsorb::find(const Inputs& inputs, const Kernel*& kernel) {
   const std::string reason = mla_absorb::why_not(inputs, device_type_);
   if (!reason.empty()) return py::str(reason);
   const Kernels::Loaded& found = loaded(kind_of(inputs));
-  return found.kernel == nullptr ? found.found : py::none();
-}
-
-py::object MlaAbsorb::attend(const Inputs& inputs, const mla_absorb::Options& options, void* o, void* stream) {
-  const Kernels::Loaded& found = loaded(kind_of(inputs));
-  if (found.kernel == nullptr) return found.found;
-  const Plan plan = planned(*found.kernel, inputs, {}, options.fixed);
-  const Workspace used = workspace(plan, inputs.q_nope, stream);
-  if (!used.seen) return py::str(TorchTensors::kNotAllocated);
-  mla_absorb::launch(*found.kernel, inputs, options, plan, o, nullptr, used.seen_partial.data, used.seen_tickets.data,
-                     stream);
-  return py::none();
+  kernel = found.kernel;
+  return kernel == nullptr ? found.found : py::none();
 }
 
 std::string MlaAbsorb::view(PyObject* const* tensors, bool direct, Inputs& x) const {
@@ -183,19 +187,13 @@ int MlaAbsorb::resident(const Kernel& kernel, const Dims& dims, int cluster) {
   return clusters;
 }
 
-py::handle MlaAbsorb::floats(int device) {
-  const auto known = floats_.find(device);
-  return known != floats_.end() ? known->second : floats_.emplace(device, make_floats_(device)).first->second;
-}
-
 void define_mla_absorb(py::module_& m) {
   py::class_<MlaAbsorb>(m, "MlaAbsorb")
-      .def(py::init<const py::module_&, py::object, py::object, py::object, py::object, int>(), py::arg("torch"),
-           py::arg("load"), py::arg("floats"), py::arg("tickets"), py::arg("capturing"),
-           py::arg("device_type") = kCuda)
+      .def(py::init<const py::module_&, py::object, py::object, py::object, int>(), py::arg("torch"), py::arg("load"),
+           py::arg("tickets"), py::arg("capturing"), py::arg("device_type") = kCuda)
       .def("run", &MlaAbsorb::run)
       .def_property_readonly("direct", &positional_function<MlaAbsorb, &MlaAbsorb::direct>)
-      .def("why_not", py::overload_cast<const py::tuple&>(&MlaAbsorb::why_not));
+      .def("why_not", &MlaAbsorb::why_not);
 }
 
 }  // namespace hylo

@@ -4,7 +4,6 @@
 #include <pybind11/pybind11.h>
 
 #include <deque>
-#include <map>
 #include <string>
 
 #include "bindings/loaded_kernels.h"
@@ -16,11 +15,11 @@ namespace hylo {
 class MlaAbsorb {
  public:
   // load(device, type, R, E, N, scaled, shared bytes, most blocks of a cluster): the kernel compiled for that, or a
-  // str, the reason why there is none. floats(device): an fp32 tensor there. tickets(count, device): as
-  // hylo_ops/mla_absorb/tickets.py has it. capturing(): whether launches become part of a graph. device_type: DLPack's
-  // number; another than CUDA's is for tests with an emulated driver.
-  MlaAbsorb(const pybind11::module_& torch, pybind11::object load, pybind11::object floats, pybind11::object tickets,
-            pybind11::object capturing, int device_type);
+  // str, the reason why there is none. tickets(count, device): as hylo_ops/mla_absorb/tickets.py has it. capturing():
+  // whether launches become part of a graph. device_type: DLPack's number; another than CUDA's is for tests with an
+  // emulated driver.
+  MlaAbsorb(const pybind11::module_& torch, pybind11::object load, pybind11::object tickets, pybind11::object capturing,
+            int device_type);
 
   // Gives (o, lse), or a str: the reason why these inputs are not taken.
   // tensors: q_nope, q_rope, kv_cache, cache_seqlens, cache_starts, block_table, key_scale; the last three may be None.
@@ -36,10 +35,40 @@ class MlaAbsorb {
   // That reason, or None.
   pybind11::object why_not(const pybind11::tuple& tensors);
 
-  // For other bindings, of tensors that they hold themselves and results that they have room for, as mla_absorb::launch
-  // has it. Again a reason, or None.
-  pybind11::object why_not(const mla_absorb::Inputs& inputs);
-  pybind11::object attend(const mla_absorb::Inputs& inputs, const mla_absorb::Options& options, void* o, void* stream);
+  // The rest is for other bindings, of tensors that they hold themselves.
+
+  // What a call asks for, beside its inputs: `like` is any tensor of its device, `others` how many fp32 numbers the
+  // caller wants for itself.
+  struct Request {
+    pybind11::handle like;
+    void* stream;
+    mla_absorb::Spread spread;  // of no blocks: what suits the inputs
+    bool fixed;
+    long long others;
+  };
+
+  // What a launch has to itself while it runs, as all launches of one stream do in turn: the caller's numbers at the
+  // start, partial results behind them, tickets.
+  struct Workspace {
+    int device = -1;
+    void* stream = nullptr;
+    long long numbers = 0, count = 0;  // fp32, tickets
+    pybind11::object held_numbers{}, held_tickets{};
+    void *start = nullptr, *tickets = nullptr;
+    bool seen = true;  // false where torch's memory cannot be
+  };
+
+  struct Ready {
+    mla_absorb::Plan plan;
+    Workspace workspace;
+    void* partial;
+  };
+
+  // Fills in the kernel; or gives the reason why there is none, or None. Memory that the inputs name is not looked at.
+  pybind11::object find(const mla_absorb::Inputs& inputs, const Kernel*& kernel);
+
+  // Of inputs that have a kernel. What it gives is to be used before Python runs again.
+  Ready prepare(const Kernel& kernel, const mla_absorb::Inputs& inputs, const Request& request);
 
  private:
   using Kernels = LoadedKernels<mla_absorb::Kind>;
@@ -48,16 +77,6 @@ class MlaAbsorb {
   struct Resident {
     const Kernel* kernel;
     int cluster, clusters;
-  };
-
-  // Partial results and tickets that a launch has to itself while it runs, as all launches of one stream do in turn.
-  struct Workspace {
-    int device = -1;
-    void* stream = nullptr;
-    bool seen = false;  // or of no use
-    long long numbers = 0, count = 0;  // of partial, of tickets
-    pybind11::object partial, tickets;
-    Tensor seen_partial{}, seen_tickets{};
   };
 
   struct Call {
@@ -70,19 +89,18 @@ class MlaAbsorb {
   mla_absorb::Plan planned(const Kernel& kernel, const mla_absorb::Inputs& inputs, mla_absorb::Spread spread,
                            bool fixed);
   bool is_capturing() const;
-  Workspace workspace(const mla_absorb::Plan& plan, const Tensor& near, void* stream);
-  void keep(const Workspace& workspace);
+  Workspace workspace(long long numbers, long long count, const mla_absorb::Inputs& inputs, const Request& request);
+  Workspace& of_stream(int device, void* stream);
+  Workspace allocated(Workspace sizes, const Tensor& near, pybind11::handle like);
   std::string view(PyObject* const* tensors, bool direct, mla_absorb::Inputs& inputs) const;
   const Kernels::Loaded& loaded(const mla_absorb::Kind& kind);
   int resident(const Kernel& kernel, const mla_absorb::Dims& dims, int cluster);
-  pybind11::handle floats(int device);
 
   TorchTensors torch_;
-  pybind11::object load_, make_floats_, tickets_, capturing_;
+  pybind11::object load_, tickets_, capturing_;
   int device_type_;
   Kernels kernels_;
   std::deque<Resident> resident_;
-  std::map<int, pybind11::object> floats_;
   std::deque<Workspace> workspaces_;  // of streams
   bool captured_ = false;             // whether the last launch was: tickets are to be refilled
 };

@@ -1,6 +1,5 @@
 #include "bindings/mla_step.h"
 
-#include <stdexcept>
 #include <utility>
 
 #include "bindings/positional.h"
@@ -24,13 +23,11 @@ bool read_columns(py::handle from, std::int64_t& out) {
   return out > 0;
 }
 
-// What the attention is given: tensors in the workspace, which is not there yet where it is null, and the caller's.
+// What the attention is given: the caller's tensors, and those in the workspace once they are placed there.
 class AttentionInputs {
  public:
-  AttentionInputs(const Inputs& x, const Workspace& at, void* workspace) {
+  explicit AttentionInputs(const Inputs& x) {
     const std::int64_t B = x.q_nope.shape[0], H = x.q_nope.shape[2], R = x.w_uk.shape[2], E = x.q_rope.shape[3];
-    char* const start = static_cast<char*>(workspace);
-    const auto place = [start](std::int64_t number) { return start == nullptr ? nullptr : start + 2 * number; };
     set(latent_, {B, 1, H, R}, {H * R, H * R, R, 1});
     set(rotated_, {B, 1, H, E}, {H * E, H * E, E, 1});
     set(counted_, {B, 0, 0, 0}, {1, 0, 0, 0});
@@ -39,10 +36,10 @@ class AttentionInputs {
       return Tensor{data, x.q_nope.device_type, x.q_nope.device, dims, type, of.shape, of.strides, 0};
     };
     const ElementType type = x.q_nope.type;
-    all_.q_nope = tensor(place(at.latent), 4, type, latent_);
-    all_.q_rope = tensor(place(at.rotated), 4, type, rotated_);
+    all_.q_nope = tensor(nullptr, 4, type, latent_);
+    all_.q_rope = tensor(nullptr, 4, type, rotated_);
     all_.cache = x.cache;
-    all_.lengths = tensor(place(at.counted), 1, kInt32, counted_);
+    all_.lengths = tensor(nullptr, 1, kInt32, counted_);
     all_.starts = x.starts;
     all_.has_starts = x.has_starts;
     all_.table = x.table;
@@ -52,6 +49,12 @@ class AttentionInputs {
   }
   AttentionInputs(const AttentionInputs&) = delete;
   AttentionInputs& operator=(const AttentionInputs&) = delete;
+
+  void place(const Workspace& at, char* start) {
+    all_.q_nope.data = start + 2 * at.latent;
+    all_.q_rope.data = start + 2 * at.rotated;
+    all_.lengths.data = start + 2 * at.counted;
+  }
 
   const mla_absorb::Inputs& all() const { return all_; }
 
@@ -97,26 +100,25 @@ py::object MlaStep::launch(PyObject* const* tensors, py::handle scale, py::handl
   const std::string reason = view(tensors, key_scale, direct, x);
   if (!reason.empty()) return py::str(reason);
   if (!read_number(scale, options.scale)) return py::str("scale is no number");
-  const Kernel *queries = nullptr, *values = nullptr;
-  if (py::object refused = find(x, queries, values); !refused.is_none()) return refused;
+  AttentionInputs attention(x);
+  Found found{};
+  if (py::object refused = find(x, attention.all(), found); !refused.is_none()) return refused;
 
-  const Workspace at = workspace_of(x);
+  Tensor seen_o;
   const Tensor& q = x.q_nope;
-  Tensor seen_o, seen_workspace;
   py::object o = torch_.empty(tensors[0], q, q.type, {q.shape[0], 1, q.shape[2], x.w_uv.shape[1]});
   if (!has_rows(x)) return o;
-  const py::object workspace = torch_.empty(tensors[0], q, q.type, {at.size});
-  if (!torch_.view(o, seen_o) || !torch_.view(workspace, seen_workspace)) {
-    return py::str(TorchTensors::kNotAllocated);
-  }
-  void* const stream = torch_.stream(x.q_nope);
-  launch_queries(*queries, x, at, seen_workspace.data, stream);
-  void* const results = static_cast<char*>(seen_workspace.data) + 2 * at.results;
-  const AttentionInputs attention(x, at, seen_workspace.data);
-  if (py::object failed = attention_.attend(attention.all(), options, results, stream); !failed.is_none()) {
-    throw std::runtime_error(failed.cast<std::string>());
-  }
-  launch_values(*values, x, at, seen_workspace.data, seen_o.data, stream);
+  void* const stream = torch_.stream(q);
+  const Workspace at = workspace_of(x);
+  const MlaAbsorb::Ready ready =
+      attention_.prepare(*found.attention, attention.all(), {tensors[0], stream, {}, options.fixed, at.size / 2 + 1});
+  if (!torch_.view(o, seen_o) || !ready.workspace.seen) return py::str(TorchTensors::kNotAllocated);
+  char* const workspace = static_cast<char*>(ready.workspace.start);
+  attention.place(at, workspace);
+  launch_queries(*found.queries, x, at, workspace, stream);
+  mla_absorb::launch(*found.attention, attention.all(), options, ready.plan, workspace + 2 * at.results, nullptr,
+                     ready.partial, ready.workspace.tickets, stream);
+  launch_values(*found.values, x, at, workspace, seen_o.data, stream);
   return o;
 }
 
@@ -124,8 +126,8 @@ py::object MlaStep::why_not(const py::tuple& tensors, py::handle key_scale) {
   Inputs x{};
   const std::string reason = view(TorchTensors::items<kTensors>(tensors), key_scale, false, x);
   if (!reason.empty()) return py::str(reason);
-  const Kernel *queries = nullptr, *values = nullptr;
-  return find(x, queries, values);
+  Found found{};
+  return find(x, AttentionInputs(x).all(), found);
 }
 
 std::string MlaStep::view(PyObject* const* tensors, py::handle key_scale, bool direct, Inputs& x) const {
@@ -140,14 +142,13 @@ std::string MlaStep::view(PyObject* const* tensors, py::handle key_scale, bool d
   return mla_step::why_not(x, device_type_);
 }
 
-py::object MlaStep::find(const Inputs& x, const Kernel*& queries, const Kernel*& values) {
+py::object MlaStep::find(const Inputs& x, const mla_absorb::Inputs& attention, Found& found) {
   if (!has_rows(x)) return py::none();
-  const AttentionInputs attention(x, workspace_of(x), nullptr);
-  if (py::object refused = attention_.why_not(attention.all()); !refused.is_none()) return refused;
+  if (py::object refused = attention_.find(attention, found.attention); !refused.is_none()) return refused;
   for (const bool behind : {false, true}) {
     const Kernels::Loaded& kind = loaded(kind_of(x, behind));
     if (kind.kernel == nullptr) return kind.found;
-    (behind ? values : queries) = kind.kernel;
+    (behind ? found.values : found.queries) = kind.kernel;
   }
   return py::none();
 }

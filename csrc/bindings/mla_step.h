@@ -36,10 +36,14 @@ class MlaStep {
   using Kernels = LoadedKernels<mla_step::Kind>;
   static constexpr int kTensors = 12;
 
+  struct Found {
+    const Kernel *queries, *attention, *values;
+  };
+
   pybind11::object launch(PyObject* const* tensors, pybind11::handle scale, pybind11::handle key_scale, bool direct);
   std::string view(PyObject* const* tensors, pybind11::handle key_scale, bool direct, mla_step::Inputs& inputs) const;
-  // Fills in both kernels, null where there is no query row; a reason, or None.
-  pybind11::object find(const mla_step::Inputs& inputs, const Kernel*& queries, const Kernel*& values);
+  // Fills in the kernels, where there is a query row; a reason, or None. attention: its inputs.
+  pybind11::object find(const mla_step::Inputs& inputs, const mla_absorb::Inputs& attention, Found& found);
   const Kernels::Loaded& loaded(const mla_step::Kind& kind);
 
   TorchTensors torch_;

@@ -89,11 +89,7 @@ def why_not(
 
 @functools.cache
 def _native(source: str | None) -> "MlaAbsorb":
-    return cubin.native().MlaAbsorb(torch, functools.partial(_load, source), _floats, _tickets, _capturing())
-
-
-def _floats(device: int) -> Tensor:
-    return torch.empty(0, dtype=torch.float32, device=_device(device))
+    return cubin.native().MlaAbsorb(torch, functools.partial(_load, source), _tickets, _capturing())
 
 
 def _capturing() -> Callable[[], bool]:

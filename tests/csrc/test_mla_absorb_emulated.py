@@ -42,7 +42,7 @@ def answer_to(x):
     def nothing(*_):
         pytest.fail("only asked")
 
-    backend = native().MlaAbsorb(torch, lambda *_: "any kernel", nothing, nothing, nothing, device_type=CPU)
+    backend = native().MlaAbsorb(torch, lambda *_: "any kernel", nothing, nothing, device_type=CPU)
     return backend.why_not(tuple(x[name] for name in NAMES))
 
 

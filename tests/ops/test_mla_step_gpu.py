@@ -198,6 +198,22 @@ def test_it_runs_on_the_callers_stream_without_synchronising(case):
 
 
 @only_hopper
+def test_steps_of_several_sizes_and_a_graph_take_turns():
+    """On one stream they work in the same memory, but for the graph, which owns its."""
+    cases = [replace(HYLO_1B, lengths=(9000,)), replace(DEEPSEEK, lengths=(900,) * 40), QWEN]
+    inputs = [case.inputs("cuda") for case in cases]
+    expected = [by_op(x) for x in inputs]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = by_op(inputs[0])
+    for _ in range(3):
+        for x, o in zip(inputs, expected, strict=True):
+            graph.replay()
+            assert torch.equal(by_op(x), o)
+            assert torch.equal(replayed, expected[0])
+
+
+@only_hopper
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_results_lie_where_the_inputs_do():
     """Not on the current device."""
