@@ -1,4 +1,4 @@
-"""Recipes that must be refused, and the published ones: dry run, dims, and a run on a tiny base of the family."""
+"""Recipes: those that must be refused, files that extend others, what a stage gives its teacher."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
-from transformers import AutoModelForCausalLM
 
-from hylo import HyloForCausalLM, published_variants
-from hylo.distill import load_recipe, run_recipe
-from hylo.distill.student import student_config
+from hylo.distill import load_recipe, parse_recipe, run_recipe
+from hylo.distill.stages import _load_teacher
 from hylo.errors import UserError
-from tests.distill_fixtures import logged, quiet, recipe_values, save_base, shipped, write_text
+from tests.distill_fixtures import make_world, quiet, recipe_values, save_base
 
 # ---------------------------------------------------------------- recipes
 
@@ -82,83 +81,92 @@ def test_overrides_reach_into_lists(tmp_path: Path) -> None:
         load_recipe(tmp_path / "r.yaml", overrides=["stages.4.steps=1"])
 
 
-# ---------------------------------------------------------------- published recipes
-
-RECIPES = {
-    "llama-3.2-1b-4mla12gdn-8k.yaml": ("Llama-4MLA12GDN", 1_673_797_776, [[96, 2048], [32, 8192]]),
-    "qwen3-1.7b-7mla21gdn-8k.yaml": ("Qwen-7MLA21GDN", 2_284_173_820, [[96, 2048], [16, 8192]]),
-}
+# ---------------------------------------------------------------- files that extend others
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_published_recipe_dry_runs_offline(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = shipped(name)
-    monkeypatch.chdir(tmp_path)
-    console = quiet()
-    assert run_recipe(path, dry_run=True, console=console) is None
-    printed = console.file.getvalue()  # type: ignore[attr-defined]
-    _, parameters, shapes = RECIPES[name]
-    assert printed.count(f"{parameters:,}") == 4, "every parameter is there and trains, in both stages"
-    assert [f"first batch {shape}" in printed for shape in shapes] == [True, True]
-    assert list(tmp_path.iterdir()) == []
+def write_files(root: Path, **files: Any) -> Path:
+    """Files by their stem; the last one's path."""
+    for stem, values in files.items():
+        (root / f"{stem}.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    return root / f"{stem}.yaml"
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_published_recipe_builds_the_published_model(name: str) -> None:
-    recipe = load_recipe(shipped(name))
-    config = student_config(recipe, dry_run=True)
-    published = published_variants()[RECIPES[name][0]]
-    same = ("mixer_types", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
-            "linear_num_heads", "linear_key_head_dim", "linear_value_head_dim", "qk_norm", "rms_norm_eps",
-            "rope_parameters", "num_key_value_heads", "intermediate_size")  # fmt: skip
-    assert {key: getattr(config, key) for key in same} == {key: getattr(published, key) for key in same}
-
-
-def test_dry_run_refuses_what_does_not_fit() -> None:
-    path = shipped("llama-3.2-1b-4mla12gdn-8k.yaml")
-    for override, message in (
-        ("dry_run.teacher_config.vocab_size=32000", "vocabulary of 32000 and the student one of 128256"),
-        ("stages.1.sequence_length=200000", "sequence_length 200000, longer than the student's"),
-        ("student.upcycle.mla_layers=[1, 16]", "MLA layer 16 is out of range"),
-        ("student.upcycle.kv_lora_rank=-3", "'student.upcycle.kv_lora_rank' = -3"),
-        ("dry_run.base_config.model_type=nosuch", "cannot load base 'nosuch'"),
-    ):
-        with pytest.raises(UserError, match=message):
-            run_recipe(path, dry_run=True, overrides=[override], console=quiet())
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_published_recipe_runs_on_a_tiny_base_of_its_family(name: str, tmp_path: Path) -> None:
-    """The shipped recipe with paths and sizes overridden: upcycle, align to the base, distil from a larger teacher."""
-    family = "qwen3" if name.startswith("qwen") else "llama"
-    save_base(tmp_path / "base", family, num_hidden_layers=3)
-    save_base(tmp_path / "teacher", family, num_hidden_layers=4, hidden_size=24)
-    write_text(tmp_path / "text.txt")
-    overrides = [
-        f"output={tmp_path / 'run'}",
-        f"teacher={tmp_path / 'teacher'}",
-        f"student.upcycle.base={tmp_path / 'base'}",
-        "student.upcycle.mla_layers=[1]",
-        "student.upcycle.q_lora_rank=8",
-        "student.upcycle.kv_lora_rank=4",
-        "student.upcycle.qk_nope_head_dim=2",
-        "student.upcycle.qk_rope_head_dim=2",
-        "student.upcycle.v_head_dim=4",
-        "student.upcycle.linear_num_heads=2",
-        "student.upcycle.linear_key_head_dim=4",
-        "student.upcycle.linear_value_head_dim=8",
-        f"data.sources=[{{text: {tmp_path / 'text.txt'}}}]",
-        f"data.cache_dir={tmp_path / 'cache'}",
-        "device=cpu",
-        *(f"stages.{i}.{key}" for i in (0, 1) for key in ("sequence_length=32", "batch_size=2", "epochs=null")),
-        *(f"stages.{i}.{key}" for i in (0, 1) for key in ("steps=4", "gradient_accumulation=1", "log_every=1")),
-        "stages.0.learning_rate=1e-2",
-        "stages.0.steps=20",
+def test_a_file_is_laid_over_those_that_it_extends(tmp_path: Path) -> None:
+    values = recipe_values(tmp_path, KL, KL | {"name": "last"}, seed=1, teacher="one")
+    values["stages"] = {stage.pop("name"): stage for stage in values["stages"]}
+    del values["name"], values["output"]
+    path = write_files(
+        tmp_path,
+        base=values,
+        beside={"seed": 2, "teacher": "two"},
+        run={
+            "extends": ["base.yaml", "beside.yaml"],
+            "teacher": "three",
+            "data": {"sources": [{"text": "new"}]},
+            "stages": {"last": {"batch_size": 7}, "more": {**values["stages"]["kl"], "kind": "ce"}},
+            "order": ["more", "last"],
+        },
+    )
+    recipe = load_recipe(path, overrides=["stages.0.batch_size=9"])
+    assert (recipe.name, recipe.output, recipe.seed, recipe.teacher) == ("run", "runs/run", 2, "three")
+    assert [source.text for source in recipe.data.sources] == ["new"], "a list is replaced"
+    assert recipe.data.cache_dir == str(tmp_path / "cache"), "a mapping is joined"
+    assert [(stage.name, stage.kind, stage.batch_size) for stage in recipe.stages] == [
+        ("more", "ce", 9),
+        ("last", "kl", 7),
     ]
-    result = run_recipe(shipped(name), overrides=overrides, console=quiet())
-    model = AutoModelForCausalLM.from_pretrained(result)
-    assert isinstance(model, HyloForCausalLM)
-    assert model.config.mixer_types == ["gated_deltanet", "mla", "gated_deltanet"]
-    assert model.config.rope_parameters["rope_type"] == ("yarn" if family == "llama" else "default")
-    losses = [row["loss"] for row in logged(tmp_path) if row["stage"] == "align"]
-    assert losses[-1] < 0.9 * losses[0]
+    write_files(tmp_path, run={"extends": "base.yaml", "name": "other"})
+    recipe = load_recipe(path)
+    assert [stage.name for stage in recipe.stages] == ["kl", "last"], "as they stand"
+    assert recipe.output == "runs/other"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"extends": "nowhere.yaml"}, r"cannot read recipe '.*nowhere.yaml': No such file"),
+        ({"extends": "run.yaml"}, r"recipe '.*run.yaml' extends itself: .*run.yaml -> .*run.yaml"),
+        ({"extends": 3}, r"recipe '.*run.yaml': 'extends' is a name or a list of names, got 3"),
+        ({"stages": {"kl": {}}, "order": 3}, r"recipe '.*run.yaml': 'order' is a name or a list of names, got 3"),
+        ({"stages": {"kl": {}}, "order": ["lk"]}, r"order names stage 'lk', and there are only kl"),
+        ({"stages": {"kl": 3}}, r"'stages.0' = 3"),
+        ({"order": ["kl"]}, r"unknown key 'order'"),
+        ({"stages": {}, "order": []}, r"'stages' = \[\]"),
+    ],
+)
+def test_what_a_file_cannot_extend_or_order(tmp_path: Path, values: dict[str, Any], message: str) -> None:
+    path = write_files(tmp_path, run=recipe_values(tmp_path, KL) | values)
+    with pytest.raises(UserError, match=message) as caught:
+        load_recipe(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_keys_of_an_anchor_give_way_to_a_mapping_s_own(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    values = yaml.safe_dump(recipe_values(tmp_path) | {"stages": None})
+    stage = "{kind: ce, sequence_length: 16, batch_size: 2, learning_rate: 1.0e-3, steps: 3}"
+    path.write_text(values.replace("stages: null", f"stages:\n  a: &a {stage}\n  b: {{<<: *a, steps: 4}}"))
+    assert [stage.steps for stage in load_recipe(path).stages] == [3, 4]
+    path.write_text(path.read_text().replace("steps: 4", "steps: 4, steps: 5"))
+    with pytest.raises(UserError, match="key 'steps' is given twice"):
+        load_recipe(path)
+
+
+def test_a_teacher_gets_the_positions_that_its_stage_names(tmp_path: Path) -> None:
+    """Beyond its own window, in the check, in the dry run and where it is loaded."""
+    make_world(tmp_path)
+    save_base(tmp_path / "student", "llama", max_position_embeddings=128)
+    rope = {"factor": 2.0, "original_max_position_embeddings": 64, "max_position_embeddings": 128}
+    values = recipe_values(tmp_path, KL | {"sequence_length": 100, "steps": 1})
+    with pytest.raises(UserError, match="sequence_length 100, longer than the teacher's max_position_embeddings 64"):
+        run_recipe(parse_recipe(values), console=quiet())
+    values["stages"][0]["teacher_rope"] = rope
+    recipe = parse_recipe(values)
+    run_recipe(recipe, dry_run=True, console=quiet())
+    assert run_recipe(recipe, console=quiet()) is not None
+    (stage,) = recipe.stages
+    teacher: Any = _load_teacher(recipe, stage, torch.device("cpu"))
+    assert teacher.config.rope_parameters["factor"] == 2.0
+    plain: Any = _load_teacher(recipe, stage.model_copy(update={"teacher_rope": None}), torch.device("cpu"))
+    ids = torch.arange(100)[None]
+    assert not torch.equal(teacher(ids).logits, plain(ids).logits)

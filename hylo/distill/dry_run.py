@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hylo.distill.data import Batches
 from hylo.distill.layers import layer_states
-from hylo.distill.models import check_fit, load_config, meta_model, with_rope
+from hylo.distill.models import check_fit, load_teacher_config, meta_model, with_rope
 from hylo.distill.recipe import CeStage, IldStage, KlStage, Recipe
 from hylo.distill.student import student_config
 from hylo.distill.table import choose_trainable, parameter_groups, parameter_table
@@ -57,7 +57,7 @@ def teacher_config(recipe: Recipe, stage: IldStage | KlStage | CeStage) -> PreTr
         return None
     upcycled = recipe.student.upcycle
     if upcycled is not None and source == upcycled.base and recipe.dry_run.base_config is not None:
-        return load_config(recipe.dry_run.base_config, "teacher")
+        return load_teacher_config(recipe.dry_run.base_config, stage)
     if source == recipe.teacher and recipe.dry_run.teacher_config is not None:
-        return load_config(recipe.dry_run.teacher_config, "teacher")
-    return load_config(source, "teacher")
+        return load_teacher_config(recipe.dry_run.teacher_config, stage)
+    return load_teacher_config(source, stage)

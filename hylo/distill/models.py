@@ -64,6 +64,12 @@ def load_config(source: str | dict[str, Any], role: str) -> PreTrainedConfig:
     return built
 
 
+def load_teacher_config(source: str | dict[str, Any], stage: IldStage | KlStage | CeStage) -> PreTrainedConfig:
+    """`load_config` of a stage's teacher, with the positions that the stage gives it."""
+    rope = stage.teacher_rope if isinstance(stage, KlStage) else None
+    return with_rope(load_config(source, "teacher"), rope)
+
+
 def load_model(
     source: str, role: str, *, dtype: torch.dtype, config: PreTrainedConfig | None = None
 ) -> PreTrainedModel:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from hylo.distill.recipe_file import UniqueKeyLoader, read_recipe_file
 from hylo.errors import UserError
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -198,10 +199,14 @@ class IldStage(StageBase):
 
 
 class KlStage(StageBase):
-    """Distillation of the teacher's next-token distribution, with `ce_weight` times the text's own beside it."""
+    """Distillation of the teacher's next-token distribution, with `ce_weight` times the text's own beside it.
+
+    `teacher_rope` is for a teacher whose own window is shorter than the stage's sequences.
+    """
 
     kind: Literal["kl"]
     teacher: str | None = None
+    teacher_rope: Rope | None = None
     temperature: Annotated[float, Field(gt=0)] = 1.0
     direction: Literal["forward", "reverse"] = "forward"
     ce_weight: Annotated[float, Field(ge=0)] = 0.0
@@ -231,7 +236,10 @@ class DryRun(Strict):
 
 
 class Recipe(Strict):
-    """A whole run: student, teacher, data and an ordered list of stages, each starting from the one before."""
+    """A whole run: student, teacher, data and an ordered list of stages, each starting from the one before.
+
+    `output` is runs/NAME where none is given.
+    """
 
     name: StageName
     output: str
@@ -245,6 +253,13 @@ class Recipe(Strict):
     keep_checkpoints: PositiveInt = 2
     tensorboard: bool = False
     dry_run: DryRun = DryRun()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _output_by_name(cls, values: Any) -> Any:
+        return (
+            {"output": f"runs/{values['name']}"} | values if isinstance(values, dict) and "name" in values else values
+        )
 
     @model_validator(mode="after")
     def _distinct_stages_with_teachers(self) -> Recipe:
@@ -275,19 +290,6 @@ class Recipe(Strict):
         return self.model_dump(mode="json", exclude=beside)
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys without a word; here that is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.YAMLError(f"key '{key}' is given twice, again in line {key_node.start_mark.line + 1}")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
 def parse_recipe(values: Any, *, origin: str = "recipe", overrides: Sequence[str] = ()) -> Recipe:
     """Check a mapping against the recipe's schema; the first fault becomes one sentence.
 
@@ -302,10 +304,10 @@ def parse_recipe(values: Any, *, origin: str = "recipe", overrides: Sequence[str
 
 
 def load_recipe(path: str | Path, *, overrides: Sequence[str] = ()) -> Recipe:
-    """Read and check a YAML recipe. Paths inside it are relative to the working directory.
+    """Read and check a YAML recipe, with what it extends. Paths inside it are relative to the working directory.
 
     Raises:
-        UserError: the file cannot be read, is not YAML, or does not fit the schema.
+        UserError: a file cannot be read, is not YAML, or the whole does not fit the schema.
     """
     return load_strict(Recipe, Path(path), overrides=overrides)
 
@@ -324,15 +326,7 @@ def parse_strict(kind: type[M], values: Any, *, origin: str, overrides: Sequence
 
 def load_strict(kind: type[M], path: Path, *, overrides: Sequence[str] = ()) -> M:
     """`load_recipe` for a schema of any kind."""
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    except OSError as error:
-        raise UserError(f"cannot read recipe '{path}': {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"recipe '{path}' is not UTF-8 at byte {error.start}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"recipe '{path}' is not valid YAML: {' '.join(str(error).split())}") from None
-    return parse_strict(kind, values, origin=f"recipe '{path}'", overrides=overrides)
+    return parse_strict(kind, read_recipe_file(path), origin=f"recipe '{path}'", overrides=overrides)
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
@@ -345,7 +339,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         for key in keys[:-1]:
             node = node[int(key)] if isinstance(node, list) else node.setdefault(key, {})
         last = keys[-1]
-        node[int(last) if isinstance(node, list) else last] = yaml.load(text, Loader=_UniqueKeyLoader)
+        node[int(last) if isinstance(node, list) else last] = yaml.load(text, Loader=UniqueKeyLoader)
     except (KeyError, IndexError, ValueError, TypeError, AttributeError):
         raise UserError(f"override '{override}' names no key of the recipe") from None
     except yaml.YAMLError:

@@ -26,6 +26,7 @@ from hylo.distill.models import (
     check_same_tokens,
     load_config,
     load_model,
+    load_teacher_config,
     load_tokenizer,
     meta_model,
     resolve_device,
@@ -154,7 +155,7 @@ def check_models(recipe: Recipe) -> PreTrainedTokenizerBase:
     for stage in recipe.stages:
         config = with_rope(config, stage.rope)
         teacher = recipe.teacher_of(stage)
-        check_fit(stage, config, None if teacher is None else load_config(teacher, "teacher"))
+        check_fit(stage, config, None if teacher is None else load_teacher_config(teacher, stage))
         if stage.trainable != "all":
             choose_trainable(meta_model(config), stage.trainable)
     for source in [*student_sources(recipe.student), *teachers(recipe)]:
@@ -235,7 +236,7 @@ def _job(plan: Plan, index: int, student: PreTrainedModel) -> StageJob:
     return StageJob(
         stage=stage,
         student=place_model(student, plan.device),
-        teacher=_load_teacher(recipe.teacher_of(stage), recipe, plan.device),
+        teacher=_load_teacher(recipe, stage, plan.device),
         batches=plan.batches[index],
         steps=plan.steps[index],
         checkpoints=plan.checkpoints(index),
@@ -246,11 +247,13 @@ def _job(plan: Plan, index: int, student: PreTrainedModel) -> StageJob:
     )
 
 
-def _load_teacher(source: str | None, recipe: Recipe, device: torch.device) -> nn.Module | None:
+def _load_teacher(recipe: Recipe, stage: IldStage | KlStage | CeStage, device: torch.device) -> nn.Module | None:
+    source = recipe.teacher_of(stage)
     if source is None:
         return None
     dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
-    teacher = load_model(source, "teacher", dtype=dtype).eval().requires_grad_(False)
+    config = load_teacher_config(source, stage)
+    teacher = load_model(source, "teacher", dtype=dtype, config=config).eval().requires_grad_(False)
     return place_model(teacher, device)
 
 
