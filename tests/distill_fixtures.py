@@ -12,6 +12,8 @@ from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from hylo.distill import Recipe, load_recipe
+
 VOCABULARY = 258
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen. "
 
@@ -93,3 +95,28 @@ def logged(root: Path) -> list[dict[str, Any]]:
 def shipped(name: str) -> Path:
     """A recipe of the repository."""
     return Path(__file__).parents[1] / "recipes" / name
+
+
+def shrunk(name: str, root: Path, *, steps: int = 4) -> Recipe:
+    """A shipped recipe on a tiny base and teacher of its family under `root`: 16 tokens, then twice as many a stage."""
+    path = shipped(name)
+    family = "qwen3" if name.startswith("qwen3") else "llama"
+    save_base(root / "base", family, num_hidden_layers=3)
+    save_base(root / "teacher", family, num_hidden_layers=4, hidden_size=24)
+    write_text(root / "text.txt")
+    dims = {"q_lora_rank": 8, "kv_lora_rank": 4, "qk_nope_head_dim": 2, "qk_rope_head_dim": 2, "v_head_dim": 4,
+            "linear_num_heads": 2, "linear_key_head_dim": 4, "linear_value_head_dim": 8}  # fmt: skip
+    values = {f"student.upcycle.{key}": value for key, value in dims.items()} | {
+        "output": root / "run",
+        "teacher": root / "teacher",
+        "student.upcycle.base": root / "base",
+        "student.upcycle.mla_layers": [1],
+        "data.sources": f"[{{text: {root / 'text.txt'}}}]",
+        "data.cache_dir": root / "cache",
+        "device": "cpu",
+    }
+    for i in range(len(load_recipe(path).stages)):
+        stage = {"sequence_length": 16 * 2**i, "batch_size": 2, "gradient_accumulation": 1, "epochs": "null",
+                 "steps": steps, "log_every": 1}  # fmt: skip
+        values |= {f"stages.{i}.{key}": value for key, value in stage.items()}
+    return load_recipe(path, overrides=[f"{key}={value}" for key, value in values.items()])

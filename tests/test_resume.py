@@ -10,6 +10,8 @@ import json
 import os
 import random
 import signal
+from collections.abc import Sequence
+from itertools import pairwise
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,7 +26,7 @@ from hylo.distill import checkpoint as checkpoint_module
 from hylo.distill import engine as engine_module
 from hylo.distill import parse_recipe, run_recipe
 from hylo.errors import UserError
-from tests.distill_fixtures import make_world, recipe_values, save_llama
+from tests.distill_fixtures import make_world, recipe_values, save_llama, shrunk
 
 STEPS, EVERY = 14, 4
 STAGES = (
@@ -85,22 +87,25 @@ def arrange(what: str, stage: str, at: int) -> None:
 
 
 def run_child(forks: ForkServerContext, world: Path, name: str, kill: Kill, **changes: Any) -> int | None:
-    values = recipe_values(world, *STAGES, output=str(world / name), **changes)
+    return run_values(forks, recipe_values(world, *STAGES, output=str(world / name), **changes), kill)
+
+
+def run_values(forks: ForkServerContext, values: dict[str, Any], kill: Kill) -> int | None:
     process = forks.Process(target=child, args=(values, kill))
     process.start()
     process.join(60)
     return process.exitcode
 
 
-def assert_same_end(one: Path, other: Path) -> None:
-    for stage in ("align", "distil"):
+def assert_same_end(one: Path, other: Path, *, stages: Sequence[str] = ("align", "distil"), steps: int = STEPS) -> None:
+    for stage in stages:
         first, second = (load_file(root / stage / "model" / "model.safetensors") for root in (one, other))
         assert first.keys() == second.keys()
         for name in first:
             assert torch.equal(first[name], second[name]), f"{stage} {name}"
     first_log, second_log = (logged(root) for root in (one, other))
     assert first_log == second_log
-    assert len(first_log) == 2 * STEPS
+    assert len(first_log) == len(stages) * steps
 
 
 def logged(root: Path) -> list[tuple[Any, ...]]:
@@ -138,6 +143,20 @@ def test_hybrid_student_resumes_too(world: Path, forks: ForkServerContext) -> No
         assert run_child(forks, world, "killed-hybrid", kill, **hybrid) == -signal.SIGKILL
     assert run_child(forks, world, "killed-hybrid", None, **hybrid) == 0
     assert_same_end(world / "killed-hybrid", world / "hybrid")
+
+
+def test_killed_between_the_stages_of_a_published_recipe(forks: ForkServerContext, tmp_path: Path) -> None:
+    """2K, 8K, 64K in small: after a stage's last step, before its result is kept, and before the next one's first."""
+    stages, steps = ("align", "distil-8k", "distil-64k"), 4
+    recipe = shrunk("llama-3.2-1b-4mla12gdn-8k-64k.yaml", tmp_path, steps=steps)
+    untouched, killed = (recipe.model_dump(mode="json") | {"output": str(tmp_path / name)} for name in ("one", "two"))
+    assert run_values(forks, untouched, None) == 0
+    for earlier, later in pairwise(stages):
+        for kill in (("after", earlier, steps - 1), ("before", later, 0)):
+            assert run_values(forks, killed, kill) == -signal.SIGKILL, kill
+        assert (tmp_path / "two" / earlier / "model").exists()
+    assert run_values(forks, killed, None) == 0
+    assert_same_end(tmp_path / "two", tmp_path / "one", stages=stages, steps=steps)
 
 
 def test_sigterm_saves_and_exits_with_143(world: Path, forks: ForkServerContext, untouched: Path) -> None:

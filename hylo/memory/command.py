@@ -122,4 +122,6 @@ def _table(title: str, first: str, *others: str) -> Table:
 
 
 def _gib(size: float) -> str:
-    return f"{size / GIB:.2f}"
+    """In five characters, so that all phases fit 80 columns, as long as the whole number has no more."""
+    texts = [f"{size / GIB:.{decimals}f}" for decimals in (2, 1, 0)]
+    return next((text for text in texts if len(text) <= 5), texts[-1])
