@@ -21,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 import hylo
 from bench import record
+from bench.flops import forward_flop
 from bench.models import on_device
 from hylo.errors import UserError
 from hylo.inference import Engine
@@ -169,29 +170,8 @@ def measure(runner: Runner, ids: Tensor, length: int, new: int, filled: bool) ->
 
 
 def prefill_flop(config: Any, length: int) -> float:
-    """FLOP of reading `length` tokens: products with weights, causal attention over expanded keys, recurrences token by
-    token (6 K V a head for the delta rule, 4 K V for Mamba2), logits of the last token."""
-    weights, d = 0, config.hidden_size
-    attention = recurrence = 0
-    for mixer in getattr(config, "mixer_types", None) or ["attention"] * config.num_hidden_layers:
-        weights += 3 * d * config.intermediate_size
-        heads, kv = config.num_attention_heads, config.num_key_value_heads
-        if mixer == "attention":
-            weights += d * config.head_dim * (2 * heads + 2 * kv)
-            attention += 2 * heads * config.head_dim
-        elif mixer == "mla":
-            rank, width, value = config.kv_lora_rank, config.qk_head_dim, config.v_head_dim
-            weights += d * (config.q_lora_rank + rank + config.qk_rope_head_dim) + config.q_lora_rank * heads * width
-            weights += rank * kv * (config.qk_nope_head_dim + value) + heads * value * d
-            attention += heads * (width + value)
-        elif mixer == "gated_deltanet":
-            heads, key, value = config.linear_num_heads, config.linear_key_head_dim, config.linear_value_head_dim
-            weights += d * heads * (2 * key + 3 * value + 2)
-            recurrence += 6 * heads * key * value
-        else:
-            weights += d * config.head_dim * (3 * heads + 2 * kv) + d * heads
-            recurrence += 4 * heads * config.head_dim**2
-    return 2.0 * weights * length + 1.0 * attention * length**2 + recurrence * length + 2.0 * d * config.vocab_size
+    """FLOP of reading `length` tokens, with logits of the last one."""
+    return forward_flop(config, length) + 2.0 * config.hidden_size * config.vocab_size
 
 
 def step_bytes(model: Any, runner: Runner, capacity: int, length: int) -> float:

@@ -9,19 +9,15 @@ import gc
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from bench import record
-from hylo.distill.data import Batches
-from hylo.distill.engine import StageJob, make_optimizer, spare_memory, train_step
-from hylo.distill.recipe import Recipe, load_recipe
+from bench.steps import Case, most_bytes, random_steps
+from hylo.distill.recipe import Recipe
 from hylo.memory import Job, Phase, phases, stage_job
 
 HERE = Path(__file__).parent
@@ -29,22 +25,6 @@ LLAMA, QWEN = "llama-3.2-1b-4mla12gdn-8k", "qwen3-1.7b-7mla21gdn-8k"
 STEPS = 2
 # What a phase is measured together with: no hook lies between them.
 MERGED = {"loss backward": "loss", "embedding backward": "backward"}
-
-
-@dataclass(frozen=True)
-class Case:
-    """A stage of a recipe, with changes as `--set` has them; two micro-batches a step unless they say otherwise."""
-
-    recipe: str
-    stage: int
-    changes: dict[str, Any]
-
-    def load(self) -> Recipe:
-        elsewhere = {"mixer": "student.upcycle.mixer", "precision": "precision"}
-        changes = {"gradient_accumulation": 2, **self.changes}
-        values = {elsewhere.get(key, f"stages.{self.stage}.{key}"): value for key, value in changes.items()}
-        path = HERE.parent / "recipes" / f"{self.recipe}.yaml"
-        return load_recipe(path, overrides=[f"{key}={json.dumps(value)}" for key, value in values.items()])
 
 
 _LONG = {"sequence_length": 65536, "batch_size": 1}
@@ -68,52 +48,22 @@ CASES = {
 }
 
 
-def most_bytes() -> int:
-    """Allocated on the GPU at one time since the last call."""
-    torch.cuda.synchronize()
-    most = torch.cuda.max_memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    return most
-
-
 def measure(recipe: Recipe, index: int, device: torch.device, take: Callable[[], int]) -> dict[str, int]:
     """Peak bytes of each phase of the second training step.
 
     Args:
         take: the most bytes at one time since it was last called.
     """
-    job = stage_job(recipe, index)
-    stage = recipe.stages[index]
-    torch.manual_seed(0)
-    student = _random_model(job.student, torch.float32, device).train()
-    teacher = None
-    if job.teacher is not None:
-        dtype = torch.bfloat16 if job.half else torch.float32
-        teacher = _random_model(job.teacher, dtype, device).eval().requires_grad_(False)
-    spare_memory(stage, student, teacher)
-    parameters = list(student.parameters())
-    optimizer = make_optimizer(stage, parameters)
+    steps = random_steps(recipe, index, device, STEPS)
     found: dict[str, int] = {}
-    _mark_phases(student, teacher, optimizer, lambda name: found.update({name: max(found.get(name, 0), take())}))
-    count = stage.sequences_per_step
-    tokens = np.arange(count * job.length, dtype=np.uint32) % job.student.vocab_size
-    concrete = StageJob(
-        stage=stage, student=student, teacher=teacher,
-        batches=Batches(tokens, length=job.length, sequences_per_step=count, seed=0), steps=STEPS,
-        checkpoints=Path(), keep_checkpoints=1, seed=0, bf16=job.half, device=device,
-    )  # fmt: skip
+    student, teacher = steps.job.student, steps.job.teacher
+    _mark_phases(student, teacher, steps.optimizer, lambda name: found.update({name: max(found.get(name, 0), take())}))
     for step in range(STEPS):
-        optimizer.zero_grad(set_to_none=True)  # the last step's gradients are in no phase of this one
+        steps.optimizer.zero_grad(set_to_none=True)  # the last step's gradients are in no phase of this one
         take()
         found.clear()
-        train_step(concrete, optimizer, parameters, step, stage.learning_rate)
+        steps.run(step)
     return found
-
-
-def _random_model(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    with device:
-        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return model
 
 
 def _mark_phases(student: Any, teacher: Any, optimizer: torch.optim.Optimizer, mark: Callable[[str], None]) -> None:
