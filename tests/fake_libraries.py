@@ -29,8 +29,7 @@ def mamba_chunk_scan_combined(
     assert x.shape[2] == dt.shape[2]
     assert B.shape == C.shape
     assert chunk_size in (128, 256)
-    assert return_final_states
-    return hylo_ops.chunk_ssd(
+    o, final_state = hylo_ops.chunk_ssd(
         *(x, dt, A, B, C),
         d=D,
         dt_bias=dt_bias,
@@ -38,6 +37,7 @@ def mamba_chunk_scan_combined(
         initial_state=initial_states,
         backend="reference",
     )
+    return (o, final_state) if return_final_states else o
 
 
 def mamba_split_conv1d_scan_combined(
@@ -166,6 +166,32 @@ def chunk_simple_gla(q, k, v, g=None, scale=None, initial_state=None, output_fin
     return o.to(v.dtype), final_state.mT
 
 
+def chunk_gated_delta_rule(
+    q,
+    k,
+    v,
+    g,
+    beta,
+    use_qk_l2norm_in_kernel=False,
+    use_gate_in_kernel=False,
+    A_log=None,
+    dt_bias=None,
+    use_beta_sigmoid_in_kernel=False,
+    state_v_first=False,
+):
+    """Only as its own layer calls it: unit vectors and gates are made inside."""
+    assert q.dtype == torch.bfloat16, "takes 16-bit inputs only"
+    assert all((use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel, state_v_first))
+    q, k = (torch.nn.functional.normalize(t.float(), dim=-1).to(t.dtype) for t in (q, k))
+    g = -A_log.exp() * torch.nn.functional.softplus(g.float() + dt_bias)
+    return hylo_ops.chunk_gated_delta_rule(q, k, v, g, beta.float().sigmoid(), backend="reference")
+
+
+def rms_norm_gated(x, g, weight, bias, eps=1e-6):
+    assert (weight.shape, bias) == (x.shape[-1:], None)
+    return hylo_ops.gated_rms_norm(x, g, weight, eps=eps, norm_before_gate=True, backend="reference")
+
+
 def causal_conv1d(x, weight, bias, activation=None, backend=None):
     assert (activation, backend) == ("silu", "triton")
     return hylo_ops.causal_conv1d(x, weight, bias, activation="silu", backend="reference")
@@ -250,6 +276,8 @@ _MODULES = {
     f"{_VLLM}.causal_conv1d": {"causal_conv1d_fn": _vllm_conv, "causal_conv1d_update": _vllm_conv_update},
     f"{_VLLM}.layernorm_gated": {"rms_norm_gated": rmsnorm_fn},
     "flashinfer.mamba": {"selective_state_update": _flashinfer_update},
+    "fla.ops.gated_delta_rule": {"chunk_gated_delta_rule": chunk_gated_delta_rule},
+    "fla.modules.fused_norm_gate": {"rms_norm_gated": rms_norm_gated},
     "fla.ops.simple_gla": {"chunk_simple_gla": chunk_simple_gla},
     "fla.modules.causal_conv1d": {"causal_conv1d": causal_conv1d, "causal_conv1d_update": _fla_conv_update},
     "fla.backends": {"GluonBackend": GluonBackend},

@@ -47,6 +47,6 @@ done
 for stem in gated_rms_norm gated_delta_rule causal_conv1d ssd mamba2 mla_absorb linear_kl mla_prefill mla_attention; do
   step "bench_$stem" "$python" -m bench "$stem" --out "$out" --commit "$commit"
 done
-step train_step "$python" -m bench.train_step --out "$out/train_step.json"
+step train_step "$python" -m bench.train_step --case gdn-ce-8k m2-ce-8k --out "$out/train_step.json" --commit "$commit"
 step memory "$python" -m bench.memory --out "$out/memory.json" --commit "$commit"
 exit $failed
