@@ -16,6 +16,17 @@ namespace hylo::mla_absorb {
 constexpr float kNoTop = -1e38f;
 constexpr float kTolerance = 8.0f;
 
+// Zeros in a tile's rows of tokens that do not count, by one of 128 threads.
+__device__ __forceinline__ void clear_rows(const Piece& piece, int token, unsigned char* keys, int tiles, int thread) {
+  for (int i = thread; i < kTokens * 8; i += 128) {
+    const int row = i / 8;
+    if (token + row >= piece.start && token + row < piece.end) continue;
+    for (int tile = 0; tile < tiles; ++tile) {
+      *reinterpret_cast<uint4*>(keys + tile * kTileSize + i * 16) = make_uint4(0, 0, 0, 0);
+    }
+  }
+}
+
 template <class T, int kR, int kE, int kN, bool kScaled>
 class Attention {
  public:
@@ -25,7 +36,7 @@ class Attention {
   static constexpr int kKeyWidth = kR + kE;
 
   // weights: weights_size bytes of this warpgroup.
-  __device__ __forceinline__ Attention(const Params& p, int group, unsigned char* weights, Shared<kN>& shared)
+  __device__ __forceinline__ Attention(const Params& p, int group, unsigned char* weights, Shared<kN, false>& shared)
       : p_(p), group_(group), warp_(uniform(threadIdx.x / 32 % 4)), weights_(weights), shared_(shared) {
     if constexpr (kScaled) {
 #pragma unroll
@@ -116,13 +127,7 @@ class Attention {
 
   // Zeros instead of rows that do not count: a weight of 0 times a NaN is NaN.
   __device__ __forceinline__ void clear_others(const Piece& piece, int token, unsigned char* keys) const {
-    for (int i = threadIdx.x % 128; i < kTokens * 8; i += 128) {
-      const int row = i / 8;
-      if (token + row >= piece.start && token + row < piece.end) continue;
-      for (int tile = 0; tile < key_tiles(kDims); ++tile) {
-        *reinterpret_cast<uint4*>(keys + tile * kTileSize + i * 16) = make_uint4(0, 0, 0, 0);
-      }
-    }
+    clear_rows(piece, token, keys, key_tiles(kDims), threadIdx.x % 128);
     fence_async();
     sync();
   }
@@ -247,7 +252,7 @@ class Attention {
   const Params& p_;
   const int group_, warp_;
   unsigned char* const weights_;
-  Shared<kN>& shared_;
+  Shared<kN, false>& shared_;
   float top_[kColumns], total_[kColumns];
   int factors_[kScaled ? kColumns : 1];  // where key scales of the thread's columns lie in a stage, for row lane / 4
 };

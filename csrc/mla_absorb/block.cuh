@@ -9,14 +9,17 @@
 
 namespace hylo::mla_absorb {
 
-template <int kN>
-struct Shared {
-  Handover stages[kMaxStages];
+struct SharedByAll {
+  Handover stages[kMaxStages];  // by rows, parts of them
   Handover queries[2];
   Mailbox mailbox;  // results of the cluster's blocks
   Run run;                        // of the block's cluster
   int last;                       // whether this block's piece is the last to arrive
   Count units[kMaxBatch / 32];    // of 32 sequences each
+};
+
+template <int kN, bool kByRows>
+struct Shared : SharedByAll {
   float tops[kGroups][4][kN], totals[kGroups][4][kN];  // of warps
   float top[kGroups][kN];                              // that weights are relative to
   Total total[kN];                   // of the block
@@ -90,6 +93,15 @@ struct First {
   __device__ __forceinline__ bool exists() const { return piece.pieces > 0; }
 };
 
+template <int kN>
+struct Shared<kN, true> : SharedByAll {
+  Barrier weighed[kMostRowStages];       // a stage's weights are there
+  float2 tops[kMostRowStages][128];      // that they are relative to, of a thread's two rows
+  float totals[kGroups][kN];
+  Total total[kN];
+  First at[kGroups][4];                  // of a warp
+};
+
 __device__ __forceinline__ First first_of(const Params& p, const Run& run, const Sequence& sequence) {
   First first{run, {}};
   if (run.unit < run.last) first.piece = take(first.run, sequence, p.cluster_shift, p.fixed);
@@ -147,8 +159,7 @@ __device__ __forceinline__ First first_of_few(const Params& p, const Ends& ends)
 }
 
 // All warps count, 32 sequences at a time, and one goes through the counts.
-template <int kN>
-__device__ __forceinline__ First first_of_many(const Params& p, Shared<kN>& shared) {
+__device__ __forceinline__ First first_of_many(const Params& p, SharedByAll& shared) {
   const int sets = ceil_div(p.batch, 32);
 #pragma unroll 1
   for (int set = threadIdx.x / 32; set < sets; set += kThreads / 32) {
@@ -188,16 +199,35 @@ __device__ __forceinline__ void each_piece(const Params& p, First at, const F& f
   }
 }
 
+// The same for a warp whose registers are all taken: what is between pieces is kept in shared memory.
+template <class F>
+__device__ __forceinline__ void each_piece_from(const Params& p, const First& first, First& kept, const F& f) {
+  if (lane() == 0) kept = first;
+  __syncwarp();
+#pragma unroll 1
+  while (true) {
+    f(kept.piece);
+    if (kept.piece.ends) return;
+    First next = kept;
+    next.piece = take(next.run, sequence_at<kFinal>(p, next.run.b), p.cluster_shift, p.fixed);
+    __syncwarp();
+    if (lane() == 0) kept = next;
+    __syncwarp();
+  }
+}
+
 // For warps that merge nothing, after each piece: blocks of a cluster meet before each round of merging, with all
-// warps.
-template <int kRounds>
+// warps. By tokens they come to the first meeting ahead of the piece; by rows both rounds of a run's last one are one.
+template <int kRounds, bool kByRows>
 __device__ __forceinline__ void pass_meetings(const Piece& piece) {
   if (cluster_size() == 1) return;
   __syncwarp();
+  const int rounds = kByRows && piece.ends ? 1 : kRounds;
 #pragma unroll 1
-  for (int round = 1; round <= kRounds; ++round) {
+  for (int round = 1; round <= rounds; ++round) {
+    if (kByRows) cluster_arrive();
     cluster_wait();
-    if (round < kRounds || !piece.ends) cluster_arrive();
+    if (!kByRows && (round < rounds || !piece.ends)) cluster_arrive();
   }
 }
 

@@ -6,7 +6,7 @@
 #include "common/cluster.cuh"
 #include "common/dependent.cuh"
 #include "mla_absorb/loaders.cuh"
-#include "mla_absorb/merge.cuh"
+#include "mla_absorb/rows.cuh"
 
 namespace hylo::mla_absorb {
 
@@ -16,7 +16,9 @@ class Block {
   static constexpr Dims kDims{kR, kE, kN, kScaled};
   static constexpr Room kRoom = room(kDims);
   static_assert(kRoom.stages > 0, "too wide for shared memory");
-  static_assert(sizeof(Shared<kN>) <= small_size(kDims), "more than is kept free");
+  static constexpr bool kByRows = by_rows(kDims);
+  using SharedHere = Shared<kN, kByRows>;
+  static_assert(sizeof(SharedHere) <= small_size(kDims), "more than is kept free");
 
   __device__ __forceinline__ Block(const Params& p, unsigned char* shared)
       : p_(p),
@@ -24,36 +26,46 @@ class Block {
         queries_(stages_ + kRoom.stages * stage_size(kDims)),
         weights_(queries_ + kRoom.queries * queries_size(kDims)),
         received_(weights_ + results_size(kDims, kRoom.merged)),
-        shared_(*reinterpret_cast<Shared<kN>*>(shared + tiles_size(kDims))) {}
+        shared_(*reinterpret_cast<SharedHere*>(shared + tiles_size(kDims))) {}
 
   __device__ __forceinline__ void run() const {
     if (threadIdx.x == 0) {
-      for (int i = 0; i < kRoom.stages; ++i) shared_.stages[i].init(1, 128);
+      for (int i = 0; i < kRoom.stages * parts_of(kDims); ++i) shared_.stages[i].init(1, 128);
+      if constexpr (kByRows) {
+        for (int i = 0; i < kRoom.stages; ++i) shared_.weighed[i].init(128);
+      }
       for (Handover& queries : shared_.queries) queries.init(32 * kQueryWarps, kAttending);
       shared_.mailbox.init();
       fence_barrier_init();
       prefetch_map(p_.cache);
     }
     __syncthreads();
-    const bool alone = cluster_size() == 1;
-    if (!alone) cluster_arrive();
+    const bool meets = !kByRows && cluster_size() > 1;  // by rows, only when it merges
+    if (meets) cluster_arrive();
     const int group = uniform(threadIdx.x / 128), warp = uniform(threadIdx.x / 32 % 4);
     CacheLoader<kR, kE, kN, kScaled> loader(p_, stages_, shared_);
     const First first = begin(loader, group == kGroups && warp == kQueryWarps);
     if (!first.exists()) {
-      if (!alone) cluster_wait();
+      if (meets) cluster_wait();
       return;
     }
     if (group < kGroups) {
       claim_registers<kAttendingRegisters>();
-      if (!alone) cluster_wait();
-      attend(first, group);
+      if (meets) cluster_wait();
+      if constexpr (kByRows) {
+        attend_together(first, group);
+      } else {
+        attend(first, group);
+      }
     } else {
       release_registers<kLoadingRegisters>();
       if (warp == kQueryWarps) {
         loader.run(first);
+      } else if constexpr (kByRows) {
+        each_piece(p_, first, [](const Piece& piece, int) { pass_meetings<merging_rounds(kDims), true>(piece); });
       } else {
-        QueryLoader<kR, kE, kN, merging_rounds(kDims)>(p_, warp, kRoom.queries, queries_, shared_).run(first);
+        const int thread = 32 * warp + lane();
+        QueryLoader<kR, kE, kN, kScaled>(p_).run(first, thread, kRoom.queries, queries_, shared_);
       }
     }
   }
@@ -91,7 +103,7 @@ class Block {
 
   __device__ __forceinline__ void attend(const First& first, int group) const {
     Attention<T, kR, kE, kN, kScaled> attention(p_, group, weights_ + group * weights_size(kDims), shared_);
-    Merger<T, kR, kE, kN, kScaled> merger(p_, group, weights_, received_, shared_);
+    MergerByTokens<T, kR, kE, kN, kScaled> merger(p_, group, weights_, received_, shared_);
     unsigned tiles = 0;  // of the block, so far
     each_piece(p_, first, [&](const Piece& piece, int index) {
       const int buffer = uniform(index % kRoom.queries);
@@ -116,12 +128,29 @@ class Block {
     });
   }
 
+  // By rows.
+  __device__ __forceinline__ void attend_together(const First& first, int group) const {
+    AttentionByRows<T, kR, kE, kScaled> attention(p_, group, stages_, queries_, shared_);
+    MergerByRows<T, kR, kE, kScaled> merger(p_, group, queries_, shared_);
+    unsigned tiles = 0;  // of the block, so far
+    First& kept = shared_.at[group][uniform(threadIdx.x / 32 % 4)];
+    each_piece_from(p_, first, kept, [&](const Piece& piece) {
+      const Turns turns = turns_here(p_, piece);
+      sync_attending();  // what others sent in the place of queries has been read
+      QueryLoader<kR, kE, kN, kScaled>(p_).load(piece, queries_);
+      sync_attending();
+      attention.run(piece, turns, tiles);
+      tiles += turns.count;
+      merger.run(attention, piece);
+    });
+  }
+
   const Params& p_;
   unsigned char* const stages_;
   unsigned char* const queries_;
   unsigned char* const weights_;
   unsigned char* const received_;
-  Shared<kN>& shared_;
+  SharedHere& shared_;
 };
 
 }  // namespace hylo::mla_absorb

@@ -27,7 +27,7 @@ std::int64_t capacity_of(const Inputs& x) { return x.paged ? x.table.shape[1] * 
 // The rows of a page that one copy brings, a power of two: no page ends within.
 std::int64_t box_rows(const Inputs& x) { return x.paged ? std::gcd(page_of(x), std::int64_t{kTokens}) : kTokens; }
 
-bool fits(const Dims& dims) { return dims.N <= most_rows(dims.R) && room(dims).stages > 0; }
+bool fits(const Dims& dims) { return (dims.N <= most_rows(dims.R) || by_rows(dims)) && room(dims).stages > 0; }
 
 // As few tiles of rows as there can be, and those as small as can be. N is 0 where none fits.
 Dims find_dims(int R, int E, bool scaled, std::int64_t rows) {
@@ -177,12 +177,25 @@ std::string why_not(const Inputs& x, int device_type) {
 
 Kind kind_of(const Inputs& x) { return {x.q_nope.device, x.q_nope.type, dims_of(x)}; }
 
+// By rows, on an H100 with 128 heads of 512+64: of few sequences up to kShort tokens a block has few tiles and merging is most
+// of the time, which larger clusters do better; beyond, clusters of 8 leave fewer multiprocessors idle. Of many sequences those
+// that are cut merge through memory, which costs more than a cluster of 2 where there is little to read.
+Spread spread_by_rows(const Inputs& x) {
+  constexpr int kFew = 4, kShort = 1 << 14, kLittle = 1 << 18, kLeast = 2, kWorth = 4;
+  const auto B = x.q_nope.shape[0], capacity = capacity_of(x);
+  if (B > kFew) return {B * capacity > kLittle ? 1 : 2, 0, kLeast};
+  int cluster = capacity <= kShort ? kMaxCluster : kMaxCluster / 2;
+  while (cluster > 1 && kLeast * cluster * kTokens > capacity) cluster /= 2;
+  return {cluster, cluster * kWorth, cluster * kLeast};
+}
+
 // Measured on an H100 with 128+32, 128+64 and 256+64, 1 to 128 sequences of 1 to 1024K tokens. Few sequences are cut
 // between many blocks, which merge fastest within a cluster; of many, each block takes an equal share: few of them are
 // cut then, and clusters would merge even those that are not.
 Spread spread_of(const Inputs& x, bool fixed) {
   constexpr int kFixedCluster = 4, kFew = 4, kSome = 16, kWorth = 4, kLeast = 2;  // the last two: tiles of a block
   if (fixed) return {kFixedCluster, 0, 1};
+  if (by_rows(dims_of(x))) return spread_by_rows(x);
   const auto B = x.q_nope.shape[0];
   if (B > kFew) return {B > kSome ? 1 : 2, 0, kLeast};
   int cluster = kMaxCluster;
@@ -228,7 +241,6 @@ void launch(const Kernel& kernel, const Inputs& x, const Options& options, const
   params.tokens = static_cast<int>(x.q_nope.shape[1]);
   params.capacity = static_cast<int>(capacity_of(x));
   params.page = static_cast<int>(page_of(x));
-  params.pages = x.paged ? static_cast<int>(x.table.shape[1]) : 0;
   while ((std::int64_t{1} << params.box_shift) < box_rows(x)) ++params.box_shift;
   params.clusters = plan.clusters;
   while (1 << params.cluster_shift < plan.spread.cluster) ++params.cluster_shift;

@@ -15,7 +15,7 @@ class CacheLoader {
   static constexpr Dims kDims{kR, kE, kN, kScaled};
   static constexpr Room kRoom = room(kDims);
 
-  __device__ __forceinline__ CacheLoader(const Params& p, unsigned char* stages, Shared<kN>& shared)
+  __device__ __forceinline__ CacheLoader(const Params& p, unsigned char* stages, SharedByAll& shared)
       : p_(p), stages_(stages), shared_(shared), parts_shift_(6 - p.box_shift), tables_(32 >> parts_shift_) {}
 
   // What `piece` begins with, into the second cache while the kernel before still runs. It may be what that kernel is
@@ -48,7 +48,7 @@ class CacheLoader {
         }
         load(piece, token_of(p_, piece, turns, i), pages, at << parts_shift_);
       }
-      pass_meetings<merging_rounds(kDims)>(piece);
+      pass_meetings<merging_rounds(kDims), by_rows(kDims)>(piece);
     });
   }
 
@@ -84,75 +84,93 @@ class CacheLoader {
   __device__ __forceinline__ void load(const Piece& piece, int token, int pages, int first_lane) {
     const int at = loaded_ % kRoom.stages, turn = loaded_ / kRoom.stages;
     ++loaded_;
-    Handover& stage = shared_.stages[at];
-    if (turn > 0) stage.empty.wait((turn - 1) & 1);
     const int mine = token + (part() << p_.box_shift), in_tile = 1 << parts_shift_;
     const bool brings = lane() < in_tile && counts(piece, mine);
     const bool whole = token >= piece.start && token + kTokens <= piece.end;
-    const int parts = whole ? in_tile : __popc(__ballot_sync(kAllLanes, brings));
-    if (lane() == 0) stage.full.arrive_expecting(parts * key_tiles(kDims) * (128 << p_.box_shift));
-    __syncwarp();
+    const int boxes = whole ? in_tile : __popc(__ballot_sync(kAllLanes, brings));
     // 32 is a multiple of the parts: a lane has one of them all the time.
     const int page = __shfl_sync(kAllLanes, pages, first_lane + part());
-    if (!brings) return;
     unsigned char* const to = stages_ + at * stage_size(kDims) + (part() * 128 << p_.box_shift);
     const int row = row_of(mine);
 #pragma unroll
-    for (int tile = 0; tile < key_tiles(kDims); ++tile) {
-      copy_box(to + tile * kTileSize, p_.cache, stage.full, tile * kTile, row, page, 0);
+    for (int i = 0; i < parts_of(kDims); ++i) {
+      Handover& filled = shared_.stages[at * parts_of(kDims) + i];
+      if (tiles_of_part(kDims, i) == 0) continue;
+      if (turn > 0) filled.empty.wait((turn - 1) & 1);
+      if (lane() == 0) filled.full.arrive_expecting(boxes * tiles_of_part(kDims, i) * (128 << p_.box_shift));
+      __syncwarp();
+      if (!brings) continue;
+#pragma unroll
+      for (int j = 0; j < tiles_of_part(kDims, i); ++j) {
+        const int tile = first_of_part(kDims, i) + j;
+        copy_box(to + tile * kTileSize, p_.cache, filled.full, tile * kTile, row, page, 0);
+      }
     }
   }
 
   const Params& p_;
   unsigned char* const stages_;
-  Shared<kN>& shared_;
+  SharedByAll& shared_;
   const int parts_shift_;  // log2 of the parts of a tile
   const int tables_;       // tiles whose pages are looked up at once
   unsigned loaded_ = 0;
   int first_pages_ = 0;
 };
 
-// Warps that bring the query rows of sequences: latent | rope, in tiles of 64 columns; zeros past the last row.
-template <int kR, int kE, int kN, int kRounds>
+// Brings query rows of a sequence: latent | rope, in tiles of 64 columns; zeros past the last row.
+template <int kR, int kE, int kN, bool kScaled>
 class QueryLoader {
  public:
-  __device__ __forceinline__ QueryLoader(const Params& p, int warp, int buffers, unsigned char* tiles,
-                                         Shared<kN>& shared)
-      : p_(p), first_(32 * warp + lane()), buffers_(buffers), tiles_(tiles), shared_(shared) {}
+  static constexpr Dims kDims{kR, kE, kN, kScaled};
+  static constexpr int kPieces = (kR + kE) / 8;  // of 16 bytes, in a row
 
-  __device__ __forceinline__ void run(const First& first) const {
+  __device__ __forceinline__ explicit QueryLoader(const Params& p) : p_(p) {}
+
+  // By tokens, some warps together, for all pieces; `thread` is the number among them.
+  __device__ __forceinline__ void run(const First& first, int thread, int buffers, unsigned char* tiles,
+                                      SharedByAll& shared) const {
     each_piece(p_, first, [&](const Piece& piece, int i) {
-      const int at = i % buffers_, turn = i / buffers_;
-      Handover& queries = shared_.queries[at];
+      const int at = i % buffers, turn = i / buffers;
+      Handover& queries = shared.queries[at];
       if (turn > 0) queries.empty.wait((turn - 1) & 1);
-      load(piece.b, tiles_ + at * queries_size({kR, kE, kN, false}));
+      unsigned char* const to = tiles + at * queries_size(kDims);
+      for (int j = thread; j < kN * kPieces; j += 32 * kQueryWarps) copy(piece.b, j / kPieces, j % kPieces, to);
       await_copies();
       fence_async();
       queries.full.arrive();
-      pass_meetings<kRounds>(piece);
+      pass_meetings<merging_rounds(kDims), false>(piece);
     });
   }
 
+  // By rows, all attending threads together, for one piece: four a row.
+  __device__ __forceinline__ void load(const Piece& piece, unsigned char* to) const {
+    const int n = static_cast<int>(threadIdx.x) / 4;
+#pragma unroll 6
+    for (int i = threadIdx.x % 4; i < kPieces; i += 4) copy(piece.b, n, i, to);
+    await_copies();
+    fence_async();
+  }
+
  private:
-  __device__ __forceinline__ void load(int b, unsigned char* to) const {
-    constexpr int kPieces = (kR + kE) / 8;  // of 16 bytes, in a row
-    for (int i = first_; i < kN * kPieces; i += 32 * kQueryWarps) {
-      const int n = i / kPieces, piece = i % kPieces, row = static_cast<int>(blockIdx.y) * kN + n;
-      const bool exists = row < p_.tokens * p_.heads;
-      const int token = exists ? row / p_.by_heads : 0, head = exists ? row - token * p_.heads : 0;
-      const bool of_rope = piece >= kR / 8;
-      const Queries& from = of_rope ? p_.rope : p_.latent;
-      const long long at = from.stride_b * b + from.stride_t * token + from.stride_h * head;
-      const int column = 8 * (of_rope ? piece - kR / 8 : piece);
-      copy_async(to + piece / 8 * (kN * 128) + wgmma::swizzled(n, piece % 8),
-                 static_cast<const unsigned short*>(from.data) + at + column, exists);
-    }
+  // 16 bytes of a query row.
+  __device__ __forceinline__ void copy(int b, int n, int piece, unsigned char* to) const {
+    const int row = static_cast<int>(blockIdx.y) * kN + n;
+    const bool exists = row < p_.tokens * p_.heads;
+    const int token = exists ? row / p_.by_heads : 0, head = exists ? row - token * p_.heads : 0;
+    const bool of_rope = piece >= kR / 8;
+    const Queries& from = of_rope ? p_.rope : p_.latent;
+    const long long at = from.stride_b * b + from.stride_t * token + from.stride_h * head;
+    const int column = 8 * (of_rope ? piece - kR / 8 : piece);
+    copy_async(to + piece / 8 * (kN * 128) + wgmma::swizzled(place_of(n), piece % 8),
+               static_cast<const unsigned short*>(from.data) + at + column, exists);
+  }
+
+  // The row of the tile that a query row takes. By rows, those of either half are what a thread's two rows have.
+  static __device__ __forceinline__ int place_of(int n) {
+    return by_rows(kDims) ? n % 32 / 8 * 16 + n / 32 * 8 + n % 8 : n;
   }
 
   const Params& p_;
-  const int first_, buffers_;
-  unsigned char* const tiles_;
-  Shared<kN>& shared_;
 };
 
 }  // namespace hylo::mla_absorb

@@ -59,32 +59,237 @@ __device__ __forceinline__ void merge(Part (&all)[kResults], int count, const F&
   }
 }
 
+// What both ways of attending share. A block has results of its query rows, round by round, which it `deliver`s.
 template <class T, int kR, int kE, int kN, bool kScaled>
 class Merger {
  public:
-  using Attending = Attention<T, kR, kE, kN, kScaled>;
   static constexpr Dims kDims{kR, kE, kN, kScaled};
   static constexpr int kMerged = room(kDims).merged, kRounds = merging_rounds(kDims);
   static constexpr int kFours = kR / 4, kAll = kMerged * kFours;  // fours of latents, of a row and of a round
   static_assert(kN % kMerged == 0 && kMerged % 8 == 0, "rounds take whole blocks of an accumulator");
   static_assert(kAll % kMaxCluster == 0, "each block of a cluster has as many");
 
-  // results: results_size bytes, which nobody needs until all attending threads have left their totals. received:
-  // received_size bytes.
-  __device__ __forceinline__ Merger(const Params& p, int group, unsigned char* results, unsigned char* received,
-                                    Shared<kN>& shared)
+  // received: received_size bytes. neighbours: totals of the cluster's blocks, sent by them.
+  __device__ __forceinline__ Merger(const Params& p, unsigned char* received, Total (*neighbours)[kN], Total* total,
+                                    SharedByAll& shared)
       : p_(p),
-        group_(group),
         thread_(threadIdx.x),
         rank_(cluster_rank()),
         blocks_(cluster_size()),
         part_(kAll >> p.cluster_shift),
-        results_(reinterpret_cast<float*>(results)),
         received_(reinterpret_cast<float4*>(received)),
+        neighbours_(neighbours),
+        total_(total),
         shared_(shared) {
     const int left = p.tokens * p.heads - static_cast<int>(blockIdx.y) * kN;
     rows_ = left < kN ? left : kN;
   }
+
+ protected:
+  // Query rows of a round, as far as they exist.
+  __device__ __forceinline__ int rows_of(int round) const {
+    const int left = rows_ - round * kMerged;
+    return left < 0 ? 0 : left < kMerged ? left : kMerged;
+  }
+  // Fours of a round, of which each block of the cluster has `part_` in a row.
+  __device__ __forceinline__ int fours_here(int round) const {
+    const int left = rows_of(round) * kFours - rank_ * part_;
+    return left < 0 ? 0 : left < part_ ? left : part_;
+  }
+
+  // Sends go out once all have read what came in the round before.
+  __device__ __forceinline__ void open(int round, bool have_met) const {
+    if (thread_ == 0) {
+      const int fours = fours_here(round) + (second_ != 0 ? fours_here(1) : 0);
+      shared_.mailbox.expect(blocks_ * (fours * 16 + (round == 0 ? rows_ * 8 : 0)));
+    }
+    __syncwarp();
+    if (!have_met) cluster_wait();
+#pragma unroll 1
+    for (int i = thread_; round == 0 && i < rows_ << p_.cluster_shift; i += kAttending) {
+      const int n = i >> p_.cluster_shift;
+      shared_.mailbox.send(&neighbours_[rank_][n], i & (blocks_ - 1), total_[n]);
+    }
+  }
+
+  // Four latents of the n-th query row of a round to the block of the cluster that merges them.
+  __device__ __forceinline__ void deliver(const Piece& piece, int round, int n, int latent,
+                                          const float4& numbers) const {
+    if (blocks_ == 1) {
+      const Total total = total_[round * kMerged + n];
+      store(piece, round * kMerged + n, latent, {total.top, total.sum, numbers}, latent == 0);
+      return;
+    }
+    const int four = n * kFours + latent / 4, to = (four << p_.cluster_shift) / kAll;
+    shared_.mailbox.send(inbox(round) + rank_ * part_ + four - to * part_, to, numbers);
+  }
+
+  // The whole query row n of a round, where a block merges rows as a whole.
+  __device__ __forceinline__ Place row_there(int round, int n) const {
+    static_assert(kAll / kMaxCluster % kFours == 0 || !by_rows(kDims), "rows are cut between blocks");
+    const int first = (n - round * kMerged) * kFours, to = (first << p_.cluster_shift) / kAll;
+    return shared_.mailbox.place(inbox(round) + rank_ * part_ + first - to * part_, to);
+  }
+
+  // What all blocks of the cluster have sent, once it is there.
+  __device__ __forceinline__ void merge_blocks(const Piece& piece, int round) {
+    shared_.mailbox.await(received_rounds_++ & 1);
+    if (second_ != 0) merge_received(piece, 0);
+    merge_received(piece, round);
+    __syncwarp();
+  }
+
+  // Whether the second round comes with the first: then it has a place of its own, so many fours from that one's. 0: it
+  // does not.
+  __device__ __forceinline__ void merge_together(int second) { second_ = second; }
+  __device__ __forceinline__ float4* inbox(int round) const { return received_ + (round > 0 ? second_ : 0); }
+
+  // What all pieces of the sequence left, if this is the last of them.
+  __device__ __forceinline__ void finish(const Piece& piece) const {
+    if (piece.pieces == 1 || !is_last(piece)) return;
+#pragma unroll 1
+    for (int round = 0; round < kRounds; ++round) merge_pieces(piece, round);
+  }
+
+  // Calls f(query row, its first latent, four) for each of this block's fours of a round.
+  template <class F>
+  __device__ __forceinline__ void each_four(int round, const F& f) const {
+    const int here = fours_here(round);
+#pragma unroll 1
+    for (int i = thread_; i < here; i += kAttending) f(row_of(round, i), latent_of(i), i);
+  }
+  __device__ __forceinline__ int row_of(int round, int i) const {
+    return round * kMerged + (rank_ * part_ + i) / kFours;
+  }
+  __device__ __forceinline__ int latent_of(int i) const { return (rank_ * part_ + i) % kFours * 4; }
+
+  __device__ __forceinline__ void merge_received(const Piece& piece, int round) const {
+    each_four(round, [&](int n, int latent, int i) {
+      const auto received = [&](int, int block) {
+        const Total total = neighbours_[block][n];
+        return Part{total.top, total.sum, inbox(round)[block * part_ + i]};
+      };
+      Part all[1];
+      merge<8>(all, blocks_, received);
+      store(piece, n, latent, all[0], latent == 0 || i == 0);
+    });
+  }
+
+  __device__ __forceinline__ void store(const Piece& piece, int n, int latent, const Part& all, bool first) const {
+    if (piece.pieces == 1) {
+      send(piece, n, latent, all);
+    } else {
+      leave(piece, n, latent, all, first);
+    }
+  }
+
+  // For the last of the sequence's pieces. first: of the block's, in the query row.
+  __device__ __forceinline__ void leave(const Piece& piece, int n, int latent, const Part& all, bool first) const {
+    *reinterpret_cast<float4*>(left_row(piece, n) + latent) = all.numbers;
+    if (first) leave_total(piece, n, {all.top, all.total});
+  }
+  __device__ __forceinline__ float* left_row(const Piece& piece, int n) const {
+    return partial(piece.slot(piece.index)) + n * kR;
+  }
+  __device__ __forceinline__ void leave_total(const Piece& piece, int n, const Total& total) const {
+    float* const of_row = totals(piece.slot(piece.index)) + n;
+    of_row[0] = total.top;
+    of_row[kN] = total.sum;
+  }
+
+  __device__ __forceinline__ void send(const Piece& piece, int n, int latent, const Part& all) const {
+    const long long row = row_of_o(piece, n);
+    send_four(static_cast<T*>(p_.o) + row * kR + latent, all.numbers, share_of_one(all.total));
+    if (latent == 0) send_lse(row, {all.top, all.total});
+  }
+  __device__ __forceinline__ long long row_of_o(const Piece& piece, int n) const {
+    const int of_sequence = static_cast<int>(blockIdx.y) * kN + n;
+    return static_cast<long long>(piece.b) * (p_.tokens * p_.heads) + of_sequence;
+  }
+  // What numbers of that total are multiplied by.
+  static __device__ __forceinline__ float share_of_one(float total) { return total == 0.0f ? 1.0f : 1.0f / total; }
+  static __device__ __forceinline__ void send_four(T* to, const float4& numbers, float factor) {
+    *reinterpret_cast<uint2*>(to) = {wgmma::pack<T>(numbers.x * factor, numbers.y * factor),
+                                     wgmma::pack<T>(numbers.z * factor, numbers.w * factor)};
+  }
+  __device__ __forceinline__ void send_lse(long long row, const Total& total) const {
+    constexpr float kLn2 = 0.69314718055994531f;
+    if (p_.lse == nullptr) return;
+    p_.lse[row] = total.sum == 0.0f ? -__int_as_float(0x7f800000) : (total.top + log2f(total.sum)) * kLn2;
+  }
+
+ private:
+  // --- pieces ---
+
+  // Rows of latents, then the maxima and sums, as each block of the cluster has them.
+  __device__ __forceinline__ float* partial(int slot) const {
+    const long long at = static_cast<long long>(blockIdx.y) * p_.slots + slot;
+    return p_.partial + at * partial_size(kDims, blocks_);
+  }
+  __device__ __forceinline__ float* totals(int slot) const { return partial(slot) + kN * kR + rank_ * 2 * kN; }
+
+  // Whether all others of the sequence are there.
+  __device__ __forceinline__ bool is_last(const Piece& piece) const {
+    sync_attending();  // all have stored what they merged
+    if (thread_ == 0) {
+      const long long sequence = static_cast<long long>(blockIdx.y) * p_.slots + piece.slot(0);
+      shared_.last = draws_last(p_.tickets + sequence * blocks_ + rank_, piece.pieces);
+    }
+    sync_attending();
+    return shared_.last;
+  }
+
+  __device__ __forceinline__ void merge_pieces(const Piece& piece, int round) const {
+    constexpr int kResults = 4;
+    const int here = fours_here(round);
+#pragma unroll 1
+    for (int first = thread_; first < here; first += kResults * kAttending) {
+      Part all[kResults];
+      merge<4>(all, piece.pieces, [&](int j, int i) {
+        const int four = first + j * kAttending;
+        if (four >= here) return nothing();
+        const int slot = piece.slot(i), n = row_of(round, four);
+        const float* const of_row = totals(slot) + n;
+        return Part{load_written(of_row), load_written(of_row + kN),
+                    load_four_written(partial(slot) + n * kR + latent_of(four))};
+      });
+#pragma unroll
+      for (int j = 0; j < kResults; ++j) {
+        const int four = first + j * kAttending;
+        if (four < here) send(piece, row_of(round, four), latent_of(four), all[j]);
+      }
+    }
+  }
+
+ protected:
+  const Params& p_;
+  const int thread_, rank_, blocks_;
+
+ private:
+  const int part_;  // fours of a round that a block merges
+  int rows_;        // of this tile
+  int received_rounds_ = 0, second_ = 0;
+  float4* const received_;  // of this block's part, [blocks_, part_]
+  Total (*const neighbours_)[kN];
+  Total* const total_;
+  SharedByAll& shared_;
+};
+
+// By tokens: each warpgroup has sums of all latents over tiles of its own.
+template <class T, int kR, int kE, int kN, bool kScaled>
+class MergerByTokens : Merger<T, kR, kE, kN, kScaled> {
+ public:
+  using Base = Merger<T, kR, kE, kN, kScaled>;
+  using Attending = Attention<T, kR, kE, kN, kScaled>;
+  using Base::blocks_, Base::kFours, Base::kMerged, Base::kRounds, Base::thread_;
+
+  // results: results_size bytes, which nobody needs until all attending threads have left their totals.
+  __device__ __forceinline__ MergerByTokens(const Params& p, int group, unsigned char* results, unsigned char* received,
+                                            Shared<kN, false>& shared)
+      : Base(p, received, shared.neighbours, shared.total, shared),
+        group_(group),
+        results_(reinterpret_cast<float*>(results)),
+        shared_(shared) {}
 
   // is_first: of the run's pieces; the cluster's blocks have met already.
   __device__ __forceinline__ void run(Attending& attending, const Piece& piece, bool is_first) {
@@ -97,19 +302,14 @@ class Merger {
 #pragma unroll
     for (int round = 0; round < kRounds; ++round) {
       put(attending, weights, round);
-      if (blocks_ > 1) open(round, is_first && round == 0);
+      if (blocks_ > 1) this->open(round, is_first && round == 0);
       pass_on(piece, round);
       sync_attending();  // the next ones, or weights, take their place
       if (blocks_ == 1) continue;
-      shared_.mailbox.await(received_rounds_++ & 1);
-      merge_blocks(piece, round);
-      __syncwarp();
+      this->merge_blocks(piece, round);
       if (round + 1 < kRounds || !piece.ends) cluster_arrive();  // what was received has been read
     }
-    if (piece.pieces > 1 && is_last(piece)) {
-#pragma unroll 1
-      for (int round = 0; round < kRounds; ++round) merge_pieces(piece, round);
-    }
+    this->finish(piece);
   }
 
  private:
@@ -166,149 +366,18 @@ class Merger {
     }
   }
 
-  // Query rows of a round, as far as they exist.
-  __device__ __forceinline__ int rows_of(int round) const {
-    const int left = rows_ - round * kMerged;
-    return left < 0 ? 0 : left < kMerged ? left : kMerged;
-  }
-  // Fours of a round, of which each block of the cluster has `part_` in a row.
-  __device__ __forceinline__ int fours_here(int round) const {
-    const int left = rows_of(round) * kFours - rank_ * part_;
-    return left < 0 ? 0 : left < part_ ? left : part_;
-  }
-
-  // Sends go out once all have read what came in the round before.
-  __device__ __forceinline__ void open(int round, bool have_met) const {
-    if (thread_ == 0) {
-      shared_.mailbox.expect(blocks_ * (fours_here(round) * 16 + (round == 0 ? rows_ * 8 : 0)));
-    }
-    __syncwarp();
-    if (!have_met) cluster_wait();
-#pragma unroll 1
-    for (int i = thread_; round == 0 && i < rows_ << p_.cluster_shift; i += kAttending) {
-      const int n = i >> p_.cluster_shift;
-      shared_.mailbox.send(&shared_.neighbours[rank_][n], i & (blocks_ - 1), shared_.total[n]);
-    }
-  }
-
-  // This block's results to the blocks of the cluster that merge them.
   __device__ __forceinline__ void pass_on(const Piece& piece, int round) const {
-    const int all = rows_of(round) * kFours;
+    const int all = this->rows_of(round) * kFours;
 #pragma unroll 1
     for (int four = thread_; four < all; four += kAttending) {
       const int n = four / kFours, latent = four % kFours * 4;
-      const float4 numbers = *reinterpret_cast<const float4*>(result(n, latent));
-      if (blocks_ == 1) {
-        const Total total = shared_.total[round * kMerged + n];
-        store(piece, round * kMerged + n, latent, {total.top, total.sum, numbers}, latent == 0);
-        continue;
-      }
-      const int to = (four << p_.cluster_shift) / kAll;
-      shared_.mailbox.send(received_ + rank_ * part_ + four - to * part_, to, numbers);
+      this->deliver(piece, round, n, latent, *reinterpret_cast<const float4*>(result(n, latent)));
     }
   }
 
-  // Calls f(query row, its first latent, four) for each of this block's fours of a round.
-  template <class F>
-  __device__ __forceinline__ void each_four(int round, const F& f) const {
-    const int here = fours_here(round);
-#pragma unroll 1
-    for (int i = thread_; i < here; i += kAttending) f(row_of(round, i), latent_of(i), i);
-  }
-  __device__ __forceinline__ int row_of(int round, int i) const {
-    return round * kMerged + (rank_ * part_ + i) / kFours;
-  }
-  __device__ __forceinline__ int latent_of(int i) const { return (rank_ * part_ + i) % kFours * 4; }
-
-  __device__ __forceinline__ void merge_blocks(const Piece& piece, int round) const {
-    each_four(round, [&](int n, int latent, int i) {
-      const auto received = [&](int, int block) {
-        const Total total = shared_.neighbours[block][n];
-        return Part{total.top, total.sum, received_[block * part_ + i]};
-      };
-      Part all[1];
-      merge<8>(all, blocks_, received);
-      store(piece, n, latent, all[0], latent == 0 || i == 0);
-    });
-  }
-
-  // first: of the block's, in the query row.
-  __device__ __forceinline__ void store(const Piece& piece, int n, int latent, const Part& all, bool first) const {
-    if (piece.pieces == 1) {
-      send(piece, n, latent, all);
-      return;
-    }
-    const int slot = piece.slot(piece.index);
-    *reinterpret_cast<float4*>(partial(slot) + n * kR + latent) = all.numbers;
-    if (first) {
-      totals(slot)[n] = all.top;
-      totals(slot)[kN + n] = all.total;
-    }
-  }
-
-  __device__ __forceinline__ void send(const Piece& piece, int n, int latent, const Part& all) const {
-    const int of_sequence = static_cast<int>(blockIdx.y) * kN + n;
-    const long long row = static_cast<long long>(piece.b) * (p_.tokens * p_.heads) + of_sequence;
-    const float factor = all.total == 0.0f ? 1.0f : 1.0f / all.total;
-    const uint2 packed{wgmma::pack<T>(all.numbers.x * factor, all.numbers.y * factor),
-                       wgmma::pack<T>(all.numbers.z * factor, all.numbers.w * factor)};
-    *reinterpret_cast<uint2*>(static_cast<T*>(p_.o) + row * kR + latent) = packed;
-    if (latent == 0 && p_.lse != nullptr) {
-      constexpr float kLn2 = 0.69314718055994531f;
-      p_.lse[row] = all.total == 0.0f ? -__int_as_float(0x7f800000) : (all.top + log2f(all.total)) * kLn2;
-    }
-  }
-
-  // --- pieces ---
-
-  // Rows of latents, then the maxima and sums, as each block of the cluster has them.
-  __device__ __forceinline__ float* partial(int slot) const {
-    const long long at = static_cast<long long>(blockIdx.y) * p_.slots + slot;
-    return p_.partial + at * partial_size(kDims, blocks_);
-  }
-  __device__ __forceinline__ float* totals(int slot) const { return partial(slot) + kN * kR + rank_ * 2 * kN; }
-
-  // Whether all others of the sequence are there.
-  __device__ __forceinline__ bool is_last(const Piece& piece) const {
-    sync_attending();  // all have stored what they merged
-    if (thread_ == 0) {
-      const long long sequence = static_cast<long long>(blockIdx.y) * p_.slots + piece.slot(0);
-      shared_.last = draws_last(p_.tickets + sequence * blocks_ + rank_, piece.pieces);
-    }
-    sync_attending();
-    return shared_.last;
-  }
-
-  __device__ __forceinline__ void merge_pieces(const Piece& piece, int round) const {
-    constexpr int kResults = 4;
-    const int here = fours_here(round);
-#pragma unroll 1
-    for (int first = thread_; first < here; first += kResults * kAttending) {
-      Part all[kResults];
-      merge<4>(all, piece.pieces, [&](int j, int i) {
-        const int four = first + j * kAttending;
-        if (four >= here) return nothing();
-        const int slot = piece.slot(i), n = row_of(round, four);
-        const float* const of_row = totals(slot) + n;
-        return Part{load_written(of_row), load_written(of_row + kN),
-                    load_four_written(partial(slot) + n * kR + latent_of(four))};
-      });
-#pragma unroll
-      for (int j = 0; j < kResults; ++j) {
-        const int four = first + j * kAttending;
-        if (four < here) send(piece, row_of(round, four), latent_of(four), all[j]);
-      }
-    }
-  }
-
-  const Params& p_;
-  const int group_, thread_, rank_, blocks_;
-  const int part_;  // fours of a round that a block merges
-  int rows_;        // of this tile
-  int received_rounds_ = 0;
-  float* const results_;    // of a round, [kMerged, latents in whole tiles]
-  float4* const received_;  // of this block's part, [blocks_, part_]
-  Shared<kN>& shared_;
+  const int group_;
+  float* const results_;  // of a round, [kMerged, latents in whole tiles]
+  Shared<kN, false>& shared_;
 };
 
 }  // namespace hylo::mla_absorb

@@ -43,18 +43,30 @@ struct alignas(8) Total {
   float top, sum;
 };
 
+// Somewhere in a block of the cluster, and its barrier that counts what comes there.
+struct Place {
+  Word address, barrier;
+
+  __device__ __forceinline__ void send(int bytes_further, const float4& v) const {
+    asm volatile(
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+            address + bytes_further),
+        "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(barrier)
+        : "memory");
+  }
+};
+
 // Says when the numbers are there that blocks of a cluster, this one included, put into its shared memory, where they
 // lie at the same place in each. That its last numbers have been read is for the cluster's barrier to say.
 class Mailbox {
  public:
   __device__ __forceinline__ void init() { barrier_.init(1); }
 
+  __device__ __forceinline__ Place place(const void* shared, int rank) const {
+    return {there(shared, rank), there(this, rank)};
+  }
   __device__ __forceinline__ void send(const void* shared, int rank, const float4& v) {
-    asm volatile(
-        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
-            there(shared, rank)),
-        "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(there(this, rank))
-        : "memory");
+    place(shared, rank).send(0, v);
   }
   __device__ __forceinline__ void send(const void* shared, int rank, const Total& v) {
     asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(

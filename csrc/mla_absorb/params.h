@@ -24,7 +24,7 @@ struct Params {
   int* tickets;              // of every tile of rows, slot and block of a cluster: pieces that have arrived; zeros
   int batch, heads, tokens;  // B, H, T
   int capacity;              // cached tokens that a sequence has room for
-  int page, pages;           // tokens of a page; entries of a table's row
+  int page;                  // tokens of it
   int box_shift;             // log2 of the rows that one copy brings
   int clusters;              // that share the work of a tile of rows
   int cluster_shift;         // log2 of their blocks

@@ -16,6 +16,7 @@ constexpr int kAttendingRegisters = 224, kLoadingRegisters = 56;  // of a thread
 constexpr int kMaxBatch = 8192;
 constexpr int kMaxScales = 16;  // of a token
 constexpr int kMaxStages = 16;
+constexpr int kMostRowStages = 4;  // by rows
 constexpr int kMaxCluster = 16;
 
 constexpr int kSharedLimit = 227 * 1024;
@@ -40,12 +41,30 @@ HYLO_HOST_DEVICE constexpr int tiles_of(int columns) { return (columns + kTile -
 HYLO_HOST_DEVICE constexpr int query_tiles(Dims d) { return tiles_of(d.R + d.E); }
 HYLO_HOST_DEVICE constexpr int key_tiles(Dims d) { return tiles_of(d.R + d.E + (d.scaled ? kMaxScales : 0)); }
 
-HYLO_HOST_DEVICE constexpr int stage_size(Dims d) { return key_tiles(d) * kTileSize; }
+// Which of the two the 64 are that a tensor core takes at once: cached tokens, so that few query rows cost little, or
+// query rows, where accumulators of so many would take too many registers the other way round.
+HYLO_HOST_DEVICE constexpr bool by_rows(Dims d) { return d.N == kTile && (d.R == 256 || d.R == 512); }
+
+// What a stage is filled and emptied by: all its tiles; by rows what is behind the latents, and either half of these.
+constexpr int kMostParts = 3;
+HYLO_HOST_DEVICE constexpr int parts_of(Dims d) { return by_rows(d) ? kMostParts : 1; }
+HYLO_HOST_DEVICE constexpr int first_of_part(Dims d, int part) {
+  return !by_rows(d) || part == 1 ? 0 : part == 2 ? d.R / kTile / 2 : d.R / kTile;
+}
+HYLO_HOST_DEVICE constexpr int tiles_of_part(Dims d, int part) {
+  return !by_rows(d) ? key_tiles(d) : part == 0 ? key_tiles(d) - d.R / kTile : d.R / kTile / 2;
+}
+
+// By rows, weights take the place of what keys have behind their latents, and a tile more where that is nothing.
+HYLO_HOST_DEVICE constexpr int stage_tiles(Dims d) {
+  return by_rows(d) && key_tiles(d) == tiles_of(d.R) ? key_tiles(d) + 1 : key_tiles(d);
+}
+HYLO_HOST_DEVICE constexpr int stage_size(Dims d) { return stage_tiles(d) * kTileSize; }
 HYLO_HOST_DEVICE constexpr int queries_size(Dims d) { return query_tiles(d) * d.N * 128; }
 HYLO_HOST_DEVICE constexpr int weights_size(Dims d) { return d.N * 128; }
 
 // Of shared memory, what is no tile and no result.
-HYLO_HOST_DEVICE constexpr int small_size(Dims d) { return 3456 + 208 * d.N; }
+HYLO_HOST_DEVICE constexpr int small_size(Dims d) { return by_rows(d) ? 10240 : 3456 + 208 * d.N; }
 
 // Of what a cluster's blocks send to one: parts of query rows, all of which come to so many rows.
 HYLO_HOST_DEVICE constexpr int received_size(Dims d, int rows) { return rows * d.R * 4; }
@@ -70,8 +89,21 @@ HYLO_HOST_DEVICE constexpr Room room_with(Dims d, int queries, int merged) {
   return {fit < kMaxStages ? fit : kMaxStages, queries, merged};
 }
 
+// By rows a cluster's blocks send half of their rows at a time, and what they send takes the place of queries.
+constexpr int kRowsMerged = kTile / 2;
+HYLO_HOST_DEVICE constexpr int neighbours_size(Dims d) { return kMaxCluster * d.N * 8; }
+HYLO_HOST_DEVICE constexpr int queries_room(Dims d) {
+  const int received = received_size(d, kRowsMerged) + neighbours_size(d), queries = queries_size(d);
+  return queries > received ? queries : received;
+}
+HYLO_HOST_DEVICE constexpr Room room_by_rows(Dims d) {
+  const int fit = (kSharedLimit - small_size(d) - 1024 - queries_room(d)) / stage_size(d) / 2 * 2;
+  return {fit < kMostRowStages ? fit : kMostRowStages, 1, kRowsMerged};
+}
+
 // As much as leaves enough stages, else as leaves any.
 HYLO_HOST_DEVICE constexpr Room room(Dims d) {
+  if (by_rows(d)) return room_by_rows(d);
   const int half = d.N % 16 == 0 ? d.N / 2 : 8;
   const Room all[] = {room_with(d, 2, d.N), room_with(d, 2, half), room_with(d, 1, d.N), room_with(d, 1, half),
                       room_with(d, 1, 8)};
@@ -86,6 +118,7 @@ HYLO_HOST_DEVICE constexpr Room room(Dims d) {
 
 HYLO_HOST_DEVICE constexpr int tiles_size(Dims d) {
   const Room r = room(d);
+  if (by_rows(d)) return r.stages * stage_size(d) + queries_room(d);
   return r.stages * stage_size(d) + r.queries * queries_size(d) + results_size(d, r.merged) +
          received_size(d, r.merged);
 }
@@ -98,7 +131,7 @@ HYLO_HOST_DEVICE constexpr int merging_rounds(Dims d) { return d.N / room(d).mer
 // since each of them merges a part of its own.
 HYLO_HOST_DEVICE constexpr int partial_size(Dims d, int cluster) { return d.N * d.R + cluster * 2 * d.N; }
 
-// The most query rows of a tile: accumulators take R / 64 N / 2 registers of a thread.
+// The most query rows of a tile by tokens: accumulators take R / 64 N / 2 registers of a thread.
 HYLO_HOST_DEVICE constexpr int most_rows(int R) { return R <= 128 ? 64 : R <= 256 ? 48 : R <= 512 ? 32 : 24; }
 
 }  // namespace hylo::mla_absorb

@@ -205,12 +205,14 @@ MLA_ABSORB = [
         (256, 64, 16, True),
         (512, 64, 16, False),
         (512, 64, 32, False),
+        (512, 64, 64, False),
     )
 ]
 # Where each number of query rows takes most registers.
 OTHER_MLA_ABSORB = [
     mla_absorb.spec("bf16", *dims) for dims in ((128, 64, 64, True), (256, 64, 48, True), (448, 64, 32, True))
 ]
+OTHER_MLA_ABSORB += [mla_absorb.spec("fp16", *dims) for dims in ((256, 64, 64, True), (512, 32, 64, True))]
 MLA_STEP = [
     cuda_mla.spec(dtype, *widths) for dtype in HALVES for widths in ((32, 128), (64, 128), (64, 256), (128, 512))
 ]

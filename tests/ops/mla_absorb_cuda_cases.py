@@ -140,6 +140,9 @@ EMULATED = [
     Case(256, 64, 12, (130,), page=None, HK=4, spread=(1, 0, 2)),
     Case(16, 0, 40, (300, 65), 3, page=8, spread=(1, 0, 1)),
     Case(16, 0, 64, tuple(37 * i % 150 for i in range(36)), page=16, spread=(1, 0, 3)),
+    Case(256, 32, 64, (500, 3, 0, 129), page=32, spread=(2, 0, 3)),
+    Case(256, 32, 37, (400, 65), 2, page=None, HK=1, spread=(1, 0, 2)),
+    Case(256, 32, 128, (300, 65), page=64, spread=(2, 0, 2)),
 ]
 SPREADS = [(cluster, alone, least) for cluster in (1, 2, 4, 8, 16) for alone, least in ((0, 1), (0, cluster), (64, 5))]
 CASES = [
@@ -151,7 +154,15 @@ CASES = [
     *(Case(128, 32, 8, LONG, T, causal=causal, starts=PADDED) for T in (2, 3, 8) for causal in (True, False)),
     *(Case(R, E, 16, LONG) for R in (16, 48, 64, 80, 96, 128, 160, 192, 256, 320, 480, 512, 576) for E in (0, 32, 64)),
     *(Case(R, 64, 16, LONG, HK=HK) for R in (64, 128, 256, 448) for HK in (1, 4, 16)),
-    *(Case(512, 64, H, LONG, T) for H, T in ((16, 2), (32, 1), (128, 1))),
+    *(Case(512, 64, H, LONG, T) for H, T in ((16, 2), (32, 1))),
+    # Query rows on the tensor core's rows.
+    *(Case(512, 64, 128, LONG, spread=spread) for spread in (None, *SPREADS)),
+    *(Case(512, 64, H, LONG, T, starts=PADDED) for H, T in ((16, 3), (40, 1), (64, 2), (100, 1), (128, 8))),
+    *(Case(R, E, 64, LONG, page=16, dtype=FP16) for R in (256, 512) for E in (0, 32, 64)),
+    *(Case(512, 32, 64, LONG, page=None, HK=HK) for HK in (1, 4, 16)),
+    *(Case(256, 64, 64, LONG, T, HK=8, causal=causal) for T in (1, 3) for causal in (True, False)),
+    *(Case(512, 64, 128, LONG, page=page, fixed_split=True) for page in (None, 64)),
+    Case(512, 64, 128, tuple(37 * i % 150 for i in range(300)), page=16),
     *(
         Case(R, E, H, LONG, page=page, fixed_split=True)
         for R, E, H in ((128, 32, 32), (256, 64, 16))

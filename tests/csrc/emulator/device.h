@@ -59,7 +59,7 @@ inline int min(int x, int y) { return x < y ? x : y; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline float __fmul_rn(float x, float y) { return x * y; }
 inline float __fadd_rn(float x, float y) { return x + y; }
-inline void __syncwarp() {}
+inline void __syncwarp() { emulated_shuffle(0, 0); }
 inline float __int_as_float(int x) { return same_bits<float>(x); }
 inline float __uint_as_float(unsigned x) { return same_bits<float>(x); }
 inline unsigned __float_as_uint(float x) { return same_bits<unsigned>(x); }

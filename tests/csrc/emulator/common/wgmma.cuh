@@ -31,6 +31,9 @@ inline Pending& pending() {
   static std::map<std::pair<unsigned char*, unsigned>, Pending> all;
   return all[{emulated_dynamic_shared(-1), threadIdx.x}];
 }
+inline void make(std::function<void()> product) {
+  emulated_reverse ? pending().push_back(std::move(product)) : product();
+}
 
 inline void fence() {}
 inline void commit() {}
@@ -83,15 +86,38 @@ template <class T, Major kMajorA, Major kMajorB, int kSize>
 void product_shared(float (&d)[kSize], DoubleWord a, DoubleWord b, bool accumulate) {
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   float* const to = d;
-  const auto run = [=] {
+  make([=] {
     for (int i = 0; i < kSize; ++i) {
       const int row = 16 * warp + lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + 2 * (lane % 4) + i % 2;
       float sum = accumulate ? to[i] : 0.0f;
       for (int k = 0; k < 16; ++k) sum += operand<T>(a, kMajorA, row, k) * operand<T>(b, kMajorB, column, k);
       to[i] = sum;
     }
-  };
-  emulated_reverse ? pending().push_back(run) : run();
+  });
+}
+
+// A in registers: of a row four lanes have four numbers each.
+template <class T, Major kMajorB, int kSize>
+void product(float (&d)[kSize], const Word (&a)[4], DoubleWord b, bool accumulate) {
+  const int lane = threadIdx.x % 32;
+  float* const to = d;
+  const Word* const from = a;
+  make([=] {
+    float rows[2][16];
+    for (int k = 0; k < 16; ++k) {
+      for (int r = 0; r < 2; ++r) {
+        float both[2];
+        unpack<T>(emulated_shuffle_of(from[k / 8 * 2 + r], lane / 4 * 4 + k % 8 / 2), both[0], both[1]);
+        rows[r][k] = both[k % 2];
+      }
+    }
+    for (int i = 0; i < kSize; ++i) {
+      const int column = i / 4 * 8 + 2 * (lane % 4) + i % 2;
+      float sum = accumulate ? to[i] : 0.0f;
+      for (int k = 0; k < 16; ++k) sum += rows[i / 2 % 2][k] * operand<T>(b, kMajorB, column, k);
+      to[i] = sum;
+    }
+  });
 }
 
 }  // namespace hylo::wgmma

@@ -31,21 +31,28 @@ struct alignas(8) Total {
   float top, sum;
 };
 
+struct Place {
+  Word address, barrier;
+
+  template <class T>
+  void send(int bytes_further, const T& value) const {
+    memcpy(emulated_place(address + bytes_further), &value, sizeof(value));
+    reinterpret_cast<Barrier*>(emulated_place(barrier))->complete(sizeof(value));
+  }
+};
+
 class Mailbox {
  public:
   void init() { barrier_.init(1); }
-  void send(const void* shared, int rank, const float4& v) { put(shared, rank, v); }
-  void send(const void* shared, int rank, const Total& v) { put(shared, rank, v); }
+  Place place(const void* shared, int rank) const { return {there(shared, rank), there(this, rank)}; }
+  template <class T>
+  void send(const void* shared, int rank, const T& v) {
+    place(shared, rank).send(0, v);
+  }
   void expect(int bytes) { barrier_.arrive_expecting(bytes); }
   void await(int phase) { barrier_.wait(phase); }
 
  private:
-  template <class T>
-  void put(const void* shared, int rank, const T& value) {
-    memcpy(emulated_place(there(shared, rank)), &value, sizeof(value));
-    reinterpret_cast<Mailbox*>(emulated_place(there(this, rank)))->barrier_.complete(sizeof(value));
-  }
-
   Barrier barrier_;
 };
 
