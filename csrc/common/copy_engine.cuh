@@ -41,7 +41,8 @@ class Barrier {
 };
 
 // Something in shared memory that some fill and others empty. All lanes of a warp say so: of one lane that speaks for
-// its warp compute-sanitizer's racecheck does not see that the others are done.
+// its warp compute-sanitizer's racecheck does not see that the others are done. What a copy fills anew is handed back only
+// after what was loaded from it has been used: to arrive does not wait for loads, and the copy may overtake them.
 struct Handover {
   Barrier full, empty;
 
