@@ -637,8 +637,12 @@ def config_for(R: int, E: int, rows: int, dtype: torch.dtype, is_fp8: bool, shar
     BM = min(max(next_power_of_2(rows), _LEAST_SIDE), 32)
     if dtype == torch.float32:
         return Config(_LEAST_SIDE, 32, 8 if R > 128 else 4, 2, 1, 256, 16, 2)
-    if is_fp8 and R > 128:
-        # A thread holds some of the next tile, too: small ones, two programs for all R.
+    if is_fp8 and (R > 128 or (R > 32 and E > 0 and max(next_power_of_2(E), _LEAST_SIDE) != BM)):
+        # A thread holds some of the next tile, too: small ones, two programs for all R. Up to 128 they keep clear of a
+        # fault of ptxas 12.8, which comes with Triton 3.6 (12.9 has none): tiles of 64 tokens are multiplied by wgmma,
+        # whose descriptors say where an operand lies and how. Weights lie where rope lay, and where they are not as
+        # wide as rope the two descriptors differ in their upper halves alone; then ptxas loses the lower half of all
+        # but the first of the weights'. Smaller tiles of rope need no descriptors.
         return Config(BM if R <= 256 else _LEAST_SIDE, 32, 4, 1, 2, 256, 16, 2)
     if R > 256:
         return Config(BM, 64, 8, 2, 1, 256, 16, 4)
