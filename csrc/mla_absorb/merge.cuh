@@ -97,14 +97,16 @@ class Merger {
     return left < 0 ? 0 : left < part_ ? left : part_;
   }
 
-  // Sends go out once all have read what came in the round before.
+  // Sends go out once all have read what came in the round before. By rows no barrier of the block lies between two rounds: a
+  // phase without bytes would be over before all warps have seen the end of the one before.
   __device__ __forceinline__ void open(int round, bool have_met) const {
+    if (by_rows(kDims)) cluster_wait();
     if (thread_ == 0) {
       const int fours = fours_here(round) + (second_ != 0 ? fours_here(1) : 0);
       shared_.mailbox.expect(blocks_ * (fours * 16 + (round == 0 ? rows_ * 8 : 0)));
     }
     __syncwarp();
-    if (!have_met) cluster_wait();
+    if (!by_rows(kDims) && !have_met) cluster_wait();
 #pragma unroll 1
     for (int i = thread_; round == 0 && i < rows_ << p_.cluster_shift; i += kAttending) {
       const int n = i >> p_.cluster_shift;

@@ -130,7 +130,7 @@ def check_each_alone(x: dict[str, Any], case: Case, o: Tensor, lse: Tensor, atte
 LONG = (2500, 3, 0, 129, 4000)
 MIXED = (500, 3, 0, 129, 700)
 PADDED = (70, 0, 0, 129, 333)
-# Of three kernels, so that they compile in seconds for the CPU.
+# Of few kernels, so that they compile in seconds for the CPU.
 EMULATED = [
     Case(48, 32, 7, MIXED, 3, page=16, starts=PADDED, dtype=FP16, integers=torch.int64, spread=(4, 0, 3)),
     Case(48, 32, 24, (64, 65, 0, 1), page=48, dtype=FP16, spread=(2, 100, 1)),
@@ -143,6 +143,9 @@ EMULATED = [
     Case(256, 32, 64, (500, 3, 0, 129), page=32, spread=(2, 0, 3)),
     Case(256, 32, 37, (400, 65), 2, page=None, HK=1, spread=(1, 0, 2)),
     Case(256, 32, 128, (300, 65), page=64, spread=(2, 0, 2)),
+    Case(512, 64, 128, (900,), spread=(4, 0, 2)),
+    Case(512, 64, 100, (200, 70), page=32, starts=(70, 0), spread=(2, 0, 1)),
+    Case(512, 64, 64, (300, 65), 2, page=None, spread=(1, 0, 1)),
 ]
 SPREADS = [(cluster, alone, least) for cluster in (1, 2, 4, 8, 16) for alone, least in ((0, 1), (0, cluster), (64, 5))]
 CASES = [

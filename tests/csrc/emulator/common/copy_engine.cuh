@@ -29,7 +29,7 @@ class Barrier {
  public:
   void init(int arrivals) {
     wanted_ = arrivals_ = arrivals;
-    bytes_ = 0;
+    bytes_ = waiting_ = 0;
     busy_[0] = 1;
     busy_[1] = 0;
     late_copies().erase(this);
@@ -44,9 +44,12 @@ class Barrier {
       late[this].erase(late[this].begin());
       copy();
     }
+    ++waiting_;
     emulated_await_zero(&busy_[phase]);
+    --waiting_;
   }
-  void later(std::function<void()> copy) { late_copies()[this].push_back(std::move(copy)); }
+  // At once where somebody waits for it already.
+  void later(std::function<void()> copy) { waiting_ > 0 ? copy() : late_copies()[this].push_back(std::move(copy)); }
 
  private:
   static std::map<Barrier*, std::vector<std::function<void()>>>& late_copies() {
@@ -60,8 +63,7 @@ class Barrier {
     busy_[1] ^= 1;
   }
 
-  int wanted_, arrivals_;
-  long long bytes_;
+  int wanted_, arrivals_, bytes_, waiting_;
   DoubleWord busy_[2];
 };
 
