@@ -74,6 +74,7 @@ def test_an_engine_begins_anew_each_time():
 
 def test_a_step_changes_nothing_of_other_sequences():
     engine = engine_of(make_model("mamba2"))
+    engine.pools.rows.zero_()  # what is beyond a length is whatever memory held, and a NaN is not equal to itself
     engine.prefill(prompts(*LENGTHS))
     before = [t.clone() for t in (engine.pools.rows[:, 1:], engine.pools.layers[1].recurrent)]
     engine.prefill(prompts(9))
