@@ -12,6 +12,7 @@ from hylo_ops import fp8_row_bytes, mla_absorb
 from hylo_ops.mla_absorb import reference, triton_decode
 from hylo_ops.mla_absorb import triton as backend
 from hylo_ops.mla_absorb.triton_decode import Config
+from hylo_ops.mla_absorb.triton_rows import from_e4m3
 from hylo_ops.testing import gradients, within_budget
 from tests.triton.mla_absorb_cases import BF16, FP16, FP32, SMALL, SMALL_FP8, Case, dequantized, make
 
@@ -73,7 +74,7 @@ def test_every_byte_of_e4m3(has_e4m3, dtype):
 @triton.jit
 def converted(p_bits, p_out, HAS_E4M3: tl.constexpr, DOT: tl.constexpr):
     o_i = tl.arange(0, 256)
-    tl.store(p_out + o_i, triton_decode.from_e4m3(tl.load(p_bits + o_i), DOT, HAS_E4M3))
+    tl.store(p_out + o_i, from_e4m3(tl.load(p_bits + o_i), DOT, HAS_E4M3))
 
 
 @pytest.mark.parametrize(("group", "lengths", "H"), [(4, (1056, 320), 4), (16, (250, 90), 19)])
