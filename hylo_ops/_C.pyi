@@ -44,7 +44,7 @@ class MlaAbsorb:
     def __init__(
         self,
         torch: ModuleType,
-        load: Callable[[int, str, int, int, int, bool, int, int], Kernel | str],
+        load: Callable[[int, str, int, int, int, bool, bool, int, int], Kernel | str],
         tickets: Callable[[int, int], Tensor],
         capturing: Callable[[], bool],
         device_type: int = 2,

@@ -173,7 +173,7 @@ std::string MlaAbsorb::view(PyObject* const* tensors, bool direct, Inputs& x) co
 const MlaAbsorb::Kernels::Loaded& MlaAbsorb::loaded(const Kind& kind) {
   return kernels_.find(kind, [this](const Kind& of) {
     const Dims& d = of.dims;
-    return load_(of.device, build_name(of.type), d.R, d.E, d.N, d.scaled, shared_size(d), mla_absorb::kMaxCluster);
+    return load_(of.device, build_name(of.type), d.R, d.E, d.N, d.scaled, d.fp8, shared_size(d), mla_absorb::kMaxCluster);
   });
 }
 

@@ -14,7 +14,7 @@ namespace hylo {
 
 class MlaAbsorb {
  public:
-  // load(device, type, R, E, N, scaled, shared bytes, most blocks of a cluster): the kernel compiled for that, or a
+  // load(device, type, R, E, N, scaled, fp8, shared bytes, most blocks of a cluster): the kernel compiled for that, or a
   // str, the reason why there is none. tickets(count, device): as hylo_ops/mla_absorb/tickets.py has it. capturing():
   // whether launches become part of a graph. device_type: DLPack's number; another than CUDA's is for tests with an
   // emulated driver.

@@ -17,7 +17,9 @@ constexpr int kWideClusters = 14;  // CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZ
 constexpr int kClusterDims = 4;    // CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
 constexpr int kEarly = 6;          // CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 constexpr int kUint16 = 1;         // CU_TENSOR_MAP_DATA_TYPE_UINT16: the copy engine moves bits
+constexpr int kUint32 = 2;         // CU_TENSOR_MAP_DATA_TYPE_UINT32
 constexpr int kNoInterleave = 0;   // CU_TENSOR_MAP_INTERLEAVE_NONE
+constexpr int kNoSwizzle = 0;      // CU_TENSOR_MAP_SWIZZLE_NONE
 constexpr int kSwizzle128 = 3;     // CU_TENSOR_MAP_SWIZZLE_128B
 constexpr int kPromote256 = 3;     // CU_TENSOR_MAP_L2_PROMOTION_L2_256B
 constexpr int kFillZeros = 0;      // CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE
@@ -207,19 +209,21 @@ int Kernel::attribute(int which) const {
 }
 
 TensorMap box_map(std::uintptr_t tensor, const std::uint64_t (&sizes)[4], const std::int64_t (&strides)[4],
-                  unsigned columns, unsigned rows, int row_dim) {
-  constexpr std::uint64_t kBytes = 2;
+                  unsigned columns, unsigned rows, int row_dim, Box form) {
+  const bool words = form == Box::kWords;
+  const std::uint64_t bytes = words ? 4 : 2;
   std::uint64_t outer_strides[3];  // bytes; where a dim is 1, any valid number will do
   for (int i = 1; i < 4; ++i) {
-    outer_strides[i - 1] = sizes[i] == 1 ? columns * kBytes : static_cast<std::uint64_t>(strides[i]) * kBytes;
+    outer_strides[i - 1] = sizes[i] == 1 ? columns * bytes : static_cast<std::uint64_t>(strides[i]) * bytes;
   }
   std::uint32_t box[4] = {columns, 1, 1, 1};
   box[row_dim] = rows;
   const std::uint32_t every[4] = {1, 1, 1, 1};
   TensorMap map;
   const SomeContext scope;
-  check(driver().cuTensorMapEncodeTiled(&map, kUint16, 4, reinterpret_cast<void*>(tensor), sizes, outer_strides, box,
-                                        every, kNoInterleave, kSwizzle128, kPromote256, kFillZeros),
+  check(driver().cuTensorMapEncodeTiled(&map, words ? kUint32 : kUint16, 4, reinterpret_cast<void*>(tensor), sizes,
+                                        outer_strides, box, every, kNoInterleave, words ? kNoSwizzle : kSwizzle128,
+                                        kPromote256, kFillZeros),
         "cuTensorMapEncodeTiled");
   return map;
 }

@@ -47,10 +47,14 @@ class Kernel {
   unsigned shared_bytes_ = 0;
 };
 
+// What boxes are of, and how they lie in shared memory: numbers of two bytes, in rows of 128 bytes with their 16-byte
+// pieces permuted; or of four, row by row, where a row takes a multiple of 16 bytes.
+enum class Box { kHalves, kWords };
+
 // How the copy engine reads boxes of `rows` x `columns` (the innermost dim and one of the outer ones, all others 1)
-// into shared memory, in rows of 128 bytes with their 16-byte pieces permuted, zeros where the tensor ends. sizes and
-// strides, in elements of two bytes, are of the four dims from the innermost out; strides[0] is 1.
+// into shared memory, zeros where the tensor ends. sizes and strides, in elements, are of the four dims from the innermost
+// out; strides[0] is 1.
 TensorMap box_map(std::uintptr_t tensor, const std::uint64_t (&sizes)[4], const std::int64_t (&strides)[4],
-                  unsigned columns, unsigned rows, int row_dim);
+                  unsigned columns, unsigned rows, int row_dim, Box form = Box::kHalves);
 
 }  // namespace hylo

@@ -14,7 +14,7 @@ struct ElementType {
   constexpr bool operator!=(const ElementType& other) const { return !(*this == other); }
 };
 
-constexpr ElementType kInt32{0, 32, 1}, kInt64{0, 64, 1};
+constexpr ElementType kInt32{0, 32, 1}, kInt64{0, 64, 1}, kUint8{1, 8, 1}, kE4m3{10, 8, 1};
 constexpr ElementType kFp16{2, 16, 1}, kFp32{2, 32, 1}, kFp64{2, 64, 1}, kBf16{4, 16, 1};
 
 // The name of a type that kernels are compiled for.

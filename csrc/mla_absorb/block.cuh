@@ -10,7 +10,7 @@
 namespace hylo::mla_absorb {
 
 struct SharedByAll {
-  Handover stages[kMaxStages];  // by rows, parts of them
+  Handover stages[kMaxStages];  // by rows, parts of them; behind them, what rows in fp8 come to
   Handover queries[2];
   Mailbox mailbox;  // results of the cluster's blocks
   Run run;                        // of the block's cluster

@@ -1,19 +1,24 @@
 // Absorbed latent attention of few new tokens, one launch. A translation unit of its own: the build passes HYLO_T (type
 // of queries, cache and o: bf16, fp16), HYLO_R, HYLO_E, HYLO_N (query rows of a tile) and HYLO_SCALED (key scales in
-// the rows of the cache).
+// the rows of the cache); and HYLO_FP8, 1 where these rows are in fp8.
 //
 // Blocks along x are clusters that share the cached tokens, those along y have tiles of query rows of their own.
 #include "common/cluster.cuh"
 #include "common/dependent.cuh"
+#include "mla_absorb/convert.cuh"
 #include "mla_absorb/loaders.cuh"
 #include "mla_absorb/rows.cuh"
 
+#ifndef HYLO_FP8
+#define HYLO_FP8 0
+#endif
+
 namespace hylo::mla_absorb {
 
-template <class T, int kR, int kE, int kN, bool kScaled>
+template <class T, int kR, int kE, int kN, bool kScaled, bool kFp8>
 class Block {
  public:
-  static constexpr Dims kDims{kR, kE, kN, kScaled};
+  static constexpr Dims kDims{kR, kE, kN, kScaled, kFp8};
   static constexpr Room kRoom = room(kDims);
   static_assert(kRoom.stages > 0, "too wide for shared memory");
   static constexpr bool kByRows = by_rows(kDims);
@@ -26,11 +31,14 @@ class Block {
         queries_(stages_ + kRoom.stages * stage_size(kDims)),
         weights_(queries_ + kRoom.queries * queries_size(kDims)),
         received_(weights_ + results_size(kDims, kRoom.merged)),
+        raw_(received_ + received_size(kDims, kRoom.merged)),
         shared_(*reinterpret_cast<SharedHere*>(shared + tiles_size(kDims))) {}
 
   __device__ __forceinline__ void run() const {
     if (threadIdx.x == 0) {
-      for (int i = 0; i < kRoom.stages * parts_of(kDims); ++i) shared_.stages[i].init(1, 128);
+      constexpr int kFillers = kFp8 ? 32 * kQueryWarps : 1;
+      for (int i = 0; i < kRoom.stages * parts_of(kDims); ++i) shared_.stages[i].init(kFillers, 128);
+      for (int i = 0; i < kRoom.raw; ++i) shared_.stages[raw_barrier(kDims, i)].init(1, 32 * kQueryWarps);
       if constexpr (kByRows) {
         for (int i = 0; i < kRoom.stages; ++i) shared_.weighed[i].init(128);
       }
@@ -43,14 +51,14 @@ class Block {
     const bool meets = !kByRows && cluster_size() > 1;  // by rows, only when it merges
     if (meets) cluster_arrive();
     const int group = uniform(threadIdx.x / 128), warp = uniform(threadIdx.x / 32 % 4);
-    CacheLoader<kR, kE, kN, kScaled> loader(p_, stages_, shared_);
+    CacheLoader<kR, kE, kN, kScaled, kFp8> loader(p_, kFp8 ? raw_ : stages_, shared_);
     const First first = begin(loader, group == kGroups && warp == kQueryWarps);
     if (!first.exists()) {
       if (meets) cluster_wait();
       return;
     }
     if (group < kGroups) {
-      claim_registers<kAttendingRegisters>();
+      claim_registers<attending_registers(kFp8)>();
       if (meets) cluster_wait();
       if constexpr (kByRows) {
         attend_together(first, group);
@@ -58,19 +66,29 @@ class Block {
         attend(first, group);
       }
     } else {
-      release_registers<kLoadingRegisters>();
+      release_registers<loading_registers(kFp8)>();
       if (warp == kQueryWarps) {
         loader.run(first);
       } else if constexpr (kByRows) {
         each_piece(p_, first, [](const Piece& piece, int) { pass_meetings<merging_rounds(kDims), true>(piece); });
       } else {
-        const int thread = 32 * warp + lane();
-        QueryLoader<kR, kE, kN, kScaled>(p_).run(first, thread, kRoom.queries, queries_, shared_);
+        prepare(first, 32 * warp + lane());
       }
     }
   }
 
  private:
+  // What is attended to and did not come as it is wanted: queries, and rows in fp8.
+  __device__ __forceinline__ void prepare(const First& first, int thread) const {
+    QueryLoader<kR, kE, kN, kScaled, kFp8> loader(p_);
+    if constexpr (kFp8) {
+      Converter<T, kR, kE, kN, kScaled> converter(p_, thread, raw_, stages_, shared_);
+      loader.run(first, thread, kRoom.queries, queries_, shared_, [&](const Piece& piece) { converter.run(piece); });
+    } else {
+      loader.run(first, thread, kRoom.queries, queries_, shared_, [](const Piece&) {});
+    }
+  }
+
   // What this block begins with. Of few sequences it is found while the kernel ahead still runs, from lengths that it
   // may yet change, and what the loader will bring is asked for: once that kernel has ended it is enough to see whether
   // they are the same.
@@ -103,7 +121,7 @@ class Block {
 
   __device__ __forceinline__ void attend(const First& first, int group) const {
     Attention<T, kR, kE, kN, kScaled> attention(p_, group, weights_ + group * weights_size(kDims), shared_);
-    MergerByTokens<T, kR, kE, kN, kScaled> merger(p_, group, weights_, received_, shared_);
+    MergerByTokens<T, kR, kE, kN, kScaled, kFp8> merger(p_, group, weights_, received_, shared_);
     unsigned tiles = 0;  // of the block, so far
     each_piece(p_, first, [&](const Piece& piece, int index) {
       const int buffer = uniform(index % kRoom.queries);
@@ -137,7 +155,7 @@ class Block {
     each_piece_from(p_, first, kept, [&](const Piece& piece) {
       const Turns turns = turns_here(p_, piece);
       sync_attending();  // what others sent in the place of queries has been read
-      QueryLoader<kR, kE, kN, kScaled>(p_).load(piece, queries_);
+      QueryLoader<kR, kE, kN, kScaled, kFp8>(p_).load(piece, queries_);
       sync_attending();
       attention.run(piece, turns, tiles);
       tiles += turns.count;
@@ -150,6 +168,7 @@ class Block {
   unsigned char* const queries_;
   unsigned char* const weights_;
   unsigned char* const received_;
+  unsigned char* const raw_;  // rows in fp8
   SharedHere& shared_;
 };
 
@@ -157,7 +176,7 @@ class Block {
 
 extern "C" __global__ void __launch_bounds__(hylo::mla_absorb::kThreads, 1)
     mla_absorb_fwd_kernel_decode(const __grid_constant__ hylo::mla_absorb::Params p) {
-  using Block = hylo::mla_absorb::Block<hylo::HYLO_T, HYLO_R, HYLO_E, HYLO_N, HYLO_SCALED != 0>;
+  using Block = hylo::mla_absorb::Block<hylo::HYLO_T, HYLO_R, HYLO_E, HYLO_N, HYLO_SCALED != 0, HYLO_FP8 != 0>;
   hylo::start_next_kernel();
   const Block block(p, hylo::aligned(hylo::dynamic_shared()));
   block.run();

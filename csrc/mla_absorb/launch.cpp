@@ -21,17 +21,27 @@ constexpr int kRowsOfTile[] = {8, 16, 24, 32, 48, 64};
 constexpr double kLog2E = 1.4426950408889634;
 
 std::int64_t rows_of(const Inputs& x) { return x.q_nope.shape[1] * x.q_nope.shape[2]; }
+bool has_fp8(const Inputs& x) { return x.cache.type == kUint8 || x.cache.type == kE4m3; }
 std::int64_t page_of(const Inputs& x) { return x.cache.shape[1]; }
 std::int64_t capacity_of(const Inputs& x) { return x.paged ? x.table.shape[1] * page_of(x) : x.cache.shape[1]; }
 
-// The rows of a page that one copy brings, a power of two: no page ends within.
-std::int64_t box_rows(const Inputs& x) { return x.paged ? std::gcd(page_of(x), std::int64_t{kTokens}) : kTokens; }
+// Rows that no page ends within, a power of two.
+std::int64_t rows_of_page(const Inputs& x) { return x.paged ? std::gcd(page_of(x), std::int64_t{kTokens}) : kTokens; }
 
-bool fits(const Dims& dims) { return (dims.N <= most_rows(dims.R) || by_rows(dims)) && room(dims).stages > 0; }
+// Bytes of a row of the cache with so many key scales.
+std::int64_t row_bytes(const Inputs& x, std::int64_t scales) {
+  const auto R = x.q_nope.shape[3], others = x.q_rope.shape[3] + scales;
+  if (!has_fp8(x)) return (R + others) * x.cache.bytes();
+  return fp8_row_size(static_cast<int>(R), static_cast<int>(others));
+}
+
+bool fits(const Dims& dims) {
+  if (dims.fp8 && dims.N == 48) return false;  // the compiler would keep some of it in local memory
+  return (dims.N <= most_rows(dims.R) || by_rows(dims)) && room(dims).stages > 0;
+}
 
 // As few tiles of rows as there can be, and those as small as can be. N is 0 where none fits.
-Dims find_dims(int R, int E, bool scaled, std::int64_t rows) {
-  Dims dims{R, E, 0, scaled};
+Dims find_dims(Dims dims, std::int64_t rows) {
   int most = 0;
   for (const int of_tile : kRowsOfTile) {
     dims.N = of_tile;
@@ -51,24 +61,30 @@ Dims find_dims(int R, int E, bool scaled, std::int64_t rows) {
 Dims dims_of(const Inputs& x) {
   struct Found {
     std::int64_t R, E, rows;
-    bool scaled;
+    bool scaled, fp8;
     Dims dims;
   };
   thread_local Found last{};
   const std::int64_t R = x.q_nope.shape[3], E = x.q_rope.shape[3], rows = rows_of(x);
-  if (last.R != R || last.E != E || last.rows != rows || last.scaled != x.scaled) {
-    last = {R, E, rows, x.scaled, find_dims(static_cast<int>(R), static_cast<int>(E), x.scaled, rows)};
+  const bool fp8 = has_fp8(x);
+  if (last.R != R || last.E != E || last.rows != rows || last.scaled != x.scaled || last.fp8 != fp8) {
+    const Dims wanted{static_cast<int>(R), static_cast<int>(E), 0, x.scaled, fp8};
+    last = {R, E, rows, x.scaled, fp8, find_dims(wanted, rows)};
   }
   return last.dims;
+}
+
+// The rows of a page that one copy brings, a power of two.
+std::int64_t box_rows(const Inputs& x) {
+  return has_fp8(x) ? std::min<std::int64_t>(rows_of_page(x), room(dims_of(x)).raw_rows) : rows_of_page(x);
 }
 
 bool has_shapes(const Inputs& x) {
   if (x.q_nope.dims != 4 || x.q_rope.dims != 4 || x.cache.dims != 3) return false;
   const auto B = x.q_nope.shape[0], T = x.q_nope.shape[1], H = x.q_nope.shape[2];
-  const auto width = x.q_nope.shape[3] + x.q_rope.shape[3];
   if (!has_shape(x.q_rope, B, T, H, x.q_rope.shape[3]) || !has_shape(x.lengths, B)) return false;
   if (x.has_starts && !has_shape(x.starts, B)) return false;
-  if (x.cache.shape[2] < width || (!x.paged && x.cache.shape[0] != B)) return false;
+  if (x.cache.shape[2] * x.cache.bytes() < row_bytes(x, 0) || (!x.paged && x.cache.shape[0] != B)) return false;
   if (x.paged && (x.table.dims != 2 || x.table.shape[0] != B)) return false;
   if (!x.scaled) return true;
   if (x.scales.dims != 3) return false;
@@ -79,10 +95,12 @@ bool has_shapes(const Inputs& x) {
 // Key scales come with the rows of the cache, or not at all.
 std::string wrong_scales(const Inputs& x) {
   if (!x.scaled) return "";
-  const auto HK = x.scales.shape[2], at = x.q_nope.shape[3] + x.q_rope.shape[3];
-  const auto* const expected = static_cast<const char*>(x.cache.data) + at * x.cache.bytes();
-  bool view = x.scales.type == x.cache.type && x.scales.data == expected && at + HK <= x.cache.shape[2];
-  for (int i = 0; i < 2; ++i) view = view && (x.cache.shape[i] == 1 || x.scales.strides[i] == x.cache.strides[i]);
+  const auto HK = x.scales.shape[2], R = x.q_nope.shape[3], E = x.q_rope.shape[3];
+  const auto at = has_fp8(x) ? fp8_rest_at(static_cast<int>(R)) + E * x.scales.bytes() : row_bytes(x, 0);
+  const auto in_bytes = [](const Tensor& tensor, int dim) { return tensor.strides[dim] * tensor.bytes(); };
+  bool view = x.scales.type == x.q_nope.type && x.scales.data == static_cast<const char*>(x.cache.data) + at &&
+              row_bytes(x, HK) <= x.cache.shape[2] * x.cache.bytes();
+  for (int i = 0; i < 2; ++i) view = view && (x.cache.shape[i] == 1 || in_bytes(x.scales, i) == in_bytes(x.cache, i));
   if (!view || (HK > 1 && x.scales.strides[2] != 1)) return "key_scale is no view of the rows of kv_cache, behind rope";
   if (HK > kMaxScales) return "key_scale has " + std::to_string(HK) + " heads, more than 16";
   return "";
@@ -119,7 +137,7 @@ std::string wrong_sizes(const Inputs& x) {
   if (E % kWidthUnit != 0 || E > kMaxE) return "E is " + std::to_string(E) + ", not a multiple of 16 up to 64";
   if (x.cache.shape[0] == 0 || x.cache.shape[1] == 0) return "kv_cache is empty";
   if (x.q_nope.shape[0] > kMaxBatch) return "there are more than 8192 sequences";
-  if (x.paged && box_rows(x) < kLeastBox) {
+  if (x.paged && rows_of_page(x) < kLeastBox) {
     return "pages of " + std::to_string(page_of(x)) + " tokens are not of a multiple of 8";
   }
   // The kernel divides by multiplying, which is exact up to 2^32.
@@ -136,18 +154,18 @@ std::string wrong_sizes(const Inputs& x) {
   return "";
 }
 
-// Columns of the cache that are read.
-std::int64_t read_width(const Inputs& x) {
-  return x.q_nope.shape[3] + x.q_rope.shape[3] + (x.scaled ? x.scales.shape[2] : 0);
-}
-
+// Of what is read of each row; in fp8 as words, of which a box has enough for a whole row.
 TensorMap cache_map(const Inputs& x) {
   const auto of = [](std::int64_t size) { return static_cast<std::uint64_t>(size); };
   const Tensor& cache = x.cache;
-  const std::uint64_t sizes[4] = {of(read_width(x)), of(cache.shape[1]), of(cache.shape[0]), 1};
-  const std::int64_t strides[4] = {1, cache.strides[1], cache.strides[0], 0};
-  return box_map(reinterpret_cast<std::uintptr_t>(cache.data), sizes, strides, kTile,
-                 static_cast<unsigned>(box_rows(x)), 1);
+  const bool fp8 = has_fp8(x);
+  const std::int64_t width = row_bytes(x, x.scaled ? x.scales.shape[2] : 0), bytes = fp8 ? 4 : cache.bytes();
+  const std::int64_t in_element = bytes / cache.bytes();  // the strides of a single row or page may be any
+  const std::uint64_t sizes[4] = {of(width / bytes), of(cache.shape[1]), of(cache.shape[0]), 1};
+  const std::int64_t strides[4] = {1, cache.strides[1] / in_element, cache.strides[0] / in_element, 0};
+  const int columns = fp8 ? raw_row_size(dims_of(x)) / 4 : kTile;
+  return box_map(reinterpret_cast<std::uintptr_t>(cache.data), sizes, strides, static_cast<unsigned>(columns),
+                 static_cast<unsigned>(box_rows(x)), 1, fp8 ? Box::kWords : Box::kHalves);
 }
 
 Queries queries_of(const Tensor& q) { return {q.data, q.strides[0], q.strides[1], q.strides[2]}; }
@@ -163,8 +181,8 @@ std::string why_not(const Inputs& x, int device_type) {
   }
   if (!has_shapes(x)) return kWrongShapes;
   const ElementType& type = x.q_nope.type;
-  if ((type != kBf16 && type != kFp16) || x.q_rope.type != type || x.cache.type != type) {
-    return "q_nope, q_rope and kv_cache are not of one dtype, bfloat16 or float16";
+  if ((type != kBf16 && type != kFp16) || x.q_rope.type != type || (x.cache.type != type && !has_fp8(x))) {
+    return "q_nope, q_rope and kv_cache, unless its rows are in fp8, are not of one dtype, bfloat16 or float16";
   }
   if (!is_integer(x.lengths) || (x.has_starts && !is_integer(x.starts)) || (x.paged && !is_integer(x.table))) {
     return "cache_seqlens, cache_starts or block_table are not int32 or int64";

@@ -11,7 +11,7 @@ namespace hylo::mla_absorb {
 
 struct Inputs {
   Tensor q_nope, q_rope;  // [B, T, H, R], [B, T, H, E]
-  Tensor cache;           // [B, S, row], or [pages, page, row] with a table
+  Tensor cache;           // [B, S, row], or [pages, page, row] with a table; of bytes: rows in fp8
   Tensor lengths, starts; // [B]
   Tensor table;           // [B, max pages]
   Tensor scales;          // [B, S, HK] or [pages, page, HK]
@@ -31,7 +31,7 @@ struct Kind {
 
   bool operator==(const Kind& other) const {
     return device == other.device && type == other.type && dims.R == other.dims.R && dims.E == other.dims.E &&
-           dims.N == other.dims.N && dims.scaled == other.dims.scaled;
+           dims.N == other.dims.N && dims.scaled == other.dims.scaled && dims.fp8 == other.dims.fp8;
   }
 };
 

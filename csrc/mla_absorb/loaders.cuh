@@ -8,15 +8,17 @@
 namespace hylo::mla_absorb {
 
 // A warp that has the copy engine bring tiles of the cache. A tile comes in boxes, one for each 64 columns and each run
-// of rows that no page ends in; those without a token that counts stay away, and nobody asks for their page.
-template <int kR, int kE, int kN, bool kScaled>
+// of rows that no page ends in; those without a token that counts stay away, and nobody asks for their page. Of rows in fp8
+// a box has all columns, and comes to where it is converted from.
+template <int kR, int kE, int kN, bool kScaled, bool kFp8>
 class CacheLoader {
  public:
-  static constexpr Dims kDims{kR, kE, kN, kScaled};
+  static constexpr Dims kDims{kR, kE, kN, kScaled, kFp8};
   static constexpr Room kRoom = room(kDims);
 
-  __device__ __forceinline__ CacheLoader(const Params& p, unsigned char* stages, SharedByAll& shared)
-      : p_(p), stages_(stages), shared_(shared), parts_shift_(6 - p.box_shift), tables_(32 >> parts_shift_) {}
+  // places: what copies fill, stages or places for rows in fp8.
+  __device__ __forceinline__ CacheLoader(const Params& p, unsigned char* places, SharedByAll& shared)
+      : p_(p), places_(places), shared_(shared), parts_shift_(6 - p.box_shift), tables_(32 >> parts_shift_) {}
 
   // What `piece` begins with, into the second cache while the kernel before still runs. It may be what that kernel is
   // writing, the table too: then other rows are fetched, or these again.
@@ -26,7 +28,7 @@ class CacheLoader {
     const int token = token_of(p_, piece, turns, tile) + (part() << p_.box_shift);
     if (tile >= least_of(turns.count, kTilesAhead) || !counts(piece, token)) return;
 #pragma unroll 1
-    for (int i = 0; i < key_tiles(kDims); ++i) prefetch_box(p_.cache, i * kTile, row_of(token), page, 0);
+    for (int i = 0; i < (kFp8 ? 1 : key_tiles(kDims)); ++i) prefetch_box(p_.cache, i * kTile, row_of(token), page, 0);
   }
 
   // The pages that `run` begins with.
@@ -46,7 +48,12 @@ class CacheLoader {
           pages = next_pages;
           next_pages = look_up<kFinal>(piece, turns, i + tables_);
         }
-        load(piece, token_of(p_, piece, turns, i), pages, at << parts_shift_);
+        const int token = token_of(p_, piece, turns, i);
+        if constexpr (kFp8) {
+          load_raw(piece, token, pages, at << parts_shift_);
+        } else {
+          load(piece, token, pages, at << parts_shift_);
+        }
       }
       pass_meetings<merging_rounds(kDims), by_rows(kDims)>(piece);
     });
@@ -90,7 +97,7 @@ class CacheLoader {
     const int boxes = whole ? in_tile : __popc(__ballot_sync(kAllLanes, brings));
     // 32 is a multiple of the parts: a lane has one of them all the time.
     const int page = __shfl_sync(kAllLanes, pages, first_lane + part());
-    unsigned char* const to = stages_ + at * stage_size(kDims) + (part() * 128 << p_.box_shift);
+    unsigned char* const to = places_ + at * stage_size(kDims) + (part() * 128 << p_.box_shift);
     const int row = row_of(mine);
 #pragma unroll
     for (int i = 0; i < parts_of(kDims); ++i) {
@@ -108,27 +115,48 @@ class CacheLoader {
     }
   }
 
+  // Rows in fp8, so many at a time as one place has.
+  __device__ __forceinline__ void load_raw(const Piece& piece, int token, int pages, int first_lane) {
+    const int mine = token + (part() << p_.box_shift), first_row = part() << p_.box_shift;
+    const bool brings = lane() >> parts_shift_ == 0 && counts(piece, mine);
+    const int page = __shfl_sync(kAllLanes, pages, first_lane + part()), row = row_of(mine);
+#pragma unroll 1
+    for (int first = 0; first < kTokens; first += kRoom.raw_rows, ++loaded_) {
+      const int at = loaded_ % kRoom.raw, turn = loaded_ / kRoom.raw;
+      Handover& filled = shared_.stages[raw_barrier(kDims, at)];
+      const bool comes = brings && first_row >= first && first_row < first + kRoom.raw_rows;
+      const int boxes = __popc(__ballot_sync(kAllLanes, comes));
+      if (turn > 0) filled.empty.wait((turn - 1) & 1);
+      if (lane() == 0) filled.full.arrive_expecting(boxes * (raw_row_size(kDims) << p_.box_shift));
+      __syncwarp();
+      if (!comes) continue;
+      unsigned char* const to = places_ + at * raw_size(kDims) + (first_row - first) * raw_row_size(kDims);
+      copy_box(to, p_.cache, filled.full, 0, row, page, 0);
+    }
+  }
+
   const Params& p_;
-  unsigned char* const stages_;
+  unsigned char* const places_;
   SharedByAll& shared_;
   const int parts_shift_;  // log2 of the parts of a tile
   const int tables_;       // tiles whose pages are looked up at once
-  unsigned loaded_ = 0;
+  unsigned loaded_ = 0;    // tiles, or parts of them in fp8
   int first_pages_ = 0;
 };
 
 // Brings query rows of a sequence: latent | rope, in tiles of 64 columns; zeros past the last row.
-template <int kR, int kE, int kN, bool kScaled>
+template <int kR, int kE, int kN, bool kScaled, bool kFp8>
 class QueryLoader {
  public:
-  static constexpr Dims kDims{kR, kE, kN, kScaled};
+  static constexpr Dims kDims{kR, kE, kN, kScaled, kFp8};
   static constexpr int kPieces = (kR + kE) / 8;  // of 16 bytes, in a row
 
   __device__ __forceinline__ explicit QueryLoader(const Params& p) : p_(p) {}
 
-  // By tokens, some warps together, for all pieces; `thread` is the number among them.
+  // By tokens, some warps together, for all pieces; `thread` is the number among them. Calls then(piece) behind each one's.
+  template <class F>
   __device__ __forceinline__ void run(const First& first, int thread, int buffers, unsigned char* tiles,
-                                      SharedByAll& shared) const {
+                                      SharedByAll& shared, const F& then) const {
     each_piece(p_, first, [&](const Piece& piece, int i) {
       const int at = i % buffers, turn = i / buffers;
       Handover& queries = shared.queries[at];
@@ -138,6 +166,7 @@ class QueryLoader {
       await_copies();
       fence_async();
       queries.full.arrive();
+      then(piece);
       pass_meetings<merging_rounds(kDims), false>(piece);
     });
   }

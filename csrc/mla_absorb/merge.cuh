@@ -60,10 +60,10 @@ __device__ __forceinline__ void merge(Part (&all)[kResults], int count, const F&
 }
 
 // What both ways of attending share. A block has results of its query rows, round by round, which it `deliver`s.
-template <class T, int kR, int kE, int kN, bool kScaled>
+template <class T, int kR, int kE, int kN, bool kScaled, bool kFp8 = false>
 class Merger {
  public:
-  static constexpr Dims kDims{kR, kE, kN, kScaled};
+  static constexpr Dims kDims{kR, kE, kN, kScaled, kFp8};
   static constexpr int kMerged = room(kDims).merged, kRounds = merging_rounds(kDims);
   static constexpr int kFours = kR / 4, kAll = kMerged * kFours;  // fours of latents, of a row and of a round
   static_assert(kN % kMerged == 0 && kMerged % 8 == 0, "rounds take whole blocks of an accumulator");
@@ -278,10 +278,10 @@ class Merger {
 };
 
 // By tokens: each warpgroup has sums of all latents over tiles of its own.
-template <class T, int kR, int kE, int kN, bool kScaled>
-class MergerByTokens : Merger<T, kR, kE, kN, kScaled> {
+template <class T, int kR, int kE, int kN, bool kScaled, bool kFp8>
+class MergerByTokens : Merger<T, kR, kE, kN, kScaled, kFp8> {
  public:
-  using Base = Merger<T, kR, kE, kN, kScaled>;
+  using Base = Merger<T, kR, kE, kN, kScaled, kFp8>;
   using Attending = Attention<T, kR, kE, kN, kScaled>;
   using Base::blocks_, Base::kFours, Base::kMerged, Base::kRounds, Base::thread_;
 

@@ -10,17 +10,26 @@ constexpr int kTile = 64;                 // columns that lie side by side
 constexpr int kTileSize = kTokens * 128;  // bytes of 64 tokens x 64 columns; 16-bit types only
 constexpr int kGroups = 2;                // warpgroups that attend, each to tiles of its own
 constexpr int kAttending = 128 * kGroups;
-constexpr int kQueryWarps = 3;                // that load queries, beside the one that loads the cache
+constexpr int kQueryWarps = 3;                // that load queries, and convert rows in fp8; one more loads the cache
 constexpr int kThreads = kAttending + 128;
-constexpr int kAttendingRegisters = 224, kLoadingRegisters = 56;  // of a thread: at most 504 for one of each warpgroup
+
+// Registers of a thread: at most 504 for one of each warpgroup. Those that convert have some more.
+HYLO_HOST_DEVICE constexpr int loading_registers(bool fp8) { return fp8 ? 72 : 56; }
+HYLO_HOST_DEVICE constexpr int attending_registers(bool fp8) { return (504 - loading_registers(fp8)) / kGroups; }
+
 constexpr int kMaxBatch = 8192;
 constexpr int kMaxScales = 16;  // of a token
 constexpr int kMaxStages = 16;
 constexpr int kMostRowStages = 4;  // by rows
 constexpr int kMaxCluster = 16;
 
+// Of rows in fp8: latents that share a scale, and the unit that each part of a row fills.
+constexpr int kScaleGroup = 128, kFp8Unit = 16;
+
 constexpr int kSharedLimit = 227 * 1024;
 constexpr int kWantedStages = 4;
+// Of rows in fp8 that wait to be converted: bytes that keep memory busy, and the most copies under way.
+constexpr int kWantedRaw = 40 * 1024, kMostRaw = 8;
 
 // Of what comes before the kernel ahead has ended: the most sequences, and tiles of a block.
 constexpr int kForeseen = 128, kTilesAhead = 4;
@@ -35,6 +44,7 @@ struct Dims {
   int R, E;
   int N;        // query rows of a tile, a multiple of 8
   bool scaled;  // whether key scales follow in the rows of the cache
+  bool fp8 = false;  // whether these rows are in fp8; queries never are
 };
 
 HYLO_HOST_DEVICE constexpr int tiles_of(int columns) { return (columns + kTile - 1) / kTile; }
@@ -43,7 +53,7 @@ HYLO_HOST_DEVICE constexpr int key_tiles(Dims d) { return tiles_of(d.R + d.E + (
 
 // Which of the two the 64 are that a tensor core takes at once: cached tokens, so that few query rows cost little, or
 // query rows, where accumulators of so many would take too many registers the other way round.
-HYLO_HOST_DEVICE constexpr bool by_rows(Dims d) { return d.N == kTile && (d.R == 256 || d.R == 512); }
+HYLO_HOST_DEVICE constexpr bool by_rows(Dims d) { return !d.fp8 && d.N == kTile && (d.R == 256 || d.R == 512); }
 
 // What a stage is filled and emptied by: all its tiles; by rows what is behind the latents, and either half of these.
 constexpr int kMostParts = 3;
@@ -60,6 +70,13 @@ HYLO_HOST_DEVICE constexpr int stage_tiles(Dims d) {
   return by_rows(d) && key_tiles(d) == tiles_of(d.R) ? key_tiles(d) + 1 : key_tiles(d);
 }
 HYLO_HOST_DEVICE constexpr int stage_size(Dims d) { return stage_tiles(d) * kTileSize; }
+
+// A row in fp8: latents | an fp32 scale for each kScaleGroup of them | what follows, in 16 bits; each begins at whole units.
+HYLO_HOST_DEVICE constexpr int in_units(int bytes) { return ceil_div(bytes, kFp8Unit) * kFp8Unit; }
+HYLO_HOST_DEVICE constexpr int fp8_scales_at(int R) { return in_units(R); }
+HYLO_HOST_DEVICE constexpr int fp8_rest_at(int R) { return in_units(R) + in_units(4 * ceil_div(R, kScaleGroup)); }
+HYLO_HOST_DEVICE constexpr int fp8_row_size(int R, int others) { return fp8_rest_at(R) + in_units(2 * others); }
+HYLO_HOST_DEVICE constexpr int raw_row_size(Dims d) { return fp8_row_size(d.R, d.E + (d.scaled ? kMaxScales : 0)); }
 HYLO_HOST_DEVICE constexpr int queries_size(Dims d) { return query_tiles(d) * d.N * 128; }
 HYLO_HOST_DEVICE constexpr int weights_size(Dims d) { return d.N * 128; }
 
@@ -80,13 +97,25 @@ struct Room {
   int stages;   // tiles of the cache, an even number: each warpgroup has its own
   int queries;  // sequences whose query rows are there
   int merged;   // query rows that are merged at once
+  // Of rows in fp8: places for what comes of the cache before it is converted, and rows of each, a part of a tile.
+  int raw = 0, raw_rows = 0;
 };
 
+HYLO_HOST_DEVICE constexpr int others_size(Dims d, Room r) {
+  return r.queries * queries_size(d) + results_size(d, r.merged) + received_size(d, r.merged);
+}
+
 HYLO_HOST_DEVICE constexpr Room room_with(Dims d, int queries, int merged) {
-  const int others = queries * queries_size(d) + results_size(d, merged) + received_size(d, merged);
-  const int left = kSharedLimit - small_size(d) - 1024 - others;
+  const int left = kSharedLimit - small_size(d) - 1024 - others_size(d, {0, queries, merged});
   const int fit = left < 0 ? 0 : left / stage_size(d) / kGroups * kGroups;
   return {fit < kMaxStages ? fit : kMaxStages, queries, merged};
+}
+
+// The same with so many stages of rows in fp8, and as many rows on their way to be converted as there is room for.
+HYLO_HOST_DEVICE constexpr Room raw_room_with(Dims d, Room as, int stages, int raw_rows) {
+  const int left = kSharedLimit - small_size(d) - 1024 - others_size(d, as) - stages * stage_size(d);
+  const int fit = left < 0 ? 0 : left / (raw_rows * raw_row_size(d));
+  return {stages, as.queries, as.merged, fit < kMostRaw ? fit : kMostRaw, raw_rows};
 }
 
 // By rows a cluster's blocks send half of their rows at a time, and what they send takes the place of queries.
@@ -101,12 +130,32 @@ HYLO_HOST_DEVICE constexpr Room room_by_rows(Dims d) {
   return {fit < kMostRowStages ? fit : kMostRowStages, 1, kRowsMerged};
 }
 
+// Rows in fp8 want memory busy first, then more stages than each warpgroup's one. Where neither can be had, the largest
+// parts of tiles that can be brought while others are converted.
+template <int kRooms>
+HYLO_HOST_DEVICE constexpr Room room_of_fp8(Dims d, const Room (&all)[kRooms]) {
+  for (int stages = kWantedStages; stages >= kGroups; stages -= kGroups) {
+    for (const Room& as : all) {
+      const Room r = raw_room_with(d, as, stages, kTokens / 2);
+      if (r.raw == kMostRaw || r.raw * r.raw_rows * raw_row_size(d) >= kWantedRaw) return r;
+    }
+  }
+  for (int raw_rows = kTokens / 2; raw_rows >= 8; raw_rows /= 2) {
+    for (const Room& as : all) {
+      const Room r = raw_room_with(d, as, kGroups, raw_rows);
+      if (r.raw >= 2) return r;
+    }
+  }
+  return {0, 1, 8, 0, 8};
+}
+
 // As much as leaves enough stages, else as leaves any.
 HYLO_HOST_DEVICE constexpr Room room(Dims d) {
   if (by_rows(d)) return room_by_rows(d);
   const int half = d.N % 16 == 0 ? d.N / 2 : 8;
   const Room all[] = {room_with(d, 2, d.N), room_with(d, 2, half), room_with(d, 1, d.N), room_with(d, 1, half),
                       room_with(d, 1, 8)};
+  if (d.fp8) return room_of_fp8(d, all);
   for (int i = 0; i < 5; ++i) {
     if (all[i].stages >= kWantedStages) return all[i];
   }
@@ -116,11 +165,17 @@ HYLO_HOST_DEVICE constexpr Room room(Dims d) {
   return all[4];
 }
 
+// What copies fill, each with one wait: stages, or parts of a tile of rows in fp8. The latter have barriers behind those of
+// the former.
+HYLO_HOST_DEVICE constexpr int raw_size(Dims d) { return room(d).raw_rows * raw_row_size(d); }
+HYLO_HOST_DEVICE constexpr int raw_tiles_size(Dims d) { return d.fp8 ? room(d).raw * raw_size(d) : 0; }
+HYLO_HOST_DEVICE constexpr int raw_barrier(Dims d, int i) { return room(d).stages + i; }
+static_assert(kWantedStages + kMostRaw <= kMaxStages, "a barrier for each");
+
 HYLO_HOST_DEVICE constexpr int tiles_size(Dims d) {
   const Room r = room(d);
   if (by_rows(d)) return r.stages * stage_size(d) + queries_room(d);
-  return r.stages * stage_size(d) + r.queries * queries_size(d) + results_size(d, r.merged) +
-         received_size(d, r.merged);
+  return r.stages * stage_size(d) + others_size(d, r) + raw_tiles_size(d);
 }
 HYLO_HOST_DEVICE constexpr int shared_size(Dims d) { return tiles_size(d) + small_size(d) + 1024; }
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from hylo_ops import cubin
-from hylo_ops.mla_absorb import fp8
 from hylo_ops.mla_absorb.tickets import tickets
 
 if TYPE_CHECKING:
@@ -77,8 +76,6 @@ def why_not(
     **_: object,
 ) -> str | None:
     """The reason why `forward` cannot take these inputs, or None."""
-    if kv_cache.dtype == fp8.BYTES:
-        return "kv_cache is fp8, which its kernels do not read"
     if not q_nope.is_cuda:
         return f"q_nope is on {q_nope.device}, not on a CUDA device"
     if (reason := cubin.why_not_native()) is not None:
@@ -106,10 +103,11 @@ def _device(index: int) -> torch.device:
     return torch.device("cuda", index)
 
 
-def spec(dtype: str, R: int, E: int, N: int, scaled: bool) -> cubin.Spec:
-    """Of the kernel for a type, by the build's name, and widths; N query rows a tile, key scales behind the keys."""
+def spec(dtype: str, R: int, E: int, N: int, scaled: bool, fp8: bool = False) -> cubin.Spec:
+    """Of the kernel for a type, by the build's name, and widths; N query rows a tile, key scales behind the keys, rows
+    of the cache in fp8."""
     dims = ("T", dtype), ("R", R), ("E", E), ("N", N), ("SCALED", int(scaled))
-    return cubin.Spec("mla_absorb", dims)
+    return cubin.Spec("mla_absorb", (*dims, ("FP8", 1)) if fp8 else dims)
 
 
 def _load(
@@ -120,11 +118,12 @@ def _load(
     E: int,
     N: int,
     scaled: bool,
+    fp8: bool,
     shared_bytes: int,
     max_cluster: int,
 ) -> "Kernel | str":
     """The kernel of a kind, or the reason why there is none."""
-    kind = spec(dtype, R, E, N, scaled)
+    kind = spec(dtype, R, E, N, scaled, fp8)
     reason = cubin.why_not_device(device) or cubin.why_not(kind)
     if reason is not None:
         return reason

@@ -6,6 +6,7 @@ import subprocess
 import pytest
 import torch
 
+from hylo_ops import fp8_row_parts
 from hylo_ops.cubin import native, source_dir
 from tests.csrc.emulator import build
 from tests.csrc.emulator.run_mla_absorb import CPU, EMULATED, specs
@@ -65,6 +66,13 @@ def test_what_is_taken():
     assert why_not(key_scale=None) == "any kernel"
 
 
+def test_rows_in_fp8_are_taken():
+    x = IN_FP8.inputs("cpu")
+    assert answer_to(x) == "any kernel"
+    assert answer_to({**x, "kv_cache": x["kv_cache"].view(torch.float8_e4m3fn)}) == "any kernel"
+    assert answer_to({**x, "kv_cache": torch.zeros(5, 64, 208, dtype=torch.uint8), "key_scale": None}) == "any kernel"
+
+
 @pytest.mark.parametrize("case", BENCHMARK, ids=lambda case: case.name)
 def test_every_case_of_the_benchmark_is_taken(case):
     assert answer_to(with_one_page(case, "cpu")) == "any kernel"
@@ -73,8 +81,8 @@ def test_every_case_of_the_benchmark_is_taken(case):
 REFUSED = {
     "not one dtype": lambda x: {"q_nope": x["q_nope"].half(), "q_rope": x["q_rope"].half()},
     "in fp32": lambda x: {name: x[name].float() for name in ("q_nope", "q_rope", "kv_cache", "key_scale")},
-    "rows of bytes": lambda x: {"kv_cache": torch.zeros(5, 64, 208, dtype=torch.uint8), "key_scale": None},
-    "rows in fp8": lambda x: {"kv_cache": torch.zeros(5, 64, 208).to(torch.float8_e4m3fn), "key_scale": None},
+    "rows of integers": lambda x: {"kv_cache": torch.zeros(5, 64, 208, dtype=torch.int8), "key_scale": None},
+    "rows in another fp8": lambda x: {"kv_cache": torch.zeros(5, 64, 208).to(torch.float8_e5m2), "key_scale": None},
     "queries that start between": lambda x: {"q_nope": shifted(x["q_nope"])},
     "a cache that starts between": lambda x: {"kv_cache": shifted(x["kv_cache"]), "key_scale": None},
     "a transposed cache": lambda x: {"kv_cache": x["kv_cache"].mT.contiguous().mT, "key_scale": None},
@@ -97,9 +105,42 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("what", REFUSED)
-def test_what_is_refused(what):
-    x = Case(128, 32, 32, (100, 70), HK=4).inputs("cpu")
-    answer = why_not(**REFUSED[what](x))
+IN_FP8 = Case(128, 32, 32, (100, 70), HK=4, fp8=True)
+REFUSED_IN_FP8 = {
+    "queries in fp32": lambda x: {"q_nope": x["q_nope"].float(), "q_rope": x["q_rope"].float()},
+    "rows without room for rope": lambda x: {"kv_cache": narrowed(x["kv_cache"], 207), "key_scale": None},
+    "rows that end before their key scales": lambda x: {"kv_cache": narrowed(x["kv_cache"], 208)},
+    "rows that start between": lambda x: {"kv_cache": narrowed(longer(x["kv_cache"], 8), 208), "key_scale": None},
+    "rows at odd places": lambda x: {"kv_cache": longer(x["kv_cache"], 8)[..., 8:216], "key_scale": None},
+    "key scales of their own": lambda x: {"key_scale": x["key_scale"].clone()},
+    "key scales in another dtype": lambda x: {"key_scale": x["key_scale"].view(torch.float16)},
+    "key scales out of place": lambda x: {"key_scale": parts_of(x)[..., 24:28]},
+    "17 key scales": lambda x: {
+        "q_nope": x["q_nope"][:, :, :17],
+        "q_rope": x["q_rope"][:, :, :17],
+        "key_scale": fp8_row_parts(longer(x["kv_cache"], 32), latent_rank=128, dtype=torch.bfloat16)[2][..., 32:49],
+    },
+}
+
+
+def longer(rows, size):
+    return torch.nn.functional.pad(rows, (0, size))
+
+
+def parts_of(x):
+    return fp8_row_parts(x["kv_cache"], latent_rank=128, dtype=torch.bfloat16)[2]
+
+
+@pytest.mark.parametrize(
+    ("case", "change"),
+    [
+        *((Case(128, 32, 32, (100, 70), HK=4), change) for change in REFUSED.values()),
+        *((IN_FP8, change) for change in REFUSED_IN_FP8.values()),
+    ],
+    ids=[*REFUSED, *(f"{what} beside fp8" for what in REFUSED_IN_FP8)],
+)
+def test_what_is_refused(case, change):
+    x = case.inputs("cpu")
+    answer = answer_to({**x, **change(x)})
     assert isinstance(answer, str)
     assert answer != "any kernel"

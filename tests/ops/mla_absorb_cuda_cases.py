@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from bench.shapes import MLA_ABSORB, MLA_ABSORB_LARGE, LatentCase
+from hylo_ops import dequantize_kv_cache, fp8_row_parts, quantize_kv_cache
 from hylo_ops.mla_absorb import reference
 from hylo_ops.testing import DTYPE_NAMES, cast, within_budget
 
 BF16, FP16 = torch.bfloat16, torch.float16
 NAMES = ("q_nope", "q_rope", "kv_cache", "cache_seqlens", "cache_starts", "block_table", "key_scale")
 SCALE = 0.1
+NO_BYTE = 255  # of it alone NaN is made, in e4m3 and in all that has more bits
 
 Attend = Callable[..., tuple[Tensor, Tensor]]
 
@@ -26,7 +28,7 @@ class Case:
     """Sequences of some lengths in a contiguous cache, or in pages; NaN wherever nothing may look.
 
     HK: heads of the key scales, which stand behind the keys in the cache; none if 0. spread: as the CUDA backend has
-    it.
+    it. fp8: whether the rows of the cache are.
     """
 
     R: int
@@ -42,6 +44,7 @@ class Case:
     causal: bool = True
     fixed_split: bool = False
     spread: tuple[int, int, int] | None = None
+    fp8: bool = False
 
     @property
     def name(self) -> str:
@@ -61,11 +64,12 @@ class Case:
         for n, length in enumerate(self.lengths):
             cache[n, length:] = torch.nan
             cache[n, : self.starts[n] if self.starts else 0] = torch.nan
-        cache, table = cache.to(self.dtype), None
+        cache, table = self._in_fp8(cache) if self.fp8 else cache.to(self.dtype), None
         if self.page is not None:
             cache, table = self._into_pages(cache, self.page, g)
         q = torch.randn(B, self.T, self.H, keys, generator=g).to(self.dtype)
         cache = cache.to(device)
+        behind = fp8_row_parts(cache, latent_rank=self.R, dtype=self.dtype)[2] if self.fp8 else cache[..., self.R :]
         return {
             "q_nope": q[..., : self.R].to(device),
             "q_rope": q[..., self.R :].to(device),
@@ -73,16 +77,30 @@ class Case:
             "cache_seqlens": torch.tensor(self.lengths, dtype=self.integers, device=device),
             "cache_starts": torch.tensor(self.starts, dtype=self.integers, device=device) if self.starts else None,
             "block_table": None if table is None else table.to(self.integers).to(device),
-            "key_scale": cache[..., keys : keys + self.HK] if self.HK else None,
+            "key_scale": behind[..., self.E : self.E + self.HK] if self.HK else None,
         }
+
+    def _in_fp8(self, cache: Tensor) -> Tensor:
+        """Bytes of NaN for all that is not a number of a token: between the parts of rows, and behind some of them."""
+        width = self.R + self.E + self.HK
+        rows = quantize_kv_cache(cache[..., :width], latent_rank=self.R, dtype=self.dtype)
+        rows = torch.nn.functional.pad(rows, (0, 16 if self.HK else 0))
+        numbers = fp8_row_parts(rows, latent_rank=self.R, dtype=self.dtype)
+        made = torch.full_like(rows, NO_BYTE)
+        parts = fp8_row_parts(made, latent_rank=self.R, dtype=self.dtype)
+        for part, of, size in zip(parts, numbers, (None, None, width - self.R), strict=True):
+            part[..., :size].copy_(of[..., :size])
+        made[cache[..., 0].isnan()] = NO_BYTE
+        return made
 
     def _into_pages(self, cache: Tensor, page: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
         """Pages in a random order, two to spare; entries of the table that nobody may follow lead out of the cache."""
         B, size, row = cache.shape
         each = -(-size // page)
         order = torch.randperm(B * each + 2, generator=g)[: B * each]
-        pool = torch.full((B * each + 2, page, row), torch.nan, dtype=cache.dtype)
-        padded = torch.nn.functional.pad(cache, (0, 0, 0, each * page - size), value=torch.nan)
+        nothing = NO_BYTE if self.fp8 else torch.nan
+        pool = torch.full((B * each + 2, page, row), nothing, dtype=cache.dtype)
+        padded = torch.nn.functional.pad(cache, (0, 0, 0, each * page - size), value=nothing)
         pool[order] = padded.reshape(-1, page, row)
         table = order.view(B, each).clone()
         for n, length in enumerate(self.lengths):
@@ -104,17 +122,29 @@ def run_and_check(case: Case, device: str, attend: Attend) -> None:
 
 
 def check(x: dict[str, Any], case: Case, o: Tensor, lse: Tensor) -> None:
+    """Of rows in fp8 a backend may round what they stand for to 16 bits."""
     eager_o, _ = by_steps(x, case)
     exact_o, exact_lse = by_steps(cast(x, torch.float64), case)
+    rounded_lse = by_steps(cast(in_16_bits(x, case), torch.float64), case)[1] if case.fp8 else exact_lse
     within_budget(o, eager_o, exact_o, "o")
     blind = exact_lse == -torch.inf
     assert torch.equal(lse == -torch.inf, blind), "which tokens see nothing"
     assert not o[blind].any(), "zeros where a token sees nothing"
-    torch.testing.assert_close(lse[~blind].double(), exact_lse[~blind], rtol=0, atol=1e-3)
+    allowed = 1e-3 + (rounded_lse - exact_lse)[~blind].abs()
+    assert ((lse.double() - exact_lse)[~blind].abs() <= allowed).all(), "lse"
 
 
 def by_steps(x: dict[str, Any], case: Case) -> tuple[Tensor, Tensor]:
+    x = in_16_bits(x, case, x["q_nope"].dtype)
     return reference.step_by_step(*(x[name] for name in NAMES), SCALE, case.causal)
+
+
+def in_16_bits(x: dict[str, Any], case: Case, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """What rows in fp8 stand for, rounded to 16 bits or to another dtype; other inputs as they are."""
+    if x["kv_cache"].dtype != torch.uint8:
+        return x
+    sizes = {"latent_rank": case.R, "width": case.R + case.E, "dtype": case.dtype}
+    return x | {"kv_cache": dequantize_kv_cache(x["kv_cache"], **sizes, out_dtype=dtype or case.dtype)}
 
 
 def check_each_alone(x: dict[str, Any], case: Case, o: Tensor, lse: Tensor, attend: Attend) -> None:
@@ -146,6 +176,15 @@ EMULATED = [
     Case(512, 64, 128, (900,), spread=(4, 0, 2)),
     Case(512, 64, 100, (200, 70), page=32, starts=(70, 0), spread=(2, 0, 1)),
     Case(512, 64, 64, (300, 65), 2, page=None, spread=(1, 0, 1)),
+    # Rows in fp8: one group of latents, several, the last one whole or not; parts of tiles of 32, 16 and 8 rows.
+    Case(48, 32, 7, MIXED, 3, page=16, starts=PADDED, dtype=FP16, integers=torch.int64, spread=(4, 0, 3), fp8=True),
+    Case(48, 32, 12, (64, 65, 2, 700), 2, page=None, dtype=FP16, causal=False, fp8=True),
+    Case(48, 32, 17, (2200, 129), page=128, dtype=FP16, fixed_split=True, fp8=True),
+    Case(144, 0, 5, tuple(37 * i % 150 for i in range(36)), page=8, HK=5, spread=(1, 0, 3), fp8=True),
+    Case(256, 64, 16, (300, 64), page=32, HK=8, spread=(2, 0, 1), fp8=True),
+    Case(512, 64, 16, (330, 65), page=64, spread=(2, 0, 1), fp8=True),
+    Case(512, 64, 12, (200, 3), page=8, spread=(1, 0, 1), fp8=True),
+    Case(512, 64, 24, (300, 0, 65), page=None, spread=(1, 0, 1), fp8=True),
 ]
 SPREADS = [(cluster, alone, least) for cluster in (1, 2, 4, 8, 16) for alone, least in ((0, 1), (0, cluster), (64, 5))]
 CASES = [
@@ -174,6 +213,20 @@ CASES = [
     Case(64, 32, 16, tuple(37 * i % 150 for i in range(300)), page=16),
     Case(64, 32, 16, tuple(37 * i % 150 for i in range(3000)), page=16, spread=(4, 0, 7)),
     Case(128, 32, 32, (0, 0)),
+    # Rows in fp8.
+    *(Case(128, 32, 32, LONG, spread=spread, fp8=True) for spread in SPREADS),
+    *(Case(128, 32, 32, LONG, page=page, dtype=FP16, fp8=True) for page in (None, 8, 16, 32, 48, 80, 128, 256)),
+    *(Case(128, 64, H, LONG, fp8=True) for H in (1, 9, 24, 40, 64, 128)),
+    *(Case(128, 32, 8, LONG, T, causal=causal, starts=PADDED, fp8=True) for T in (2, 8) for causal in (True, False)),
+    *(
+        Case(R, E, 16, LONG, fp8=True)
+        for R in (16, 48, 64, 80, 96, 128, 144, 160, 192, 256, 320, 480, 512, 576)
+        for E in (0, 32, 64)
+    ),
+    *(Case(R, 64, 16, LONG, HK=HK, fp8=True) for R in (64, 128, 256, 448) for HK in (1, 4, 16)),
+    *(Case(512, 64, H, LONG, page=page, fp8=True) for H in (8, 16, 24, 128) for page in (None, 8, 64)),
+    *(Case(512, 64, H, LONG, dtype=FP16, fixed_split=True, fp8=True) for H in (16, 128)),
+    Case(64, 32, 16, tuple(37 * i % 150 for i in range(3000)), page=16, spread=(4, 0, 7), fp8=True),
 ]
 
 BENCHMARK = [*MLA_ABSORB, *MLA_ABSORB_LARGE]

@@ -240,12 +240,6 @@ def test_compiles_without_a_graph_break():
     assert all(map(torch.equal, found, expected))
 
 
-def test_the_cuda_kernels_say_that_they_do_not_read_it():
-    case = SMALL_FP8[1]
-    with pytest.raises(NotImplementedError, match="cuda: kv_cache is fp8, which its kernels do not read"):
-        run(make(case), case, backend="cuda")
-
-
 CASE = Case((33, 20), HK=2, fp8=True)
 
 

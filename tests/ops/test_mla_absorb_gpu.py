@@ -35,6 +35,7 @@ needs_sm_90 = pytest.mark.skipif(
 BACKENDS = ["cuda", "triton"]
 LENGTHS = (1500, 64, 0, 777)
 PUBLISHED = [Case(R, E, H, LENGTHS, HK=HK) for R, E, H, HK in ((128, 32, 32, 0), (256, 64, 16, 8), (512, 64, 16, 0))]
+PUBLISHED += [replace(case, fp8=True) for case in PUBLISHED]
 
 
 @pytest.fixture(params=BACKENDS)
@@ -164,6 +165,11 @@ CONTRACT = [
     *(contract(HK=HK) for HK in (1, 8, 16)),
     contract(starts=(70, 0, 0, 64)),
     contract(fixed_split=True),
+    *(
+        contract(page=page, HK=HK, dtype=dtype, fp8=True)
+        for page in (None, 8, 64)
+        for HK, dtype in ((0, BF16), (8, FP16))
+    ),
 ]
 
 

@@ -247,14 +247,18 @@ int cuCtxPushCurrent_v2(void* context) { return current_context = context, 0; }
 int cuCtxPopCurrent_v2(void** out) { return *out = current_context, current_context = nullptr, 0; }
 int cuFuncGetAttribute(int* out, int, void*) { return *out = 0, 0; }
 int cuFuncSetAttribute(void*, int, int) { return 0; }
-int cuTensorMapEncodeTiled(hylo::TensorMap* out, int, unsigned, void* tensor, const unsigned long long* sizes,
-                           const unsigned long long* strides, const unsigned* box, const unsigned*, int, int, int, int) {
-  hylo::EmulatedMap map{static_cast<const unsigned short*>(tensor), {}, {1}, {}};
+int cuTensorMapEncodeTiled(hylo::TensorMap* out, int type, unsigned, void* tensor, const unsigned long long* sizes,
+                           const unsigned long long* strides, const unsigned* box, const unsigned*, int, int swizzle, int,
+                           int) {
+  hylo::EmulatedMap map{static_cast<const unsigned char*>(tensor), 1 << type, swizzle != 0};
   for (int i = 0; i < 4; ++i) {
     map.sizes[i] = static_cast<long long>(sizes[i]);
     map.box[i] = static_cast<int>(box[i]);
-    if (i > 0) map.strides[i] = static_cast<long long>(strides[i - 1]) / 2;
+    map.strides[i] = i > 0 ? static_cast<long long>(strides[i - 1]) : map.bytes;
+    if (i > 0 && strides[i - 1] % 16 != 0) return kInvalid;
+    if (box[i] > 256) return kInvalid;
   }
+  if (reinterpret_cast<unsigned long long>(tensor) % 16 != 0 || box[0] * map.bytes % 16 != 0) return kInvalid;
   memcpy(out, &map, sizeof(map));
   return 0;
 }

@@ -29,7 +29,7 @@ class Barrier {
  public:
   void init(int arrivals) {
     wanted_ = arrivals_ = arrivals;
-    bytes_ = waiting_ = 0;
+    bytes_ = 0;
     busy_[0] = 1;
     busy_[1] = 0;
     late_copies().erase(this);
@@ -38,22 +38,29 @@ class Barrier {
   void arrive_expecting(int bytes) { bytes_ += bytes, arrive(); }
   void complete(int bytes) { bytes_ -= bytes, end_phase(); }
   void wait(int phase) {
-    auto& late = late_copies();
-    while (!late[this].empty()) {
-      const auto copy = late[this].front();
-      late[this].erase(late[this].begin());
+    Late& late = late_copies()[this];
+    while (!late.copies.empty()) {
+      const auto copy = late.copies.front();
+      late.copies.erase(late.copies.begin());
       copy();
     }
-    ++waiting_;
+    ++late.awaited;
     emulated_await_zero(&busy_[phase]);
-    --waiting_;
+    --late.awaited;
   }
-  // At once where somebody waits for it already.
-  void later(std::function<void()> copy) { waiting_ > 0 ? copy() : late_copies()[this].push_back(std::move(copy)); }
+  // When somebody waits for it, which may be now.
+  void later(std::function<void()> copy) {
+    Late& late = late_copies()[this];
+    late.awaited > 0 ? copy() : late.copies.push_back(std::move(copy));
+  }
 
  private:
-  static std::map<Barrier*, std::vector<std::function<void()>>>& late_copies() {
-    static std::map<Barrier*, std::vector<std::function<void()>>> all;
+  struct Late {
+    std::vector<std::function<void()>> copies;
+    int awaited = 0;  // by threads
+  };
+  static std::map<Barrier*, Late>& late_copies() {
+    static std::map<Barrier*, Late> all;
     return all;
   }
   void end_phase() {
@@ -63,7 +70,7 @@ class Barrier {
     busy_[1] ^= 1;
   }
 
-  int wanted_, arrivals_, bytes_, waiting_;
+  int wanted_, arrivals_, bytes_;
   DoubleWord busy_[2];
 };
 
@@ -76,15 +83,21 @@ struct Handover {
   }
 };
 
-// What the emulated driver makes of a tensor map; in elements of two bytes.
+// What the emulated driver makes of a tensor map.
 struct EmulatedMap {
-  const unsigned short* tensor;
-  long long sizes[4], strides[4];
+  const unsigned char* tensor;
+  int bytes;      // of a number
+  bool permuted;  // rows of 128 bytes with their 16-byte pieces permuted; else one row behind the other
+  long long sizes[4], strides[4];  // numbers, bytes
   int box[4];
-};
 
-// Calls f(where it is in the tensor, whether that exists, distance in the box without the permutation) for each number of
-// a box.
+  Word row_size() const { return permuted ? 128 : box[0] * bytes; }
+  Word place(Word at) const { return permuted ? at ^ (at >> 7 & 7) << 4 : at; }
+};
+static_assert(sizeof(EmulatedMap) <= sizeof(TensorMap));
+
+// Calls f(where it is in the tensor in bytes, whether that exists, distance in the box without the permutation) for each
+// number of a box.
 template <class F>
 void emulated_each_number(const EmulatedMap& map, const int (&from)[4], const F& f) {
   const int rows = map.box[1] * map.box[2] * map.box[3];
@@ -99,16 +112,15 @@ void emulated_each_number(const EmulatedMap& map, const int (&from)[4], const F&
     }
     for (int column = 0; column < map.box[0]; ++column) {
       const bool inside = exists && from[0] + column < map.sizes[0];
-      f(offset + from[0] + column, inside, static_cast<Word>(row * 128 + column * 2));
+      f(offset + (from[0] + column) * map.strides[0], inside, row * map.row_size() + column * map.bytes);
     }
   }
 }
 
 inline void emulated_copy_box(unsigned char* shared, Word address, const EmulatedMap& map, const int (&from)[4]) {
   emulated_each_number(map, from, [&](long long at, bool exists, Word offset) {
-    const unsigned short value = exists ? map.tensor[at] : 0;
-    const Word to = address + offset;
-    memcpy(shared + (to ^ (to >> 7 & 7) << 4), &value, 2);
+    unsigned char* const to = shared + map.place(address + offset);
+    exists ? memcpy(to, map.tensor + at, map.bytes) : memset(to, 0, map.bytes);
   });
 }
 
@@ -119,7 +131,7 @@ inline void copy_box(void* shared, const TensorMap& map, Barrier& done, int x, i
   const Word address = shared_address(shared);
   const auto run = [=, &done] {
     emulated_copy_box(base, address, seen, {x, y, z, w});
-    done.complete(seen.box[0] * seen.box[1] * seen.box[2] * seen.box[3] * 2);
+    done.complete(seen.box[0] * seen.box[1] * seen.box[2] * seen.box[3] * seen.bytes);
   };
   emulated_reverse ? done.later(run) : run();
 }
@@ -131,9 +143,8 @@ inline void copy_box_out(const TensorMap& map, const void* shared, int x, int y,
   const Word address = shared_address(shared);
   const int from[4] = {x, y, z, w};
   emulated_each_number(seen, from, [&](long long at, bool exists, Word offset) {
-    const Word place = address + offset;
-    const void* const number = emulated_dynamic_shared(-1) + (place ^ (place >> 7 & 7) << 4);
-    if (exists) memcpy(const_cast<unsigned short*>(seen.tensor) + at, number, 2);
+    const void* const number = emulated_dynamic_shared(-1) + seen.place(address + offset);
+    if (exists) memcpy(const_cast<unsigned char*>(seen.tensor) + at, number, seen.bytes);
   });
 }
 inline void commit_copies_out() {}
