@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.shapes import MLA_ABSORB, MLA_ABSORB_LARGE, LatentCase
+from bench.shapes import MLA_ABSORB, MLA_ABSORB_FP8, MLA_ABSORB_LARGE, LatentCase
 from hylo_ops import dequantize_kv_cache, fp8_row_parts, quantize_kv_cache
 from hylo_ops.mla_absorb import reference
 from hylo_ops.testing import DTYPE_NAMES, cast, within_budget
@@ -229,7 +229,7 @@ CASES = [
     Case(64, 32, 16, tuple(37 * i % 150 for i in range(3000)), page=16, spread=(4, 0, 7), fp8=True),
 ]
 
-BENCHMARK = [*MLA_ABSORB, *MLA_ABSORB_LARGE]
+BENCHMARK = [*MLA_ABSORB, *MLA_ABSORB_FP8, *MLA_ABSORB_LARGE]
 
 
 def with_one_page(case: LatentCase, device: str) -> dict[str, Any]:
@@ -240,7 +240,7 @@ def with_one_page(case: LatentCase, device: str) -> dict[str, Any]:
     return {
         "q_nope": q[..., : case.R],
         "q_rope": q[..., case.R :],
-        "kv_cache": cache,
+        "kv_cache": quantize_kv_cache(cache, latent_rank=case.R) if case.fp8 else cache,
         "cache_seqlens": torch.tensor(case.lengths, dtype=torch.int32, device=device),
         "cache_starts": None,
         "block_table": torch.zeros(case.B, pages, dtype=torch.int32, device=device),
