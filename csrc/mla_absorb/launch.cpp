@@ -57,26 +57,31 @@ Dims find_dims(Dims dims, std::int64_t rows) {
   return dims;
 }
 
+struct Found {
+  std::int64_t R, E, rows;
+  bool scaled, fp8;
+  Dims dims;
+  int raw_rows, shared;  // of its room
+};
+
 // Calls ask for the same again and again, and some hundred divisions take a microsecond.
-Dims dims_of(const Inputs& x) {
-  struct Found {
-    std::int64_t R, E, rows;
-    bool scaled, fp8;
-    Dims dims;
-  };
+const Found& found_for(const Inputs& x) {
   thread_local Found last{};
   const std::int64_t R = x.q_nope.shape[3], E = x.q_rope.shape[3], rows = rows_of(x);
   const bool fp8 = has_fp8(x);
   if (last.R != R || last.E != E || last.rows != rows || last.scaled != x.scaled || last.fp8 != fp8) {
     const Dims wanted{static_cast<int>(R), static_cast<int>(E), 0, x.scaled, fp8};
-    last = {R, E, rows, x.scaled, fp8, find_dims(wanted, rows)};
+    const Dims dims = find_dims(wanted, rows);
+    last = {R, E, rows, x.scaled, fp8, dims, room(dims).raw_rows, shared_size(dims)};
   }
-  return last.dims;
+  return last;
 }
+
+Dims dims_of(const Inputs& x) { return found_for(x).dims; }
 
 // The rows of a page that one copy brings, a power of two.
 std::int64_t box_rows(const Inputs& x) {
-  return has_fp8(x) ? std::min<std::int64_t>(rows_of_page(x), room(dims_of(x)).raw_rows) : rows_of_page(x);
+  return has_fp8(x) ? std::min<std::int64_t>(rows_of_page(x), found_for(x).raw_rows) : rows_of_page(x);
 }
 
 bool has_shapes(const Inputs& x) {
@@ -273,7 +278,7 @@ void launch(const Kernel& kernel, const Inputs& x, const Options& options, const
   params.by_group = by(x.scaled ? H / x.scales.shape[2] : 1);
   const auto cluster = static_cast<unsigned>(plan.spread.cluster);
   const Grid grid{cluster * static_cast<unsigned>(plan.clusters), static_cast<unsigned>(plan.row_tiles), 1};
-  const auto shared = static_cast<unsigned>(shared_size(dims_of(x)));
+  const auto shared = static_cast<unsigned>(found_for(x).shared);
   kernel.launch_clusters(grid, cluster, kThreads, shared, &params, stream);
 }
 
