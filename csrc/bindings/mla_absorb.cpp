@@ -182,7 +182,7 @@ int MlaAbsorb::resident(const Kernel& kernel, const Dims& dims, int cluster) {
     if (known.kernel == &kernel && known.cluster == cluster) return known.clusters;
   }
   const auto shared = static_cast<unsigned>(shared_size(dims));
-  const int clusters = kernel.resident_clusters(static_cast<unsigned>(cluster), mla_absorb::kThreads, shared);
+  const int clusters = kernel.resident_clusters(static_cast<unsigned>(cluster), mla_absorb::threads_of(dims.fp8), shared);
   resident_.push_back({&kernel, cluster, clusters});
   return clusters;
 }

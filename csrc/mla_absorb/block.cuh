@@ -159,6 +159,7 @@ __device__ __forceinline__ First first_of_few(const Params& p, const Ends& ends)
 }
 
 // All warps count, 32 sequences at a time, and one goes through the counts.
+template <int kThreads>
 __device__ __forceinline__ First first_of_many(const Params& p, SharedByAll& shared) {
   const int sets = ceil_div(p.batch, 32);
 #pragma unroll 1

@@ -14,10 +14,10 @@ class Converter {
  public:
   static constexpr Dims kDims{kR, kE, kN, kScaled, true};
   static constexpr Room kRoom = room(kDims);
-  static constexpr int kApart = 32 * kQueryWarps / kRoom.raw_rows;
+  static constexpr int kApart = kConverting / kRoom.raw_rows;
   // Pieces of 16 bytes: of latents, so many of which a thread has on their way at once, and of what follows the scales.
   static constexpr int kLatents = kR / 16, kOthers = (raw_row_size(kDims) - fp8_rest_at(kR)) / 16, kTogether = 2;
-  static_assert(32 * kQueryWarps % kRoom.raw_rows == 0 && kR % 16 == 0, "threads have whole pieces of one row");
+  static_assert(kConverting % kRoom.raw_rows == 0 && kR % 16 == 0, "threads have whole pieces of one row");
 
   __device__ __forceinline__ Converter(const Params& p, int thread, const unsigned char* raw, unsigned char* stages,
                                        SharedByAll& shared)

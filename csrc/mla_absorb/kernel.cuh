@@ -36,9 +36,9 @@ class Block {
 
   __device__ __forceinline__ void run() const {
     if (threadIdx.x == 0) {
-      constexpr int kFillers = kFp8 ? 32 * kQueryWarps : 1;
+      constexpr int kFillers = kFp8 ? kConverting : 1;
       for (int i = 0; i < kRoom.stages * parts_of(kDims); ++i) shared_.stages[i].init(kFillers, 128);
-      for (int i = 0; i < kRoom.raw; ++i) shared_.stages[raw_barrier(kDims, i)].init(1, 32 * kQueryWarps);
+      for (int i = 0; i < kRoom.raw; ++i) shared_.stages[raw_barrier(kDims, i)].init(1, kConverting);
       if constexpr (kByRows) {
         for (int i = 0; i < kRoom.stages; ++i) shared_.weighed[i].init(128);
       }
@@ -65,6 +65,9 @@ class Block {
       } else {
         attend(first, group);
       }
+    } else if (kFp8 && group > kGroups) {
+      release_registers<kConvertingRegisters>();
+      if constexpr (kFp8) convert(first, 32 * warp + lane());
     } else {
       release_registers<loading_registers(kFp8)>();
       if (warp == kQueryWarps) {
@@ -72,21 +75,20 @@ class Block {
       } else if constexpr (kByRows) {
         each_piece(p_, first, [](const Piece& piece, int) { pass_meetings<merging_rounds(kDims), true>(piece); });
       } else {
-        prepare(first, 32 * warp + lane());
+        const QueryLoader<kR, kE, kN, kScaled, kFp8> queries(p_);
+        queries.run(first, 32 * warp + lane(), kRoom.queries, queries_, shared_);
       }
     }
   }
 
  private:
-  // What is attended to and did not come as it is wanted: queries, and rows in fp8.
-  __device__ __forceinline__ void prepare(const First& first, int thread) const {
-    QueryLoader<kR, kE, kN, kScaled, kFp8> loader(p_);
-    if constexpr (kFp8) {
-      Converter<T, kR, kE, kN, kScaled> converter(p_, thread, raw_, stages_, shared_);
-      loader.run(first, thread, kRoom.queries, queries_, shared_, [&](const Piece& piece) { converter.run(piece); });
-    } else {
-      loader.run(first, thread, kRoom.queries, queries_, shared_, [](const Piece&) {});
-    }
+  // Rows in fp8, by one of kConverting threads.
+  __device__ __forceinline__ void convert(const First& first, int thread) const {
+    Converter<T, kR, kE, kN, kScaled> converter(p_, thread, raw_, stages_, shared_);
+    each_piece(p_, first, [&](const Piece& piece, int) {
+      converter.run(piece);
+      pass_meetings<merging_rounds(kDims), false>(piece);
+    });
   }
 
   // What this block begins with. Of few sequences it is found while the kernel ahead still runs, from lengths that it
@@ -97,7 +99,7 @@ class Block {
     fetch_parameters(p_);
     if (p_.batch > kForeseen) {
       await_kernel_before();
-      const First first = first_of_many(p_, shared_);
+      const First first = first_of_many<threads_of(kFp8)>(p_, shared_);
       if (loads && first.exists()) loader.look_up_first(first.piece);
       return first;
     }
@@ -174,7 +176,7 @@ class Block {
 
 }  // namespace hylo::mla_absorb
 
-extern "C" __global__ void __launch_bounds__(hylo::mla_absorb::kThreads, 1)
+extern "C" __global__ void __launch_bounds__(hylo::mla_absorb::threads_of(HYLO_FP8 != 0), 1)
     mla_absorb_fwd_kernel_decode(const __grid_constant__ hylo::mla_absorb::Params p) {
   using Block = hylo::mla_absorb::Block<hylo::HYLO_T, HYLO_R, HYLO_E, HYLO_N, HYLO_SCALED != 0, HYLO_FP8 != 0>;
   hylo::start_next_kernel();

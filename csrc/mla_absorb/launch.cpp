@@ -279,7 +279,7 @@ void launch(const Kernel& kernel, const Inputs& x, const Options& options, const
   const auto cluster = static_cast<unsigned>(plan.spread.cluster);
   const Grid grid{cluster * static_cast<unsigned>(plan.clusters), static_cast<unsigned>(plan.row_tiles), 1};
   const auto shared = static_cast<unsigned>(found_for(x).shared);
-  kernel.launch_clusters(grid, cluster, kThreads, shared, &params, stream);
+  kernel.launch_clusters(grid, cluster, threads_of(has_fp8(x)), shared, &params, stream);
 }
 
 }  // namespace hylo::mla_absorb

@@ -153,10 +153,9 @@ class QueryLoader {
 
   __device__ __forceinline__ explicit QueryLoader(const Params& p) : p_(p) {}
 
-  // By tokens, some warps together, for all pieces; `thread` is the number among them. Calls then(piece) behind each one's.
-  template <class F>
+  // By tokens, some warps together, for all pieces; `thread` is the number among them.
   __device__ __forceinline__ void run(const First& first, int thread, int buffers, unsigned char* tiles,
-                                      SharedByAll& shared, const F& then) const {
+                                      SharedByAll& shared) const {
     each_piece(p_, first, [&](const Piece& piece, int i) {
       const int at = i % buffers, turn = i / buffers;
       Handover& queries = shared.queries[at];
@@ -166,7 +165,6 @@ class QueryLoader {
       await_copies();
       fence_async();
       queries.full.arrive();
-      then(piece);
       pass_meetings<merging_rounds(kDims), false>(piece);
     });
   }

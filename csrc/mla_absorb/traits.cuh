@@ -10,12 +10,15 @@ constexpr int kTile = 64;                 // columns that lie side by side
 constexpr int kTileSize = kTokens * 128;  // bytes of 64 tokens x 64 columns; 16-bit types only
 constexpr int kGroups = 2;                // warpgroups that attend, each to tiles of its own
 constexpr int kAttending = 128 * kGroups;
-constexpr int kQueryWarps = 3;                // that load queries, and convert rows in fp8; one more loads the cache
-constexpr int kThreads = kAttending + 128;
+constexpr int kQueryWarps = 3;                // that load queries; one more loads the cache
+constexpr int kConverting = 128;              // that convert rows in fp8, where there are any
+HYLO_HOST_DEVICE constexpr int threads_of(bool fp8) { return kAttending + 128 + (fp8 ? kConverting : 0); }
 
-// Registers of a thread: at most 504 for one of each warpgroup. Those that convert have some more.
-HYLO_HOST_DEVICE constexpr int loading_registers(bool fp8) { return fp8 ? 72 : 56; }
-HYLO_HOST_DEVICE constexpr int attending_registers(bool fp8) { return (504 - loading_registers(fp8)) / kGroups; }
+// Registers of a thread: at most 504 for one of each of three warpgroups, 512 for one of each of four.
+constexpr int kConvertingRegisters = 48;
+HYLO_HOST_DEVICE constexpr int loading_registers(bool fp8) { return fp8 ? 48 : 56; }
+HYLO_HOST_DEVICE constexpr int attending_registers(bool fp8) { return fp8 ? 208 : 224; }
+static_assert(kGroups * attending_registers(true) + loading_registers(true) + kConvertingRegisters <= 512);
 
 constexpr int kMaxBatch = 8192;
 constexpr int kMaxScales = 16;  // of a token
