@@ -217,6 +217,23 @@ __device__ __forceinline__ void each_piece_from(const Params& p, const First& fi
   }
 }
 
+// What a warp is at, in the place of counts, which nobody needs once all know what they begin with.
+__device__ __forceinline__ First& kept_here(SharedByAll& shared) {
+  static_assert(threads_of(true) / 32 * sizeof(First) <= sizeof(shared.units), "one for each warp");
+  return reinterpret_cast<First*>(shared.units)[threadIdx.x / 32];
+}
+
+// Either of the two. kKept: a warp has few registers, or all of them are taken.
+template <bool kKept, class F>
+__device__ __forceinline__ void each_piece_either(const Params& p, const First& first, SharedByAll& shared, const F& f) {
+  if constexpr (kKept) {
+    int i = 0;
+    each_piece_from(p, first, kept_here(shared), [&](const Piece& piece) { f(piece, i++); });
+  } else {
+    each_piece(p, first, f);
+  }
+}
+
 // For warps that merge nothing, after each piece: blocks of a cluster meet before each round of merging, with all
 // warps. By tokens they come to the first meeting ahead of the piece; by rows both rounds of a run's last one are one.
 template <int kRounds, bool kByRows>

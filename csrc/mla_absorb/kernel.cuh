@@ -85,7 +85,7 @@ class Block {
   // Rows in fp8, by one of kConverting threads.
   __device__ __forceinline__ void convert(const First& first, int thread) const {
     Converter<T, kR, kE, kN, kScaled> converter(p_, thread, raw_, stages_, shared_);
-    each_piece(p_, first, [&](const Piece& piece, int) {
+    each_piece_from(p_, first, kept_here(shared_), [&](const Piece& piece) {
       converter.run(piece);
       pass_meetings<merging_rounds(kDims), false>(piece);
     });
@@ -125,7 +125,7 @@ class Block {
     Attention<T, kR, kE, kN, kScaled> attention(p_, group, weights_ + group * weights_size(kDims), shared_);
     MergerByTokens<T, kR, kE, kN, kScaled, kFp8> merger(p_, group, weights_, received_, shared_);
     unsigned tiles = 0;  // of the block, so far
-    each_piece(p_, first, [&](const Piece& piece, int index) {
+    each_piece_either<kFp8>(p_, first, shared_, [&](const Piece& piece, int index) {
       const int buffer = uniform(index % kRoom.queries);
       Handover& queries = shared_.queries[buffer];
       const Turns turns = turns_here(p_, piece);

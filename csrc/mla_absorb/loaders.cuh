@@ -37,7 +37,8 @@ class CacheLoader {
   }
 
   __device__ __forceinline__ void run(const First& first) {
-    each_piece(p_, first, [&](const Piece& piece, int index) {
+    each_piece_either<kFp8>(p_, first, shared_, [&](const Piece& kept, int index) {
+      const Piece piece = kept;
       const Turns turns = turns_here(p_, piece);
       int pages = index == 0 ? first_pages_ : look_up<kFinal>(piece, turns, 0);
       int next_pages = look_up<kFinal>(piece, turns, tables_);
@@ -156,7 +157,7 @@ class QueryLoader {
   // By tokens, some warps together, for all pieces; `thread` is the number among them.
   __device__ __forceinline__ void run(const First& first, int thread, int buffers, unsigned char* tiles,
                                       SharedByAll& shared) const {
-    each_piece(p_, first, [&](const Piece& piece, int i) {
+    each_piece_either<kFp8>(p_, first, shared, [&](const Piece& piece, int i) {
       const int at = i % buffers, turn = i / buffers;
       Handover& queries = shared.queries[at];
       if (turn > 0) queries.empty.wait((turn - 1) & 1);

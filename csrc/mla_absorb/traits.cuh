@@ -15,8 +15,8 @@ constexpr int kConverting = 128;              // that convert rows in fp8, where
 HYLO_HOST_DEVICE constexpr int threads_of(bool fp8) { return kAttending + 128 + (fp8 ? kConverting : 0); }
 
 // Registers of a thread: at most 504 for one of each of three warpgroups, 512 for one of each of four.
-constexpr int kConvertingRegisters = 48;
-HYLO_HOST_DEVICE constexpr int loading_registers(bool fp8) { return fp8 ? 48 : 56; }
+constexpr int kConvertingRegisters = 56;
+HYLO_HOST_DEVICE constexpr int loading_registers(bool fp8) { return fp8 ? 40 : 56; }
 HYLO_HOST_DEVICE constexpr int attending_registers(bool fp8) { return fp8 ? 208 : 224; }
 static_assert(kGroups * attending_registers(true) + loading_registers(true) + kConvertingRegisters <= 512);
 
