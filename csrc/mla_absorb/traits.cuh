@@ -84,7 +84,7 @@ HYLO_HOST_DEVICE constexpr int queries_size(Dims d) { return query_tiles(d) * d.
 HYLO_HOST_DEVICE constexpr int weights_size(Dims d) { return d.N * 128; }
 
 // Of shared memory, what is no tile and no result.
-HYLO_HOST_DEVICE constexpr int small_size(Dims d) { return by_rows(d) ? 10240 : 3456 + 208 * d.N; }
+HYLO_HOST_DEVICE constexpr int small_size(Dims d) { return by_rows(d) ? 10240 : (d.fp8 ? 3072 : 3456) + 208 * d.N; }
 
 // Of what a cluster's blocks send to one: parts of query rows, all of which come to so many rows.
 HYLO_HOST_DEVICE constexpr int received_size(Dims d, int rows) { return rows * d.R * 4; }
@@ -133,8 +133,8 @@ HYLO_HOST_DEVICE constexpr Room room_by_rows(Dims d) {
   return {fit < kMostRowStages ? fit : kMostRowStages, 1, kRowsMerged};
 }
 
-// Rows in fp8 want memory busy first, then more stages than each warpgroup's one. Where neither can be had, the largest
-// parts of tiles that can be brought while others are converted.
+// Rows in fp8 want memory busy first, then more stages than each warpgroup's one. Where neither can be had, parts of tiles of
+// which most is on its way while one of them is converted.
 template <int kRooms>
 HYLO_HOST_DEVICE constexpr Room room_of_fp8(Dims d, const Room (&all)[kRooms]) {
   for (int stages = kWantedStages; stages >= kGroups; stages -= kGroups) {
@@ -143,13 +143,14 @@ HYLO_HOST_DEVICE constexpr Room room_of_fp8(Dims d, const Room (&all)[kRooms]) {
       if (r.raw == kMostRaw || r.raw * r.raw_rows * raw_row_size(d) >= kWantedRaw) return r;
     }
   }
+  Room best{0, 1, 8, 0, 8};
   for (int raw_rows = kTokens / 2; raw_rows >= 8; raw_rows /= 2) {
     for (const Room& as : all) {
       const Room r = raw_room_with(d, as, kGroups, raw_rows);
-      if (r.raw >= 2) return r;
+      if (r.raw >= 2 && (r.raw - 1) * r.raw_rows > (best.raw - 1) * best.raw_rows) best = r;
     }
   }
-  return {0, 1, 8, 0, 8};
+  return best;
 }
 
 // As much as leaves enough stages, else as leaves any.

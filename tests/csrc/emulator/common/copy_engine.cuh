@@ -70,7 +70,8 @@ class Barrier {
     busy_[1] ^= 1;
   }
 
-  int wanted_, arrivals_, bytes_;
+  short wanted_, arrivals_;  // small, as blocks have room for barriers of 8 bytes and not much more
+  int bytes_;
   DoubleWord busy_[2];
 };
 
