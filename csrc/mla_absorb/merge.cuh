@@ -13,27 +13,27 @@ static_assert(kGroups == 2, "two are added either way round; more would need an 
 
 __device__ __forceinline__ void sync_attending() { sync_threads(kAllAttend, kAttending); }
 
-// Four latents of a query row, and the maximum and the sum of its weights that they are relative to.
+// Four latents of a query row, and the total of its weights that they are relative to.
 struct Part {
-  float top, total;
+  Total total;
   float4 numbers;
 };
 
-__device__ __forceinline__ Part nothing() { return {kNoTop, 0.0f, make_float4(0.0f, 0.0f, 0.0f, 0.0f)}; }
+__device__ __forceinline__ Part nothing() { return {{kNoTop, 0.0f}, make_float4(0.0f, 0.0f, 0.0f, 0.0f)}; }
 
 // Adds the first `count` of some parts.
 template <int kTogether>
 __device__ __forceinline__ void add(Part& all, const Part (&parts)[kTogether], int count) {
-  float most = all.top;
+  float most = all.total.top;
 #pragma unroll
-  for (int i = 0; i < kTogether; ++i) most = i < count ? fmaxf(most, parts[i].top) : most;
-  const float kept = exp2_fast(all.top - most);
-  all = {most, all.total * kept,
+  for (int i = 0; i < kTogether; ++i) most = i < count ? fmaxf(most, parts[i].total.top) : most;
+  const float kept = exp2_fast(all.total.top - most);
+  all = {{most, all.total.sum * kept},
          make_float4(all.numbers.x * kept, all.numbers.y * kept, all.numbers.z * kept, all.numbers.w * kept)};
 #pragma unroll
   for (int i = 0; i < kTogether; ++i) {
-    const float weight = i < count ? exp2_fast(parts[i].top - most) : 0.0f;
-    all.total += weight * parts[i].total;
+    const float weight = i < count ? exp2_fast(parts[i].total.top - most) : 0.0f;
+    all.total.sum += weight * parts[i].total.sum;
     all.numbers.x += weight * parts[i].numbers.x;
     all.numbers.y += weight * parts[i].numbers.y;
     all.numbers.z += weight * parts[i].numbers.z;
@@ -97,16 +97,16 @@ class Merger {
     return left < 0 ? 0 : left < part_ ? left : part_;
   }
 
-  // Sends go out once all have read what came in the round before. By rows no barrier of the block lies between two rounds: a
-  // phase without bytes would be over before all warps have seen the end of the one before.
+  // Sends go out once all have read what came in the round before, and bytes are expected no sooner: by rows no barrier of the
+  // block lies between two rounds, and a phase without bytes would be over before all warps have seen the end of the one
+  // before.
   __device__ __forceinline__ void open(int round, bool have_met) const {
-    if (by_rows(kDims)) cluster_wait();
+    if (!have_met) cluster_wait();
     if (thread_ == 0) {
       const int fours = fours_here(round) + (second_ != 0 ? fours_here(1) : 0);
       shared_.mailbox.expect(blocks_ * (fours * 16 + (round == 0 ? rows_ * 8 : 0)));
     }
     __syncwarp();
-    if (!by_rows(kDims) && !have_met) cluster_wait();
 #pragma unroll 1
     for (int i = thread_; round == 0 && i < rows_ << p_.cluster_shift; i += kAttending) {
       const int n = i >> p_.cluster_shift;
@@ -119,7 +119,7 @@ class Merger {
                                           const float4& numbers) const {
     if (blocks_ == 1) {
       const Total total = total_[round * kMerged + n];
-      store(piece, round * kMerged + n, latent, {total.top, total.sum, numbers}, latent == 0);
+      store(piece, round * kMerged + n, latent, {total, numbers}, latent == 0);
       return;
     }
     const int four = n * kFours + latent / 4, to = (four << p_.cluster_shift) / kAll;
@@ -150,7 +150,15 @@ class Merger {
   __device__ __forceinline__ void finish(const Piece& piece) const {
     if (piece.pieces == 1 || !is_last(piece)) return;
 #pragma unroll 1
-    for (int round = 0; round < kRounds; ++round) merge_pieces(piece, round);
+    for (int round = 0; round < kRounds; ++round) {
+      if (piece.pieces == 2) {
+        merge_few<2>(piece, round);
+      } else if (piece.pieces == 3) {
+        merge_few<3>(piece, round);
+      } else {
+        merge_each(piece, round);
+      }
+    }
   }
 
   // Calls f(query row, its first latent, four) for each of this block's fours of a round.
@@ -158,18 +166,20 @@ class Merger {
   __device__ __forceinline__ void each_four(int round, const F& f) const {
     const int here = fours_here(round);
 #pragma unroll 1
-    for (int i = thread_; i < here; i += kAttending) f(row_of(round, i), latent_of(i), i);
+    for (int i = thread_; i < here; i += kAttending) {
+      const int four = of_tile(round, i);
+      f(row_of(four), latent_of(four), i);
+    }
   }
-  __device__ __forceinline__ int row_of(int round, int i) const {
-    return round * kMerged + (rank_ * part_ + i) / kFours;
-  }
-  __device__ __forceinline__ int latent_of(int i) const { return (rank_ * part_ + i) % kFours * 4; }
+  // Among all fours of the tile's query rows, the block's i-th of a round.
+  __device__ __forceinline__ int of_tile(int round, int i) const { return round * kAll + rank_ * part_ + i; }
+  static __device__ __forceinline__ int row_of(int four) { return static_cast<int>(static_cast<Word>(four) / kFours); }
+  static __device__ __forceinline__ int latent_of(int four) { return four % kFours * 4; }
 
   __device__ __forceinline__ void merge_received(const Piece& piece, int round) const {
     each_four(round, [&](int n, int latent, int i) {
       const auto received = [&](int, int block) {
-        const Total total = neighbours_[block][n];
-        return Part{total.top, total.sum, inbox(round)[block * part_ + i]};
+        return Part{neighbours_[block][n], inbox(round)[block * part_ + i]};
       };
       Part all[1];
       merge<8>(all, blocks_, received);
@@ -188,28 +198,26 @@ class Merger {
   // For the last of the sequence's pieces. first: of the block's, in the query row.
   __device__ __forceinline__ void leave(const Piece& piece, int n, int latent, const Part& all, bool first) const {
     *reinterpret_cast<float4*>(left_row(piece, n) + latent) = all.numbers;
-    if (first) leave_total(piece, n, {all.top, all.total});
+    if (first) leave_total(piece, n, all.total);
   }
   __device__ __forceinline__ float* left_row(const Piece& piece, int n) const {
     return partial(piece.slot(piece.index)) + n * kR;
   }
   __device__ __forceinline__ void leave_total(const Piece& piece, int n, const Total& total) const {
-    float* const of_row = totals(piece.slot(piece.index)) + n;
-    of_row[0] = total.top;
-    of_row[kN] = total.sum;
+    totals(piece.slot(piece.index))[n] = total;
   }
 
   __device__ __forceinline__ void send(const Piece& piece, int n, int latent, const Part& all) const {
     const long long row = row_of_o(piece, n);
-    send_four(static_cast<T*>(p_.o) + row * kR + latent, all.numbers, share_of_one(all.total));
-    if (latent == 0) send_lse(row, {all.top, all.total});
+    send_four(static_cast<T*>(p_.o) + row * kR + latent, all.numbers, share_of_one(all.total.sum));
+    if (latent == 0) send_lse(row, all.total);
   }
   __device__ __forceinline__ long long row_of_o(const Piece& piece, int n) const {
     const int of_sequence = static_cast<int>(blockIdx.y) * kN + n;
     return static_cast<long long>(piece.b) * (p_.tokens * p_.heads) + of_sequence;
   }
   // What numbers of that total are multiplied by.
-  static __device__ __forceinline__ float share_of_one(float total) { return total == 0.0f ? 1.0f : 1.0f / total; }
+  static __device__ __forceinline__ float share_of_one(float total) { return total == 0.0f ? 1.0f : reciprocal_fast(total); }
   static __device__ __forceinline__ void send_four(T* to, const float4& numbers, float factor) {
     *reinterpret_cast<uint2*>(to) = {wgmma::pack<T>(numbers.x * factor, numbers.y * factor),
                                      wgmma::pack<T>(numbers.z * factor, numbers.w * factor)};
@@ -228,7 +236,13 @@ class Merger {
     const long long at = static_cast<long long>(blockIdx.y) * p_.slots + slot;
     return p_.partial + at * partial_size(kDims, blocks_);
   }
-  __device__ __forceinline__ float* totals(int slot) const { return partial(slot) + kN * kR + rank_ * 2 * kN; }
+  __device__ __forceinline__ Total* totals(int slot) const {
+    return reinterpret_cast<Total*>(partial(slot) + kN * kR) + rank_ * kN;
+  }
+  __device__ __forceinline__ void load(Part& part, int slot, int four, bool exists) const {
+    load_written(part.total, totals(slot) + row_of(four), exists);
+    load_written(part.numbers, reinterpret_cast<const float4*>(partial(slot)) + four, exists);
+  }
 
   // Whether all others of the sequence are there.
   __device__ __forceinline__ bool is_last(const Piece& piece) const {
@@ -241,26 +255,42 @@ class Merger {
     return shared_.last;
   }
 
-  __device__ __forceinline__ void merge_pieces(const Piece& piece, int round) const {
-    constexpr int kResults = 4;
+  // Accumulators' registers are free by now: a multiprocessor reads fastest with some 16 fours of each thread on their
+  // way. Of few pieces these are of several results.
+  template <int kPieces>
+  __device__ __forceinline__ void merge_few(const Piece& piece, int round) const {
+    constexpr int kResults = kPieces == 2 ? 8 : 4;
     const int here = fours_here(round);
 #pragma unroll 1
     for (int first = thread_; first < here; first += kResults * kAttending) {
       Part all[kResults];
-      merge<4>(all, piece.pieces, [&](int j, int i) {
+      merge<kPieces>(all, kPieces, [&](int j, int i) {
         const int four = first + j * kAttending;
-        if (four >= here) return nothing();
-        const int slot = piece.slot(i), n = row_of(round, four);
-        const float* const of_row = totals(slot) + n;
-        return Part{load_written(of_row), load_written(of_row + kN),
-                    load_four_written(partial(slot) + n * kR + latent_of(four))};
+        Part part{};
+        load(part, piece.slot(i), of_tile(round, four), four < here);
+        return part;
       });
 #pragma unroll
       for (int j = 0; j < kResults; ++j) {
-        const int four = first + j * kAttending;
-        if (four < here) send(piece, row_of(round, four), latent_of(four), all[j]);
+        if (first + j * kAttending < here) send(piece, of_tile(round, first + j * kAttending), all[j]);
       }
     }
+  }
+
+  __device__ __forceinline__ void merge_each(const Piece& piece, int round) const {
+    each_four(round, [&](int, int, int i) {
+      const int four = of_tile(round, i);
+      Part all[1];
+      merge<8>(all, piece.pieces, [&](int, int of) {
+        Part part{};
+        load(part, piece.slot(of), four, true);
+        return part;
+      });
+      send(piece, four, all[0]);
+    });
+  }
+  __device__ __forceinline__ void send(const Piece& piece, int four, const Part& all) const {
+    send(piece, row_of(four), latent_of(four), all);
   }
 
  protected:

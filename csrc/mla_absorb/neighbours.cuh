@@ -91,19 +91,19 @@ class Mailbox {
   Barrier barrier_;
 };
 
-// Numbers that blocks of other multiprocessors wrote: past the first cache, which does not know of that.
-__device__ __forceinline__ float load_written(const float* address) {
-  float value;
-  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(value) : "l"(address) : "memory");
-  return value;
-}
-__device__ __forceinline__ float4 load_four_written(const float* address) {
-  float4 v;
-  asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-               : "l"(address)
+// Numbers that blocks of other multiprocessors wrote: past the first cache, which does not know of that. Where nothing
+// exists nothing is read, and v stays as it is. There is no branch, so that many are on their way together.
+__device__ __forceinline__ void load_written(Total& v, const Total* address, bool exists) {
+  asm volatile("{ .reg .pred there; setp.ne.b32 there, %3, 0; @there ld.global.cg.v2.f32 {%0, %1}, [%2]; }"
+               : "+f"(v.top), "+f"(v.sum)
+               : "l"(address), "r"(static_cast<int>(exists))
                : "memory");
-  return v;
+}
+__device__ __forceinline__ void load_written(float4& v, const float4* address, bool exists) {
+  asm volatile("{ .reg .pred there; setp.ne.b32 there, %5, 0; @there ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4]; }"
+               : "+f"(v.x), "+f"(v.y), "+f"(v.z), "+f"(v.w)
+               : "l"(address), "r"(static_cast<int>(exists))
+               : "memory");
 }
 
 // Whether all others of `count` have drawn before. The last one leaves zero behind, for the next launch. One thread

@@ -165,7 +165,7 @@ EMULATED = [
     Case(48, 32, 7, MIXED, 3, page=16, starts=PADDED, dtype=FP16, integers=torch.int64, spread=(4, 0, 3)),
     Case(48, 32, 24, (64, 65, 0, 1), page=48, dtype=FP16, spread=(2, 100, 1)),
     Case(48, 32, 12, (64, 65, 2, 700), 2, page=None, dtype=FP16, causal=False),
-    Case(48, 32, 17, (2200, 129), page=128, dtype=FP16, fixed_split=True),
+    Case(48, 32, 17, (6200, 2200, 129), page=128, dtype=FP16, fixed_split=True),
     Case(256, 64, 16, (300, 64), page=32, HK=8, spread=(2, 0, 1)),
     Case(256, 64, 12, (130,), page=None, HK=4, spread=(1, 0, 2)),
     Case(16, 0, 40, (300, 65), 3, page=8, spread=(1, 0, 1)),

@@ -56,8 +56,10 @@ class Mailbox {
   Barrier barrier_;
 };
 
-inline float load_written(const float* address) { return *address; }
-inline float4 load_four_written(const float* address) { return *reinterpret_cast<const float4*>(address); }
+template <class T>
+void load_written(T& v, const T* address, bool exists) {
+  if (exists) v = *address;
+}
 
 inline bool draws_last(int* ticket, int count) {
   const bool last = (*ticket)++ == count - 1;
