@@ -9,12 +9,21 @@
 
 namespace hylo::mla_absorb {
 
+// What a block finds when its piece of a sequence has arrived: not all others have; all have; all have, but some blocks
+// had gone before that.
+enum Found { kSomeMissing, kAllThere, kSomeGone };
+
+// The counts of a ticket, where blocks merge a sequence together: pieces that have arrived, blocks that have gone before
+// all had, and those that need no ticket any more.
+enum Counts { kArrived = 0, kGone = 10, kDone = 20 };
+__device__ __forceinline__ int so_many(int ticket, Counts which) { return ticket >> which & kMostTogether; }
+
 struct SharedByAll {
   Handover stages[kMaxStages];  // by rows, parts of them; behind them, what rows in fp8 come to
   Handover queries[2];
   Mailbox mailbox;  // results of the cluster's blocks
   Run run;                        // of the block's cluster
-  int last;                       // whether this block's piece is the last to arrive
+  Found found;
   Count units[kMaxBatch / 32];    // of 32 sequences each
 };
 
@@ -104,7 +113,7 @@ struct Shared<kN, true> : SharedByAll {
 
 __device__ __forceinline__ First first_of(const Params& p, const Run& run, const Sequence& sequence) {
   First first{run, {}};
-  if (run.unit < run.last) first.piece = take(first.run, sequence, p.cluster_shift, p.fixed);
+  if (run.unit < run.last) first.piece = take(first.run, sequence, p.batch, p.cluster_shift, p.fixed);
   return first;
 }
 
@@ -196,7 +205,7 @@ __device__ __forceinline__ void each_piece(const Params& p, First at, const F& f
   for (int i = 0;; ++i) {
     f(at.piece, i);
     if (at.piece.ends) return;
-    at.piece = take(at.run, sequence_at<kFinal>(p, at.run.b), p.cluster_shift, p.fixed);
+    at.piece = take(at.run, sequence_at<kFinal>(p, at.run.b), p.batch, p.cluster_shift, p.fixed);
   }
 }
 
@@ -210,7 +219,7 @@ __device__ __forceinline__ void each_piece_from(const Params& p, const First& fi
     f(kept.piece);
     if (kept.piece.ends) return;
     First next = kept;
-    next.piece = take(next.run, sequence_at<kFinal>(p, next.run.b), p.cluster_shift, p.fixed);
+    next.piece = take(next.run, sequence_at<kFinal>(p, next.run.b), p.batch, p.cluster_shift, p.fixed);
     __syncwarp();
     if (lane() == 0) kept = next;
     __syncwarp();

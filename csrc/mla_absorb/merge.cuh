@@ -1,6 +1,6 @@
 // How results become one: those of a block's warpgroups, then of a cluster's blocks, each of which is sent a part of
-// all of them and merges it, then of a sequence's pieces, by the blocks whose piece is the last to arrive. Always in the
-// same order, whoever comes first, so that the same inputs give the same bits.
+// all of them and merges it, then of a sequence's pieces: few by the blocks whose piece is the last to arrive, many by all
+// blocks that have one together. Always in the same order, whoever comes first, so that the same inputs give the same bits.
 #pragma once
 
 #include "common/cluster.cuh"
@@ -13,31 +13,56 @@ static_assert(kGroups == 2, "two are added either way round; more would need an 
 
 __device__ __forceinline__ void sync_attending() { sync_threads(kAllAttend, kAttending); }
 
-// Four latents of a query row, and the total of its weights that they are relative to.
-struct Part {
+// Some fours of latents of a query row, and the total of its weights that they are relative to.
+template <int kWide>
+struct Parts {
   Total total;
-  float4 numbers;
+  float4 numbers[kWide];
 };
+using Part = Parts<1>;
 
-__device__ __forceinline__ Part nothing() { return {{kNoTop, 0.0f}, make_float4(0.0f, 0.0f, 0.0f, 0.0f)}; }
+template <int kWide = 1>
+__device__ __forceinline__ Parts<kWide> nothing() {
+  return {{kNoTop, 0.0f}, {}};
+}
+
+template <int kWide>
+__device__ __forceinline__ Parts<kWide> from_lane(const Parts<kWide>& part, int from) {
+  const auto get = [&](float number) { return __shfl_sync(kAllLanes, number, from); };
+  Parts<kWide> got{{get(part.total.top), get(part.total.sum)}, {}};
+#pragma unroll
+  for (int k = 0; k < kWide; ++k) {
+    const float4& v = part.numbers[k];
+    got.numbers[k] = make_float4(get(v.x), get(v.y), get(v.z), get(v.w));
+  }
+  return got;
+}
 
 // Adds the first `count` of some parts.
-template <int kTogether>
-__device__ __forceinline__ void add(Part& all, const Part (&parts)[kTogether], int count) {
+template <int kTogether, int kWide>
+__device__ __forceinline__ void add(Parts<kWide>& all, const Parts<kWide> (&parts)[kTogether], int count) {
   float most = all.total.top;
 #pragma unroll
   for (int i = 0; i < kTogether; ++i) most = i < count ? fmaxf(most, parts[i].total.top) : most;
   const float kept = exp2_fast(all.total.top - most);
-  all = {{most, all.total.sum * kept},
-         make_float4(all.numbers.x * kept, all.numbers.y * kept, all.numbers.z * kept, all.numbers.w * kept)};
+  all.total = {most, all.total.sum * kept};
+#pragma unroll
+  for (int k = 0; k < kWide; ++k) {
+    float4& v = all.numbers[k];
+    v = make_float4(v.x * kept, v.y * kept, v.z * kept, v.w * kept);
+  }
 #pragma unroll
   for (int i = 0; i < kTogether; ++i) {
     const float weight = i < count ? exp2_fast(parts[i].total.top - most) : 0.0f;
     all.total.sum += weight * parts[i].total.sum;
-    all.numbers.x += weight * parts[i].numbers.x;
-    all.numbers.y += weight * parts[i].numbers.y;
-    all.numbers.z += weight * parts[i].numbers.z;
-    all.numbers.w += weight * parts[i].numbers.w;
+#pragma unroll
+    for (int k = 0; k < kWide; ++k) {
+      const float4& v = parts[i].numbers[k];
+      all.numbers[k].x += weight * v.x;
+      all.numbers[k].y += weight * v.y;
+      all.numbers[k].z += weight * v.z;
+      all.numbers[k].w += weight * v.w;
+    }
   }
 }
 
@@ -57,6 +82,28 @@ __device__ __forceinline__ void merge(Part (&all)[kResults], int count, const F&
 #pragma unroll
     for (int j = 0; j < kResults; ++j) add(all[j], parts[j], count - first);
   }
+}
+
+// The same of one result of many parts: load(part, i) fills in the i-th, or leaves it alone where there is none. Two sets
+// are on their way: as one has been added, it is asked for anew.
+template <int kSet, int kWide, class F>
+__device__ __forceinline__ Parts<kWide> merge_in_turn(int count, const F& load) {
+  Parts<kWide> all = nothing<kWide>(), sets[2][kSet] = {};
+  const auto fetch = [&](Parts<kWide> (&set)[kSet], int first) {
+#pragma unroll
+    for (int i = 0; i < kSet; ++i) load(set[i], first + i);
+  };
+  fetch(sets[0], 0);
+  fetch(sets[1], kSet);
+#pragma unroll 1
+  for (int first = 0; first < count; first += 2 * kSet) {
+#pragma unroll
+    for (int set = 0; set < 2; ++set) {
+      add(all, sets[set], count - first - set * kSet);
+      fetch(sets[set], first + (set + 2) * kSet);
+    }
+  }
+  return all;
 }
 
 // What both ways of attending share. A block has results of its query rows, round by round, which it `deliver`s.
@@ -119,7 +166,7 @@ class Merger {
                                           const float4& numbers) const {
     if (blocks_ == 1) {
       const Total total = total_[round * kMerged + n];
-      store(piece, round * kMerged + n, latent, {total, numbers}, latent == 0);
+      store(piece, round * kMerged + n, latent, {total, {numbers}}, latent == 0);
       return;
     }
     const int four = n * kFours + latent / 4, to = (four << p_.cluster_shift) / kAll;
@@ -146,18 +193,17 @@ class Merger {
   __device__ __forceinline__ void merge_together(int second) { second_ = second; }
   __device__ __forceinline__ float4* inbox(int round) const { return received_ + (round > 0 ? second_ : 0); }
 
-  // What all pieces of the sequence left, if this is the last of them.
+  // What all pieces of the sequence left, or a share of it, once all are there.
   __device__ __forceinline__ void finish(const Piece& piece) const {
-    if (piece.pieces == 1 || !is_last(piece)) return;
-#pragma unroll 1
-    for (int round = 0; round < kRounds; ++round) {
-      if (piece.pieces == 2) {
-        merge_few<2>(piece, round);
-      } else if (piece.pieces == 3) {
-        merge_few<3>(piece, round);
-      } else {
-        merge_each(piece, round);
-      }
+    if (piece.pieces == 1) return;
+    sync_attending();  // all have stored what they merged
+    if (thread_ == 0) shared_.found = piece.shares > 1 ? await_others(piece) : arrive(piece);
+    sync_attending();
+    const Found found = shared_.found;
+    if (piece.pieces > kFewPieces) {
+      merge_many(piece, found);
+    } else if (found == kAllThere) {
+      merge_few(piece);
     }
   }
 
@@ -179,7 +225,7 @@ class Merger {
   __device__ __forceinline__ void merge_received(const Piece& piece, int round) const {
     each_four(round, [&](int n, int latent, int i) {
       const auto received = [&](int, int block) {
-        return Part{neighbours_[block][n], inbox(round)[block * part_ + i]};
+        return Part{neighbours_[block][n], {inbox(round)[block * part_ + i]}};
       };
       Part all[1];
       merge<8>(all, blocks_, received);
@@ -197,7 +243,7 @@ class Merger {
 
   // For the last of the sequence's pieces. first: of the block's, in the query row.
   __device__ __forceinline__ void leave(const Piece& piece, int n, int latent, const Part& all, bool first) const {
-    *reinterpret_cast<float4*>(left_row(piece, n) + latent) = all.numbers;
+    *reinterpret_cast<float4*>(left_row(piece, n) + latent) = all.numbers[0];
     if (first) leave_total(piece, n, all.total);
   }
   __device__ __forceinline__ float* left_row(const Piece& piece, int n) const {
@@ -209,7 +255,7 @@ class Merger {
 
   __device__ __forceinline__ void send(const Piece& piece, int n, int latent, const Part& all) const {
     const long long row = row_of_o(piece, n);
-    send_four(static_cast<T*>(p_.o) + row * kR + latent, all.numbers, share_of_one(all.total.sum));
+    send_four(static_cast<T*>(p_.o) + row * kR + latent, all.numbers[0], share_of_one(all.total.sum));
     if (latent == 0) send_lse(row, all.total);
   }
   __device__ __forceinline__ long long row_of_o(const Piece& piece, int n) const {
@@ -239,20 +285,72 @@ class Merger {
   __device__ __forceinline__ Total* totals(int slot) const {
     return reinterpret_cast<Total*>(partial(slot) + kN * kR) + rank_ * kN;
   }
-  __device__ __forceinline__ void load(Part& part, int slot, int four, bool exists) const {
+  // Fours of one row, so far apart.
+  template <int kWide>
+  __device__ __forceinline__ void load(Parts<kWide>& part, int slot, int four, int apart, bool exists) const {
     load_written(part.total, totals(slot) + row_of(four), exists);
-    load_written(part.numbers, reinterpret_cast<const float4*>(partial(slot)) + four, exists);
+    const float4* const from = reinterpret_cast<const float4*>(partial(slot)) + four;
+#pragma unroll
+    for (int k = 0; k < kWide; ++k) load_written(part.numbers[k], from + k * apart, exists);
   }
 
-  // Whether all others of the sequence are there.
-  __device__ __forceinline__ bool is_last(const Piece& piece) const {
-    sync_attending();  // all have stored what they merged
-    if (thread_ == 0) {
-      const long long sequence = static_cast<long long>(blockIdx.y) * p_.slots + piece.slot(0);
-      shared_.last = draws_last(p_.tickets + sequence * blocks_ + rank_, piece.pieces);
+  __device__ __forceinline__ int* ticket(int slot) const {
+    const long long at = static_cast<long long>(blockIdx.y) * p_.slots + slot;
+    return p_.tickets + at * blocks_ + rank_;
+  }
+
+  // Where the last to arrive merges all.
+  __device__ __forceinline__ Found arrive(const Piece& piece) const {
+    return draws_last(ticket(piece.slot(0)), piece.pieces) ? kAllThere : kSomeMissing;
+  }
+
+  // Where each block merges a share. It waits for the others, who wait for nobody before they arrive, but not for long: they
+  // may not even have begun, for want of the place that this one takes. If it goes, it says so, so that the last to arrive
+  // merges its share, too; unless that one has come meanwhile.
+  __device__ __forceinline__ Found await_others(const Piece& piece) const {
+    int* const all = ticket(piece.slot(0));
+    const int before = add_to(all, 1 << kArrived);
+    if (so_many(before, kArrived) == piece.pieces - 1) return so_many(before, kGone) > 0 ? kSomeGone : kAllThere;
+    if (piece.index >= piece.shares) return kSomeMissing;
+    const Word begin = cycles();
+    do {
+      if (so_many(read_ticket(all), kArrived) == piece.pieces) return kAllThere;
+    } while (cycles() - begin < kPatience);
+    *ticket(piece.slot_of_share(piece.index)) = 1;
+    return so_many(add_to(all, 1 << kGone), kArrived) == piece.pieces ? kAllThere : kSomeMissing;
+  }
+
+  // Of those that merge together who is done last leaves zeros behind. Where nobody has gone, that is said ahead of merging,
+  // to hide the answer's way.
+  __device__ __forceinline__ void merge_many(const Piece& piece, Found found) const {
+    int before = 0;
+    if (piece.shares > 1 && thread_ == 0 && found != kSomeGone) {
+      before = add_loosely(ticket(piece.slot(0)), 1 << kDone);
     }
-    sync_attending();
-    return shared_.last;
+    if (found != kSomeMissing) merge_shares(piece, found);
+    if (found == kSomeGone) {
+      sync_attending();  // nobody looks at others' tickets any more
+      if (thread_ == 0) before = add_to(ticket(piece.slot(0)), 1 << kDone);
+    }
+    if (thread_ == 0 && so_many(before, kDone) == piece.pieces - 1) clear(piece, so_many(before, kGone) > 0);
+  }
+
+  __device__ __forceinline__ void clear(const Piece& piece, bool some_gone) const {
+    *ticket(piece.slot(0)) = 0;
+    if (!some_gone) return;
+    __threadfence();  // what they said is there
+    for (int share = 0; share < piece.shares; ++share) *ticket(piece.slot_of_share(share)) = 0;
+  }
+
+  __device__ __forceinline__ void merge_few(const Piece& piece) const {
+#pragma unroll 1
+    for (int round = 0; round < kRounds; ++round) {
+      if (piece.pieces == 2) {
+        merge_few<2>(piece, round);
+      } else {
+        merge_few<3>(piece, round);
+      }
+    }
   }
 
   // Accumulators' registers are free by now: a multiprocessor reads fastest with some 16 fours of each thread on their
@@ -267,7 +365,7 @@ class Merger {
       merge<kPieces>(all, kPieces, [&](int j, int i) {
         const int four = first + j * kAttending;
         Part part{};
-        load(part, piece.slot(i), of_tile(round, four), four < here);
+        load(part, piece.slot(i), of_tile(round, four), 0, four < here);
         return part;
       });
 #pragma unroll
@@ -277,17 +375,60 @@ class Merger {
     }
   }
 
-  __device__ __forceinline__ void merge_each(const Piece& piece, int round) const {
-    each_four(round, [&](int, int, int i) {
-      const int four = of_tile(round, i);
-      Part all[1];
-      merge<8>(all, piece.pieces, [&](int, int of) {
-        Part part{};
-        load(part, piece.slot(of), four, true);
-        return part;
+  // The block's own share and those of the gone. One who goes just now may find that all are there and merge his as well:
+  // both write the same.
+  __device__ __forceinline__ void merge_shares(const Piece& piece, Found found) const {
+    const int own = piece.shares > 1 ? piece.index : 0;
+#pragma unroll 1
+    for (int share = found == kSomeGone ? 0 : own; share < piece.shares; ++share) {
+      if (share == own || uniform(read_ticket(ticket(piece.slot_of_share(share)))) != 0) merge_share(piece, share);
+      if (found != kSomeGone) return;
+    }
+  }
+
+  // A share is of whole units of fours, none of which is of two rows, where rows let it: then a lane takes two fours, for
+  // which it looks at totals once. Where a share has fewer fours than the block has threads for, several lanes merge the same
+  // ones, each every so many-th piece.
+  static constexpr int kUnit = kFours % 32 == 0 && kAll % (32 * kMaxCluster) == 0 ? 32 : 1;
+  __device__ __forceinline__ void merge_share(const Piece& piece, int share) const {
+    constexpr int kWide = kUnit > 1 ? 2 : 1, kMostShift = 4, kSomeMore = kAttending / 8;
+    constexpr int kSet = (by_rows(kDims) ? 8 : 6) / kWide;  // more would spill
+    const int units = fours_of_block() / kUnit;
+    const int begin = units * share / piece.shares * kUnit, end = units * (share + 1) / piece.shares * kUnit;
+    int shift = kWide - 1;
+    while (shift < kMostShift && (end - begin) / kWide << (shift + 1) <= kAttending + kSomeMore) ++shift;
+    const int wide = 32 >> shift, group = lane() / wide;
+    const int count = (piece.pieces - group + (1 << shift) - 1) >> shift;
+#pragma unroll 1
+    for (int first = begin + thread_ / 32 * kWide * wide; first < end; first += kAttending * kWide >> shift) {
+      const int mine = first + lane() % wide, four = of_tile(mine < end ? mine : end - 1);
+      auto merged = merge_in_turn<kSet, kWide>(count, [&](Parts<kWide>& part, int i) {
+        const int of = group + (i << shift);
+        load(part, piece.slot(of), four, wide, of < piece.pieces);
       });
-      send(piece, four, all[0]);
-    });
+#pragma unroll 1
+      for (int offset = wide; offset < 32; offset *= 2) {
+        const Parts<kWide> other[1] = {from_lane(merged, lane() ^ offset)};
+        add(merged, other, 1);
+      }
+      if (group != 0 || mine >= end) continue;
+#pragma unroll
+      for (int k = 0; k < kWide; ++k) send(piece, four + k * wide, {merged.total, {merged.numbers[k]}});
+    }
+  }
+
+  // The block's fours of all rounds, and the i-th of them among all of the tile's.
+  __device__ __forceinline__ int fours_of_block() const {
+    int all = 0;
+#pragma unroll
+    for (int round = 0; round < kRounds; ++round) all += fours_here(round);
+    return all;
+  }
+  __device__ __forceinline__ int of_tile(int i) const {
+    int round = 0;
+#pragma unroll 1
+    for (; round + 1 < kRounds && i >= fours_here(round); ++round) i -= fours_here(round);
+    return of_tile(round, i);
   }
   __device__ __forceinline__ void send(const Piece& piece, int four, const Part& all) const {
     send(piece, row_of(four), latent_of(four), all);

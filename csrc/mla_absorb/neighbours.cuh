@@ -106,15 +106,37 @@ __device__ __forceinline__ void load_written(float4& v, const float4* address, b
                : "memory");
 }
 
-// Whether all others of `count` have drawn before. The last one leaves zero behind, for the next launch. One thread
-// draws, after a barrier of all threads whose writes the last one is to see, and before one of those that are to see
+// Adds to a ticket and gives what it was. Who finds what another has added sees all that the other wrote before. One
+// thread adds, after a barrier of all threads whose writes others are to see, and before one of those that are to see
 // the others' writes.
-__device__ __forceinline__ bool draws_last(int* ticket, int count) {
+__device__ __forceinline__ int add_to(int* ticket, int number) {
   int before;
-  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(ticket) : "memory");
-  const bool last = before == count - 1;
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;" : "=r"(before) : "l"(ticket), "r"(number) : "memory");
+  return before;
+}
+// The same where nobody looks for anything else than the ticket: it does not wait for what was written.
+__device__ __forceinline__ int add_loosely(int* ticket, int number) {
+  int before;
+  asm volatile("atom.relaxed.gpu.global.add.s32 %0, [%1], %2;" : "=r"(before) : "l"(ticket), "r"(number) : "memory");
+  return before;
+}
+__device__ __forceinline__ int read_ticket(const int* ticket) {
+  int now;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(ticket) : "memory");
+  return now;
+}
+// Whether all others of `count` have drawn before. The last one leaves zero behind, for the next launch.
+__device__ __forceinline__ bool draws_last(int* ticket, int count) {
+  const bool last = add_to(ticket, 1) == count - 1;
   if (last) *ticket = 0;
   return last;
+}
+
+// Of the multiprocessor's clock.
+__device__ __forceinline__ Word cycles() {
+  Word now;
+  asm volatile("mov.u32 %0, %%clock;" : "=r"(now)::"memory");
+  return now;
 }
 
 // store_transposed of two matrices: lane 8 i + n gives the address of row n of matrix i, for i below 2.

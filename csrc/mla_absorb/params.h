@@ -21,7 +21,7 @@ struct Params {
   void* o;                   // [B, T, H, R], contiguous
   float* lse;                // [B, T, H], contiguous; null where nobody asks for it
   float* partial;            // of pieces of sequences, partial_size each; null where nothing is cut
-  int* tickets;              // of every tile of rows, slot and block of a cluster: pieces that have arrived; zeros
+  int* tickets;              // of every tile of rows, slot and block of a cluster: who has come where it is merged; zeros
   int batch, heads, tokens;  // B, H, T
   int capacity;              // cached tokens that a sequence has room for
   int page;                  // tokens of it

@@ -43,6 +43,11 @@ constexpr int kFixedTiles = 32, kFixedUnits = 32;
 // Runs may be longer by one part of so many, that they end with their sequences.
 constexpr int kUneven = 16;
 
+// A sequence of no more pieces is merged by the last block to arrive alone, one of more (not more than a count has room
+// for) by many blocks together, that wait so many cycles for each other at the most.
+constexpr int kFewPieces = 3, kMostTogether = 1023;
+constexpr unsigned kPatience = 1 << 17;
+
 struct Dims {
   int R, E;
   int N;        // query rows of a tile, a multiple of 8

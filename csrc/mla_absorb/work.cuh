@@ -76,15 +76,27 @@ struct Piece {
   int turn;               // the block of a cluster that takes the first one
   bool ends;              // the run
   int index, pieces;      // of the sequence
+  int shares;             // that the first so many of its pieces' blocks merge; 1: the last to arrive merges all
   int first_slot, slots_apart, slot_ahead;
 
   // Of a piece's partial result, among all: a cluster has two, for a sequence that began before its run, and for one
   // that goes on after it.
   HYLO_HOST_DEVICE int slot(int of) const { return first_slot + (of == 0 ? slot_ahead : of * slots_apart); }
+  // One of the sequence's for each share. The first piece's own has its ticket, but of the second one's run, which lies
+  // within the sequence, both are the sequence's.
+  HYLO_HOST_DEVICE int slot_of_share(int of) const { return of == 0 ? slot(1) + 1 : slot(of); }
 };
 
-// The run's next piece, given the sequence that it has come to. Divides where a sequence is cut only: that is slow.
-HYLO_HOST_DEVICE inline Piece take(Run& run, const Sequence& s, int cluster_shift, bool fixed) {
+// Of a sequence of many pieces. All but the last end their runs, so that their blocks may wait for each other. The last
+// one's does so where the sequence ends with its run.
+HYLO_HOST_DEVICE inline int shares_of(int pieces, bool last_ends) {
+  if (pieces <= kFewPieces || pieces > kMostTogether) return 1;
+  return last_ends ? pieces : pieces - 1;
+}
+
+// The run's next piece, given the sequence that it has come to, of so many. Divides where a sequence is cut only: that is
+// slow.
+HYLO_HOST_DEVICE inline Piece take(Run& run, const Sequence& s, int batch, int cluster_shift, bool fixed) {
   const int end = run.first_unit + s.units;
   const int next = fixed ? run.unit + 1 : end < run.last ? end : run.last;
   const int stop = least_of(static_cast<long long>(next - run.first_unit) * s.unit, s.tiles);
@@ -98,6 +110,7 @@ HYLO_HOST_DEVICE inline Piece take(Run& run, const Sequence& s, int cluster_shif
   if (fixed) {
     piece.index = run.unit - run.first_unit;
     piece.pieces = s.units;
+    piece.shares = 1;
     piece.first_slot = run.first_unit;
     piece.slots_apart = 1;
   } else {
@@ -107,6 +120,7 @@ HYLO_HOST_DEVICE inline Piece take(Run& run, const Sequence& s, int cluster_shif
     piece.turn = (run.unit - run.begin) & ((1 << cluster_shift) - 1);
     piece.index = run.index - first_run;
     piece.pieces = last_run - first_run + 1;
+    piece.shares = shares_of(piece.pieces, run.b == batch - 1 || end == (last_run + 1) * run.share);
     piece.first_slot = 2 * first_run;
     piece.slots_apart = 2;
     piece.slot_ahead = 1;

@@ -1,4 +1,4 @@
-"""Counters of pieces that have arrived: zero between launches, as the last piece of each launch leaves them so.
+"""Counters of pieces that have arrived: zero between launches, as whoever needs them last in a launch leaves them so.
 
 A launch owns its counters while it runs. Launches of one stream run one after the other and share theirs; a captured
 one may be replayed on any stream, so it gets counters that nothing else has.

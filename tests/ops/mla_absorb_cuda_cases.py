@@ -186,9 +186,22 @@ EMULATED = [
     Case(512, 64, 12, (200, 3), page=8, spread=(1, 0, 1), fp8=True),
     Case(512, 64, 24, (300, 0, 65), page=None, spread=(1, 0, 1), fp8=True),
 ]
+# Of sequences that many blocks merge together where a GPU holds twelve clusters. Of the kernels above.
+GATHERED = [
+    Case(48, 32, 24, (1000, 65, 0, 1), page=48, dtype=FP16, spread=(1, 0, 1)),
+    Case(48, 32, 7, (65, 1500, 129, 700), 3, page=16, starts=(0, 200, 0, 0), dtype=FP16, spread=(2, 0, 1)),
+    Case(256, 64, 16, (600,), page=32, HK=8, spread=(1, 0, 1)),
+    Case(16, 0, 40, (700, 65), 3, page=8, spread=(1, 0, 1)),
+    Case(256, 32, 37, (65, 330), 2, page=None, HK=1, spread=(2, 0, 1)),
+    Case(512, 64, 128, (330,), spread=(1, 0, 1)),
+    Case(512, 64, 100, (70, 330, 65), page=32, starts=(70, 0, 1), spread=(1, 0, 1)),
+    Case(512, 64, 64, (65, 330), page=None, spread=(2, 0, 1)),
+    Case(512, 64, 24, (130, 0, 300), page=None, spread=(1, 0, 1), fp8=True),
+]
 SPREADS = [(cluster, alone, least) for cluster in (1, 2, 4, 8, 16) for alone, least in ((0, 1), (0, cluster), (64, 5))]
 CASES = [
     *EMULATED,
+    *GATHERED,
     Case(128, 32, 32, (200,), page=None, spread=(1, 0, 1)),
     *(Case(128, 32, 32, LONG, spread=spread) for spread in SPREADS),
     *(Case(128, 32, 32, LONG, page=page, dtype=FP16) for page in (None, 8, 16, 32, 48, 80, 128, 256)),

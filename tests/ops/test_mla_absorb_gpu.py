@@ -90,6 +90,34 @@ def test_the_same_bits_every_time(case, backend):
         assert torch.equal(lse_again, lse)
 
 
+def occupy(blocks: int) -> None:
+    """Keeps so many multiprocessors busy for some milliseconds, on the current stream: each block fills one."""
+    tokens = 1 << 24
+    x = Case(512, 64, 64, (64,)).inputs("cuda")  # one tile of query rows, one page again and again
+    x["cache_seqlens"].fill_(tokens)
+    x["block_table"] = x["block_table"][:, :1].expand(1, tokens // 64).contiguous()
+    cuda.forward(*x.values(), SCALE, True, False, spread=(1, 0, -(-tokens // 64 // blocks)))
+
+
+@needs_sm_90
+@pytest.mark.parametrize("spread", [(1, 0, 1), (2, 0, 2), (8, 0, 8)], ids=str)
+@pytest.mark.parametrize("dims", [(512, 64, 128), (512, 64, 64), (128, 32, 32), (256, 64, 16)], ids=str)
+def test_blocks_that_merge_together(dims, spread):
+    """The same bits, whether they wait for each other or, as others cannot begin, in vain."""
+    case = Case(*dims, (9000, 64, 0, 777, 4000), spread=spread)
+    attend, x = by_op("cuda"), case.inputs("cuda")
+    o, lse = attend(x, case)
+    check(x, case, o, lse)
+    aside = torch.cuda.Stream()
+    for i in range(200):
+        if i % 40 == 20:
+            with torch.cuda.stream(aside):
+                occupy((60, 100, 131)[i // 40 % 3])
+        again, lse_again = attend(x, case)
+        assert torch.equal(again, o)
+        assert torch.equal(lse_again, lse)
+
+
 def test_streams_do_not_share_what_they_count_on(backend):
     case = Case(128, 32, 32, (9000, 64, 0, 777))
     attend, x = by_op(backend), case.inputs("cuda")

@@ -1,5 +1,5 @@
-// Runs a CUDA kernel's source on the CPU, one block or cluster of blocks after the other, each thread of it a fiber
-// that is switched at barriers only. Shows indexing, tails and algebra; says nothing about rounding of fast math, or
+// Runs a CUDA kernel's source on the CPU, one block or cluster of blocks after the other, or so many at once as a test asks
+// for, each thread of it a fiber that is switched at barriers only, and where it looks at the clock. Shows indexing, tails and algebra; says nothing about rounding of fast math, or
 // speed. Of races it shows those of blocks that go on without the others of their cluster, and those that make every
 // second launch of a kernel, with its threads in reverse and copies as late as can be, give other bits.
 #pragma once
@@ -38,6 +38,9 @@ void emulated_cluster_arrive();
 void emulated_cluster_wait();
 void emulated_await_zero(const unsigned long long* number);
 unsigned char* emulated_dynamic_shared(int block);
+// Cycles, which go by when nobody can do anything but wait for them; and where others may come first.
+unsigned emulated_clock();
+void emulated_let_others_go_ahead();
 unsigned emulated_cluster_size();
 
 // The value of another lane, or this one's where there is no such lane. Whole warps call it.
@@ -59,6 +62,7 @@ inline int min(int x, int y) { return x < y ? x : y; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline float __fmul_rn(float x, float y) { return x * y; }
 inline float __fadd_rn(float x, float y) { return x + y; }
+inline void __threadfence() {}
 inline void __syncwarp() { emulated_shuffle(0, 0); }
 inline float __int_as_float(int x) { return same_bits<float>(x); }
 inline float __uint_as_float(unsigned x) { return same_bits<float>(x); }

@@ -30,8 +30,6 @@ struct LaunchConfig {
   unsigned attributes;
 };
 constexpr size_t kStackBytes = 64 * 1024;
-constexpr unsigned kNever = ~0u;
-constexpr int kResident = 3;  // clusters
 
 using Kernels = std::map<std::string, Run>;  // of a cubin, by symbol
 
@@ -40,75 +38,103 @@ std::map<std::string, Kernels>& cubins() {
   return all;
 }
 
+// What `emulate` sets.
+int resident = 3;         // clusters, that the driver says a GPU holds
+unsigned at_once = 1;     // clusters that run at once, and so may wait for each other
+bool time_flies = false;  // whether nobody waits longer than until the clock is looked at again
+bool pauses = false;      // whether threads let others go ahead where it matters who comes first
+
 void* current_context = nullptr;
 jmp_buf scheduler;
 Run running = nullptr;
 const void* running_params = nullptr;
 
-// A thread of one of the blocks that run together.
-struct Fiber {
-  ucontext_t beginning;
-  jmp_buf place;  // where it goes on
-  bool began = false;
-  unsigned block;
-  bool finished = false;
-  unsigned long long exchanged = 0;
-  unsigned came_at = kNever;  // how often its block had met when it came to that barrier last
-  unsigned cluster_at = 0;    // how often the cluster had met when it came to that one last
-  bool waits_for_cluster = false;
-  const unsigned long long* waits_for_zero = nullptr;
-};
-std::vector<Fiber> fibers;  // by block, then by thread
-unsigned current = 0;
-
-// A context begins a fiber; to and fro it goes by jumps, which make no system call.
-void give_way() {
-  if (_setjmp(fibers[current].place) == 0) _longjmp(scheduler, 1);
-}
-void let_run(Fiber& fiber) {
-  if (_setjmp(scheduler) != 0) return;
-  if (fiber.began) _longjmp(fiber.place, 1);
-  fiber.began = true;
-  setcontext(&fiber.beginning);
-}
-
 // Threads that meet: a fiber goes on when all of the group came.
 struct Meeting {
   unsigned came = 0, times = 0;
 
-  void arrive(unsigned size) {
-    if (++came < size) return;
-    came = 0;
-    ++times;
-  }
-  void meet(unsigned size) {
-    const unsigned now = times;
-    arrive(size);
-    while (times == now) give_way();
-  }
+  void arrive(unsigned size);
+  void meet(unsigned size);
 };
-constexpr unsigned kWarp = 32;
-std::vector<Meeting> of_blocks, of_warps;
-Meeting of_cluster;
-std::vector<std::vector<unsigned char>> shared_of_blocks;
-unsigned first_block = 0;  // of the cluster, along x
 
+// A thread of one of the blocks that run together.
+struct Fiber {
+  ucontext_t beginning;
+  jmp_buf place;  // where it goes on
+  std::unique_ptr<char[]> stack;
+  bool began = false;
+  unsigned block;
+  bool finished = false;
+  unsigned long long exchanged = 0;
+  const Meeting* waits_for = nullptr;
+  unsigned came_at = 0;     // how often these had met when it came
+  unsigned cluster_at = 0;  // how often the cluster had met when it came to its barrier last
+  bool waits_for_cluster = false;
+  const unsigned long long* waits_for_zero = nullptr;
+  bool pauses = false;  // until nobody else can go on
+};
+
+struct Cluster {
+  Index first;                // block; all are side by side along x
+  std::vector<Fiber> fibers;  // by block, then by thread
+  std::vector<Meeting> of_blocks, of_warps;
+  Meeting of_all;
+  std::vector<std::vector<unsigned char>> shared;  // of blocks
+};
+
+// The thread that runs, in its cluster, and what the clock says.
+Cluster* cluster = nullptr;
+unsigned current = 0, clock_now = 0;
+
+Fiber& fiber() { return cluster->fibers[current]; }
+
+// A context begins a fiber; to and fro it goes by jumps, which make no system call.
+void give_way() {
+  if (_setjmp(fiber().place) == 0) _longjmp(scheduler, 1);
+}
+void let_run(Fiber& next) {
+  if (_setjmp(scheduler) != 0) return;
+  if (next.began) _longjmp(next.place, 1);
+  next.began = true;
+  setcontext(&next.beginning);
+}
+
+void pause() {
+  fiber().pauses = true;
+  while (fiber().pauses) give_way();
+}
+
+void Meeting::arrive(unsigned size) {
+  if (++came < size) return;
+  came = 0;
+  ++times;
+}
+void Meeting::meet(unsigned size) {
+  fiber().waits_for = this;
+  fiber().came_at = times;
+  arrive(size);
+  while (times == fiber().came_at) give_way();
+  fiber().waits_for = nullptr;
+}
+
+constexpr unsigned kWarp = 32;
 unsigned warps() { return (blockDim.x + kWarp - 1) / kWarp; }
 unsigned first_lane() { return current - threadIdx.x % kWarp; }
 unsigned lanes() { return std::min(kWarp, blockDim.x - (threadIdx.x - threadIdx.x % kWarp)); }
 
-void meet_warp() { of_warps[fibers[current].block * warps() + threadIdx.x / kWarp].meet(lanes()); }
+void meet_warp() { cluster->of_warps[fiber().block * warps() + threadIdx.x / kWarp].meet(lanes()); }
 
 void start_thread() {
   running(running_params);
-  fibers[current].finished = true;
+  fiber().finished = true;
   _longjmp(scheduler, 1);
 }
 
-bool can_run(const Fiber& fiber) {
-  const bool in_block = fiber.came_at != of_blocks[fiber.block].times;
-  const bool in_cluster = !fiber.waits_for_cluster || fiber.cluster_at != of_cluster.times;
-  return !fiber.finished && in_block && in_cluster && (fiber.waits_for_zero == nullptr || *fiber.waits_for_zero == 0);
+bool can_run(const Fiber& of) {
+  const bool met = of.waits_for == nullptr || of.waits_for->times != of.came_at;
+  const bool in_cluster = !of.waits_for_cluster || of.cluster_at != cluster->of_all.times;
+  return !of.finished && !of.pauses && met && in_cluster &&
+         (of.waits_for_zero == nullptr || *of.waits_for_zero == 0);
 }
 
 // One warp goes on up to a barrier of the block before the next begins: what was missing there would be seen. Its
@@ -118,9 +144,10 @@ bool run_warp(unsigned block, unsigned first) {
   for (unsigned i = first; i < std::min(first + kWarp, blockDim.x); ++i) {
     threadIdx.x = emulated_reverse ? blockDim.x - 1 - i : i;
     current = block * blockDim.x + threadIdx.x;
-    if (!can_run(fibers[current])) continue;
-    blockIdx.x = first_block + block;
-    let_run(fibers[current]);
+    if (!can_run(fiber())) continue;
+    blockIdx = cluster->first;
+    blockIdx.x += block;
+    let_run(fiber());
     ran = true;
   }
   return ran;
@@ -135,40 +162,81 @@ bool run_block(unsigned block) {
   return ran;
 }
 
-void make_fibers(unsigned blocks) {
-  static std::vector<std::unique_ptr<char[]>> stacks;
-  fibers.clear();
-  fibers.resize(blocks * blockDim.x);
-  while (stacks.size() < fibers.size()) stacks.emplace_back(new char[kStackBytes]);
-  for (unsigned i = 0; i < fibers.size(); ++i) {
-    Fiber& fiber = fibers[i];
-    fiber.block = i / blockDim.x;
-    getcontext(&fiber.beginning);
-    fiber.beginning.uc_stack.ss_sp = stacks[i].get();
-    fiber.beginning.uc_stack.ss_size = kStackBytes;
-    makecontext(&fiber.beginning, start_thread, 0);
-  }
-}
-
-// Each block as far as it gets without the others, then the next. False where threads wait for ever.
-bool run_cluster(unsigned blocks, unsigned shared_bytes) {
-  make_fibers(blocks);
-  of_blocks.assign(blocks, {});
-  of_warps.assign(blocks * warps(), {});
-  of_cluster = {};
-  shared_of_blocks.assign(blocks, std::vector<unsigned char>(shared_bytes, 0xff));  // as fp32: NaN
-  first_block = blockIdx.x;
+// Each block as far as it gets without the others, then the next.
+bool run_cluster(Cluster& next) {
+  bool ran_any = false;
+  cluster = &next;
+  const unsigned blocks = static_cast<unsigned>(next.of_blocks.size());
   for (bool ran = true; ran;) {
     ran = false;
     for (unsigned i = 0; i < blocks; ++i) {
-      while (run_block(emulated_reverse ? blocks - 1 - i : i)) ran = true;
+      while (run_block(emulated_reverse ? blocks - 1 - i : i)) ran = ran_any = true;
     }
   }
-  blockIdx.x = first_block;
-  return std::all_of(fibers.begin(), fibers.end(), [](const Fiber& fiber) { return fiber.finished; });
+  return ran_any;
 }
 
-int run_grid(Run kernel, const Index& grid, unsigned cluster, unsigned threads, unsigned shared_bytes,
+std::vector<std::unique_ptr<char[]>> spare_stacks;
+
+std::unique_ptr<Cluster> start_cluster(const Index& first, unsigned blocks, unsigned shared_bytes) {
+  auto made = std::make_unique<Cluster>();
+  made->first = first;
+  made->fibers.resize(blocks * blockDim.x);
+  for (unsigned i = 0; i < made->fibers.size(); ++i) {
+    Fiber& of = made->fibers[i];
+    of.block = i / blockDim.x;
+    if (spare_stacks.empty()) spare_stacks.emplace_back(new char[kStackBytes]);
+    of.stack = std::move(spare_stacks.back());
+    spare_stacks.pop_back();
+    getcontext(&of.beginning);
+    of.beginning.uc_stack.ss_sp = of.stack.get();
+    of.beginning.uc_stack.ss_size = kStackBytes;
+    makecontext(&of.beginning, start_thread, 0);
+  }
+  made->of_blocks.assign(blocks, {});
+  made->of_warps.assign(blocks * warps(), {});
+  made->shared.assign(blocks, std::vector<unsigned char>(shared_bytes, 0xff));  // as fp32: NaN
+  return made;
+}
+
+bool is_finished(const Cluster& of) {
+  return std::all_of(of.fibers.begin(), of.fibers.end(), [](const Fiber& one) { return one.finished; });
+}
+
+// Lets those go on that pause; false where nobody does.
+bool end_pauses(const std::vector<std::unique_ptr<Cluster>>& all) {
+  bool any = false;
+  for (const auto& of : all) {
+    for (Fiber& one : of->fibers) {
+      any = any || one.pauses;
+      one.pauses = false;
+    }
+  }
+  return any;
+}
+
+// Clusters in the order of `firsts`, `at_once` of them together; false where threads wait for ever.
+bool run_clusters(const std::vector<Index>& firsts, unsigned blocks, unsigned shared_bytes) {
+  std::vector<std::unique_ptr<Cluster>> all;
+  for (size_t next = 0; next < firsts.size() || !all.empty();) {
+    while (next < firsts.size() && all.size() < at_once) {
+      all.push_back(start_cluster(firsts[next++], blocks, shared_bytes));
+    }
+    bool ran = false;
+    for (size_t i = 0; i < all.size(); ++i) {
+      ran = run_cluster(*all[emulated_reverse ? all.size() - 1 - i : i]) || ran;
+    }
+    if (!ran && !end_pauses(all)) return false;
+    for (const auto& of : all) {
+      if (!is_finished(*of)) continue;
+      for (Fiber& one : of->fibers) spare_stacks.push_back(std::move(one.stack));
+    }
+    all.erase(std::remove_if(all.begin(), all.end(), [](const auto& of) { return is_finished(*of); }), all.end());
+  }
+  return true;
+}
+
+int run_grid(Run kernel, const Index& grid, unsigned blocks, unsigned threads, unsigned shared_bytes,
              const void* params) {
   running = kernel;
   running_params = params;
@@ -177,14 +245,13 @@ int run_grid(Run kernel, const Index& grid, unsigned cluster, unsigned threads, 
   reverse[running] = !emulated_reverse;
   blockDim.x = threads;
   gridDim = grid;
-  for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z) {
-    for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y) {
-      for (blockIdx.x = 0; blockIdx.x < grid.x; blockIdx.x += cluster) {
-        if (!run_cluster(cluster, shared_bytes)) return kHangs;
-      }
+  std::vector<Index> firsts;
+  for (unsigned z = 0; z < grid.z; ++z) {
+    for (unsigned y = 0; y < grid.y; ++y) {
+      for (unsigned x = 0; x < grid.x; x += blocks) firsts.push_back({x, y, z});
     }
   }
-  return 0;
+  return run_clusters(firsts, blocks, shared_bytes) ? 0 : kHangs;
 }
 
 }  // namespace
@@ -192,46 +259,61 @@ int run_grid(Run kernel, const Index& grid, unsigned cluster, unsigned threads, 
 EmulatedKernel::EmulatedKernel(const char* cubin, const char* symbol, Run run) { cubins()[cubin][symbol] = run; }
 
 void __syncthreads() {
-  Meeting& meeting = of_blocks[fibers[current].block];
-  fibers[current].came_at = meeting.times;
-  meeting.meet(blockDim.x);
+  cluster->of_blocks[fiber().block].meet(blockDim.x);
 }
 
 void emulated_cluster_arrive() {
-  fibers[current].cluster_at = of_cluster.times;
-  of_cluster.arrive(fibers.size());
+  fiber().cluster_at = cluster->of_all.times;
+  cluster->of_all.arrive(cluster->fibers.size());
 }
 
 void emulated_cluster_wait() {
-  Fiber& fiber = fibers[current];
-  fiber.waits_for_cluster = true;
-  while (fiber.cluster_at == of_cluster.times) give_way();
-  fiber.waits_for_cluster = false;
+  fiber().waits_for_cluster = true;
+  while (fiber().cluster_at == cluster->of_all.times) give_way();
+  fiber().waits_for_cluster = false;
 }
 
 void emulated_await_zero(const unsigned long long* number) {
-  Fiber& fiber = fibers[current];
-  fiber.waits_for_zero = number;
+  fiber().waits_for_zero = number;
   while (*number != 0) give_way();
-  fiber.waits_for_zero = nullptr;
+  fiber().waits_for_zero = nullptr;
+}
+
+unsigned emulated_clock() {
+  constexpr unsigned kTick = 1 << 14, kLong = 1 << 30;
+  if (!time_flies) pause();
+  return clock_now += time_flies ? kLong : kTick;
+}
+
+void emulated_let_others_go_ahead() {
+  if (pauses) pause();
 }
 
 unsigned char* emulated_dynamic_shared(int block) {
-  return shared_of_blocks[block < 0 ? fibers[current].block : block].data();
+  return cluster->shared[block < 0 ? fiber().block : block].data();
 }
 
-unsigned emulated_cluster_size() { return static_cast<unsigned>(shared_of_blocks.size()); }
+unsigned emulated_cluster_size() { return static_cast<unsigned>(cluster->shared.size()); }
 
 unsigned long long emulated_shuffle(unsigned long long value, int from) {
-  fibers[current].exchanged = value;
+  fiber().exchanged = value;
   meet_warp();
   const bool there = from >= 0 && from < static_cast<int>(lanes());
-  const unsigned long long received = there ? fibers[first_lane() + from].exchanged : value;
+  const unsigned long long received = there ? cluster->fibers[first_lane() + from].exchanged : value;
   meet_warp();
   return received;
 }
 
 extern "C" {
+
+// For tests: how many clusters the driver says are resident, how many run at once, and the two above. Until it is
+// called again.
+void emulate(int clusters, int together, int flies, int lets_go_ahead) {
+  resident = clusters;
+  at_once = static_cast<unsigned>(together);
+  time_flies = flies != 0;
+  pauses = lets_go_ahead != 0;
+}
 
 int cuInit(unsigned) { return 0; }
 int cuGetErrorName(int status, const char** out) {
@@ -241,7 +323,7 @@ int cuGetErrorString(int status, const char** out) {
   return *out = status == kHangs ? "threads wait for ever" : "no emulated kernel of that name", 0;
 }
 int cuDeviceGet(int* out, int) { return *out = 0, 0; }
-int cuDevicePrimaryCtxRetain(void** out, int) { return *out = &fibers, 0; }
+int cuDevicePrimaryCtxRetain(void** out, int) { return *out = &running, 0; }
 int cuCtxGetCurrent(void** out) { return *out = current_context, 0; }
 int cuCtxPushCurrent_v2(void* context) { return current_context = context, 0; }
 int cuCtxPopCurrent_v2(void** out) { return *out = current_context, current_context = nullptr, 0; }
@@ -290,6 +372,6 @@ int cuLaunchKernelEx(const LaunchConfig* launch, void* function, void** argument
                   arguments[0]);
 }
 int cuOccupancyMaxActiveClusters(int* clusters, void*, const LaunchConfig*) {
-  return *clusters = kResident, 0;
+  return *clusters = resident, 0;
 }
 }

@@ -27,6 +27,8 @@ void require(bool holds, const char* what, const Batch& batch) {
   std::exit(1);
 }
 
+int gathered = 0;  // sequences that blocks merge together
+
 // Returns the number of pieces.
 int check(const Batch& batch) {
   constexpr int kCapacity = 1 << 20;
@@ -42,8 +44,8 @@ int check(const Batch& batch) {
   const long long slots = slots_of(count, kCapacity, batch.clusters, batch.fixed);
   std::map<std::pair<int, int>, int> tiles;  // how often each is taken
   std::vector<std::set<int>> indices(sequences.size());
-  std::vector<int> pieces(sequences.size(), -1);
-  std::set<int> taken_slots;
+  std::vector<int> pieces(sequences.size(), -1), shares(sequences.size(), -1);
+  std::set<int> taken_slots, tickets;
   for (int cluster = 0; cluster < batch.clusters; ++cluster) {
     Run run = run_of(cluster, share, units.total);
     for (int b = 0; b < count && run.first_unit + sequences[b].units <= run.unit; ++b) {
@@ -51,11 +53,23 @@ int check(const Batch& batch) {
       run.b = b + 1;
     }
     while (run.unit < run.last) {
-      const Piece piece = take(run, sequences[run.b], batch.shift, batch.fixed);
+      const Piece piece = take(run, sequences[run.b], count, batch.shift, batch.fixed);
       require(piece.ends == (run.unit >= run.last), "a run's end", batch);
       require(indices[piece.b].insert(piece.index).second, "a piece comes twice", batch);
       require(pieces[piece.b] == -1 || pieces[piece.b] == piece.pieces, "pieces do not agree", batch);
       pieces[piece.b] = piece.pieces;
+      require(shares[piece.b] == -1 || shares[piece.b] == piece.shares, "shares do not agree", batch);
+      shares[piece.b] = piece.shares;
+      if (piece.shares > 1) {
+        require(piece.index >= piece.shares || piece.ends, "a block with more to do would wait", batch);
+        if (piece.index < piece.shares) {
+          const int slot = piece.slot_of_share(piece.index);
+          require(slot >= 0 && slot < slots && tickets.insert(slot).second, "a share's ticket", batch);
+        }
+      }
+      if (piece.pieces > 1 && piece.index == 0) {
+        require(tickets.insert(piece.slot(0)).second, "a ticket", batch);
+      }
       if (piece.pieces > 1) {
         const int slot = piece.slot(piece.index);
         require(slot >= 0 && slot < slots && taken_slots.insert(slot).second, "a slot", batch);
@@ -71,6 +85,9 @@ int check(const Batch& batch) {
     all_tiles += sequences[b].tiles;
     all_pieces += pieces[b];
     require(static_cast<int>(indices[b].size()) == pieces[b], "pieces are missing", batch);
+    const bool together = !batch.fixed && pieces[b] > kFewPieces;
+    require(together ? shares[b] >= pieces[b] - 1 : shares[b] == 1, "shares", batch);
+    gathered += together;
   }
   require(static_cast<int>(tiles.size()) == all_tiles, "tiles are missing", batch);
   for (const auto& [tile, times] : tiles) require(times == 1, "a tile is taken twice", batch);
@@ -87,6 +104,7 @@ int main() {
     for (int b = 0; b < count; ++b) batch.lengths.push_back(equal && b > 0 ? batch.lengths[0] : below(size));
     check(batch);
   }
+  if (gathered < 300) return std::printf("%d sequences are merged together: too few to say anything\n", gathered), 1;
   // Equal sequences are cut alike, or not at all, where runs are hardly longer for it.
   const Batch whole{std::vector<int>(128, 4096), 132, 0, 0, 2, false};
   require(check(whole) == 128, "sequences are cut", whole);

@@ -61,8 +61,17 @@ void load_written(T& v, const T* address, bool exists) {
   if (exists) v = *address;
 }
 
+inline int add_to(int* ticket, int number) {
+  emulated_let_others_go_ahead();
+  const int before = *ticket;
+  *ticket += number;
+  return before;
+}
+inline int add_loosely(int* ticket, int number) { return add_to(ticket, number); }
+inline int read_ticket(const int* ticket) { return *ticket; }
+inline Word cycles() { return emulated_clock(); }
 inline bool draws_last(int* ticket, int count) {
-  const bool last = (*ticket)++ == count - 1;
+  const bool last = add_to(ticket, 1) == count - 1;
   if (last) *ticket = 0;
   return last;
 }
