@@ -43,17 +43,11 @@ class Converter {
 #pragma unroll 1
       for (int first = 0; first < kTokens; first += kRoom.raw_rows) convert_part(keys + first * 128);
       fence_async();
-      arrive_as_warp(stage.full);
+      stage.full.arrive();
     }
   }
 
  private:
-  // One lane for all: some hundred arrivals at one barrier, for each part of a tile, would have shared memory busy.
-  static __device__ __forceinline__ void arrive_as_warp(Barrier& barrier) {
-    __syncwarp();
-    if (lane() == 0) barrier.arrive();
-  }
-
   // The next rows of a tile, whose keys begin at `keys`.
   __device__ __forceinline__ void convert_part(unsigned char* keys) {
     const unsigned at = parts_ % kRoom.raw, turn = parts_ / kRoom.raw;
@@ -70,7 +64,7 @@ class Converter {
       store(keys, loaded, i);
     }
     copy_others(keys, from + fp8_rest_at(kR));
-    arrive_as_warp(raw.empty);  // all that was loaded has been stored
+    raw.empty.arrive();  // all that was loaded has been stored
   }
 
   // Pieces of latents, all on their way before the first is converted.

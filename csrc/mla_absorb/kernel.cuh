@@ -36,9 +36,9 @@ class Block {
 
   __device__ __forceinline__ void run() const {
     if (threadIdx.x == 0) {
-      constexpr int kFillers = kFp8 ? kConverting / 32 : 1;
+      constexpr int kFillers = kFp8 ? kConverting : 1;
       for (int i = 0; i < kRoom.stages * parts_of(kDims); ++i) shared_.stages[i].init(kFillers, 128);
-      for (int i = 0; i < kRoom.raw; ++i) shared_.stages[raw_barrier(kDims, i)].init(1, kConverting / 32);
+      for (int i = 0; i < kRoom.raw; ++i) shared_.stages[raw_barrier(kDims, i)].init(1, kConverting);
       if constexpr (kByRows) {
         for (int i = 0; i < kRoom.stages; ++i) shared_.weighed[i].init(128);
       }
