@@ -200,29 +200,30 @@ std::string why_not(const Inputs& x, int device_type) {
 
 Kind kind_of(const Inputs& x) { return {x.q_nope.device, x.q_nope.type, dims_of(x)}; }
 
-// By rows, on an H100 with 128 heads of 512+64: of few sequences up to kShort tokens a block has few tiles and merging is most
-// of the time, which larger clusters do better; beyond, clusters of 8 leave fewer multiprocessors idle. Of many sequences those
-// that are cut merge through memory, which costs more than a cluster of 2 where there is little to read.
+// By rows, on an H100 with 128 heads of 512+64, 1 to 128 sequences: clusters leave multiprocessors idle, and blocks that merge
+// what they have of a sequence together need none. Of many sequences with little to read, each cut in two, a cluster of 2
+// merges sooner.
 Spread spread_by_rows(const Inputs& x) {
-  constexpr int kFew = 4, kShort = 1 << 14, kLittle = 1 << 18, kLeast = 2, kWorth = 4;
-  const auto B = x.q_nope.shape[0], capacity = capacity_of(x);
-  if (B > kFew) return {B * capacity > kLittle ? 1 : 2, 0, kLeast};
-  int cluster = capacity <= kShort ? kMaxCluster : kMaxCluster / 2;
-  while (cluster > 1 && kLeast * cluster * kTokens > capacity) cluster /= 2;
-  return {cluster, cluster * kWorth, cluster * kLeast};
+  constexpr int kMany = 16, kLittle = 1 << 18, kLeast = 2;
+  const auto B = x.q_nope.shape[0];
+  return {B > kMany && B * capacity_of(x) <= kLittle ? 2 : 1, 0, kLeast};
 }
 
-// Measured on an H100 with 128+32, 128+64 and 256+64, 1 to 128 sequences of 1 to 1024K tokens. Few sequences are cut
-// between many blocks, which merge fastest within a cluster; of many, each block takes an equal share: few of them are
-// cut then, and clusters would merge even those that are not.
+// Measured on an H100 with 128+32, 128+64 and 256+64, 1 to 128 sequences of 1 to 1024K tokens. Few short sequences are cut
+// between many blocks, which merge fastest within a cluster; of longer ones smaller clusters leave fewer multiprocessors idle,
+// and merge together. Of many each block takes an equal share: few of them are cut then, and clusters would merge even those
+// that are not.
 Spread spread_of(const Inputs& x, bool fixed) {
-  constexpr int kFixedCluster = 4, kFew = 4, kSome = 16, kWorth = 4, kLeast = 2;  // the last two: tiles of a block
+  constexpr int kFixedCluster = 4, kFew = 4, kSome = 16, kMany = 32, kShort = 1 << 13, kLittle = 1 << 17;
+  constexpr int kWorth = 4, kLeast = 2, kLongCluster = 4;  // the first two: tiles of a block
   if (fixed) return {kFixedCluster, 0, 1};
   if (by_rows(dims_of(x))) return spread_by_rows(x);
   const auto B = x.q_nope.shape[0];
-  if (B > kFew) return {B > kSome ? 1 : 2, 0, kLeast};
+  const auto capacity = capacity_of(x);
+  if (B > kFew) return {B <= kSome || (B <= kMany && B * capacity <= kLittle) ? 2 : 1, 0, kLeast};
+  if (capacity > kShort) return {kLongCluster, 0, kLongCluster * kLeast};
   int cluster = kMaxCluster;
-  while (cluster > 1 && kLeast * cluster * kTokens > capacity_of(x)) cluster /= 2;
+  while (cluster > 1 && kLeast * cluster * kTokens > capacity) cluster /= 2;
   return {cluster, cluster * kWorth, cluster * kWorth};
 }
 

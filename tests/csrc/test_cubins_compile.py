@@ -208,19 +208,22 @@ MLA_ABSORB = [
         (512, 64, 64, False),
     )
 ]
+MLA_ABSORB += [
+    mla_absorb.spec(dtype, *dims, False, fp8=True)
+    for dtype in HALVES
+    for dims in ((128, 32, 32), (128, 64, 24), (256, 64, 16), (512, 64, 16))
+]
 # Where each number of query rows takes most registers.
 OTHER_MLA_ABSORB = [
     mla_absorb.spec("bf16", *dims) for dims in ((128, 64, 64, True), (256, 64, 48, True), (448, 64, 32, True))
 ]
 OTHER_MLA_ABSORB += [mla_absorb.spec("fp16", *dims) for dims in ((256, 64, 64, True), (512, 32, 64, True))]
-OTHER_MLA_ABSORB += [  # rows in fp8, whose kernels are not packaged
+OTHER_MLA_ABSORB += [
     mla_absorb.spec(dtype, *dims, fp8=True)
     for dtype, dims in (
-        ("bf16", (128, 32, 32, False)),
         ("fp16", (128, 64, 64, True)),
         ("bf16", (256, 64, 32, True)),
         ("bf16", (448, 64, 32, True)),
-        ("fp16", (512, 64, 16, False)),
         ("bf16", (512, 64, 24, False)),
     )
 ]
