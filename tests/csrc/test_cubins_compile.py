@@ -211,7 +211,7 @@ MLA_ABSORB = [
 MLA_ABSORB += [
     mla_absorb.spec(dtype, *dims, False, fp8=True)
     for dtype in HALVES
-    for dims in ((128, 32, 32), (128, 64, 24), (256, 64, 16), (512, 64, 16))
+    for dims in ((128, 32, 32), (256, 64, 16), (512, 64, 16))
 ]
 # Where each number of query rows takes most registers.
 OTHER_MLA_ABSORB = [
