@@ -143,6 +143,19 @@ def _define_backward(
     torch.library.register_autograd(f"hylo_ops::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
 
 
+def differentiate(
+    name: str,
+    backward: Callable[..., tuple[Tensor | None, ...]],
+    setup_context: Callable[[Any, tuple[Any, ...], Any], None],
+) -> None:
+    """Autograd for an op of `define_op` that keeps other tensors for its backward than its inputs.
+
+    Args:
+        backward: calls an op that `define_op` has defined for it.
+    """
+    torch.library.register_autograd(f"hylo_ops::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
+
+
 def able_backward(backends: Sequence[Backend]) -> list[Backend]:
     """Those with a backward, each as one that says of which inputs it can run that."""
     return [

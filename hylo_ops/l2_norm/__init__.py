@@ -1,0 +1,1 @@
+"""Unit vectors along the last dim."""

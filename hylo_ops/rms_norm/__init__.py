@@ -1,0 +1,1 @@
+"""RMS norm of the last dim, with a residual added before it."""

@@ -1,0 +1,1 @@
+"""SwiGLU: the product of one half with the SiLU of the other."""
