@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hylo_ops.gated_rms_norm.triton_fwd import Config, config, load_rows, rows_of, sigmoid
+from hylo_ops.common.triton_rows import Config, config, load_rows, rows_of, sigmoid
 
 _WARPS = 24 * 132  # of all programs: as many as the registers of an H100's or H200's multiprocessors hold
 _MAX_KEPT_WIDTH = 4096

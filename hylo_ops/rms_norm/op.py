@@ -9,7 +9,7 @@ from hylo_ops import checks
 from hylo_ops.backend import Backend
 from hylo_ops.common.sequences import working_dtype
 from hylo_ops.library import define_op, differentiate
-from hylo_ops.rms_norm import reference
+from hylo_ops.rms_norm import reference, triton
 
 
 @overload
@@ -34,6 +34,18 @@ def rms_norm(
     dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    eps: float,
+    residual: Tensor | None,
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def rms_norm(
@@ -85,8 +97,14 @@ def _check(x: Tensor, weight: Tensor, residual: Tensor | None, dtype: torch.dtyp
     checks.same_device("x", x, weight=weight, residual=residual)
 
 
-BACKENDS = [Backend("reference", lambda **_: None, reference.forward)]
-BACKWARD_BACKENDS = [Backend("reference", lambda **_: None, reference.backward)]
+BACKENDS = [
+    Backend("triton", triton.why_not, triton.forward),
+    Backend("reference", lambda **_: None, reference.forward),
+]
+BACKWARD_BACKENDS = [
+    Backend("triton", triton.backward_why_not, triton.backward),
+    Backend("reference", lambda **_: None, reference.backward),
+]
 
 
 def _fake_forward(

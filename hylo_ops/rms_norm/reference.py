@@ -15,7 +15,7 @@ def forward(
     wide = total.to(compute)
     rstd = torch.rsqrt(wide.square().mean(-1) + eps)
     y = (wide * rstd[..., None] * weight.to(compute)).to(dtype or x.dtype)
-    return y, x.new_empty(0) if residual is None else total, rstd
+    return y.contiguous(), x.new_empty(0) if residual is None else total.contiguous(), rstd.contiguous()
 
 
 def backward(
@@ -29,5 +29,5 @@ def backward(
     if dtotal is not None:
         wide = wide + dtotal.to(rstd.dtype)
     dx = total.new_empty(0, dtype=x_dtype) if x_dtype == total.dtype else wide.to(x_dtype).contiguous()
-    dweight = (dm * n).flatten(end_dim=-2).sum(0)
+    dweight = (dm * n)[None].flatten(end_dim=-2).sum(0)
     return wide.to(total.dtype).contiguous(), dx, dweight.to(weight.dtype)

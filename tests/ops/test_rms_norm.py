@@ -44,8 +44,9 @@ def test_equals_the_definition(dims, with_residual):
 
 
 @pytest.mark.parametrize("with_residual", [True, False])
-def test_gradients(with_residual):
-    x = {name: value.requires_grad_() for name, value in make(2, 3, 5, with_residual=with_residual).items()}
+@pytest.mark.parametrize("dims", [(2, 3, 5), (5,), (0, 5)])
+def test_gradients(dims, with_residual):
+    x = {name: value.requires_grad_() for name, value in make(*dims, with_residual=with_residual).items()}
     assert torch.autograd.gradcheck(lambda *values: run(dict(zip(x, values, strict=True))), tuple(x.values()))
 
 
@@ -127,6 +128,9 @@ def test_strided_views():
         "residual": torch.randn(8, 3, 7, 2, dtype=DTYPE).permute(3, 2, 1, 0),
         "weight": torch.randn(8, 2, dtype=DTYPE)[:, 0],
     }
+    assert all(t.is_contiguous() for t in run(views))
+    moved = {"x": views["x"].permute(2, 3, 0, 1), "weight": torch.randn(7, dtype=DTYPE)}
+    assert run(moved).is_contiguous()
     expected = run({name: view.contiguous() for name, view in views.items()})
     torch.testing.assert_close(run(views), expected, rtol=0, atol=1e-12)
     ours, exact = (gradients(partial(f, eps=EPS), views, list(views)) for f in (rms_norm, plain))
@@ -143,10 +147,11 @@ def test_registration(with_residual):
 
 def test_what_the_fakes_say_of_the_backward_is_so():
     x = make(2, 3, 8, dtype=FP32)
-    dy, dtotal = torch.randn(8, 3, 2).mT.permute(1, 2, 0), torch.randn(2, 3, 8)
+    total, dy, dtotal = (t.permute(2, 1, 0) for t in torch.randn(3, 8, 3, 2))
     for x_dtype in (FP32, BF16):
-        arguments = (dy.permute(1, 0, 2).mT.reshape(2, 3, 8), dtotal, x["residual"], x["weight"], torch.rand(2, 3))
-        torch.library.opcheck(torch.ops.hylo_ops.rms_norm_backward, (*arguments, x_dtype, "reference"))
+        arguments = (dy, dtotal, total, x["weight"], torch.rand(2, 3), x_dtype, "reference")
+        torch.library.opcheck(torch.ops.hylo_ops.rms_norm_backward, arguments)
+        assert all(t.is_contiguous() for t in torch.ops.hylo_ops.rms_norm_backward(*arguments))
 
 
 def test_compiles_without_a_graph_break():
