@@ -3,8 +3,9 @@
 from torch import Tensor
 
 from hylo_ops import checks
+from hylo_ops.backend import Backend
 from hylo_ops.library import define_op, reference_backend
-from hylo_ops.swiglu import reference
+from hylo_ops.swiglu import reference, triton
 
 
 def swiglu(gate_up: Tensor, *, backend: str | None = None) -> Tensor:
@@ -31,7 +32,10 @@ def swiglu(gate_up: Tensor, *, backend: str | None = None) -> Tensor:
 
 
 _DIFFERENTIABLE = ("gate_up",)
-BACKENDS = [reference_backend(reference.swiglu, _DIFFERENTIABLE)]
+BACKENDS = [
+    Backend("triton", triton.why_not, triton.forward, triton.backward),
+    reference_backend(reference.swiglu, _DIFFERENTIABLE),
+]
 
 _forward = define_op(
     "swiglu",

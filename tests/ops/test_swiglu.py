@@ -60,6 +60,7 @@ def test_only_gate_up_is_kept():
 
 def test_strided_views():
     view = torch.randn(48, 7, 3, dtype=DTYPE).permute(2, 1, 0)
+    assert swiglu(view).is_contiguous()
     torch.testing.assert_close(swiglu(view), plain(view), rtol=0, atol=1e-12)
     torch.testing.assert_close(swiglu(view[:, ::2]), plain(view[:, ::2]), rtol=0, atol=1e-12)
 
