@@ -44,13 +44,24 @@ def gated_rms_norm():
     return [[strided(B, T, H, V)]], [strided(B, T, H, V), strided(B, T, H, V), strided(H, V), 1e-5, False]
 
 
+def swiglu():
+    return [[strided(B, T, D)]], [strided(B, T, 2 * D)]
+
+
+def l2_norm():
+    return [[strided(B, T, H, K)], [strided(B, T, H)]], [strided(B, T, H, K), 1e-6]
+
+
 def chunk_gated_delta_rule():
     keys, gates = [strided(B, T, 2, K), strided(B, T, 2, K)], [-strided(B, T, H), strided(B, T, H)]
     inputs = [*keys, strided(B, T, H, V), *gates, strided(B, H, K, V)]
     return [[strided(B, T, H, V), strided(B, H, K, V)]], [*inputs, None, 0.5, False]
 
 
-@pytest.mark.parametrize("case", [chunk_ssd, convolved_ssd, causal_conv1d, gated_rms_norm, chunk_gated_delta_rule])
+CASES = [chunk_ssd, convolved_ssd, causal_conv1d, gated_rms_norm, chunk_gated_delta_rule, swiglu, l2_norm]
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_gradients_are_as_the_fakes_say(case):
     backward = getattr(torch.ops.hylo_ops, f"{case.__name__}_backward")
     given, inputs = case()
