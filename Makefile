@@ -31,6 +31,9 @@ bench: $(READY)
 	$(BIN)/python -m bench ssd
 	$(BIN)/python -m bench mamba2
 	$(BIN)/python -m bench mla_absorb
+	$(BIN)/python -m bench rms_norm
+	$(BIN)/python -m bench swiglu
+	$(BIN)/python -m bench l2_norm
 	$(BIN)/python -m bench linear_kl
 	$(BIN)/python -m bench mla_attention
 	$(BIN)/python -m bench mla_prefill

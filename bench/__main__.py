@@ -24,12 +24,15 @@ STEMS = [
     "causal_conv1d",
     "gated_delta_rule",
     "gated_rms_norm",
+    "l2_norm",
     "linear_kl",
     "mamba2",
     "mla_absorb",
     "mla_attention",
     "mla_prefill",
+    "rms_norm",
     "ssd",
+    "swiglu",
 ]
 HERE = Path(__file__).parent
 _LOG_WIDTH = 160  # of the table where nobody watches: a log of 80 columns cuts its numbers

@@ -411,3 +411,84 @@ MLA_ATTENTION_OTHER = [
     AttentionCase("minicpm-8k", 1, 8 * _K, 40, 40, 96, 64),
     AttentionCase("deepseek-h16-8k", 1, 8 * _K, 16, 16, 192, 128),
 ]
+
+
+@dataclass(frozen=True)
+class RowNormCase:
+    """T rows of D numbers, normed to `dtype` by a weight in fp32; x has `dtype` too, if none of its own."""
+
+    name: str
+    T: int
+    D: int
+    dtype: torch.dtype = torch.bfloat16
+    x_dtype: torch.dtype | None = None
+    residual_dtype: torch.dtype | None = None
+    passes: tuple[str, ...] = ("forward", "forward_backward")
+
+    @property
+    def shape(self) -> dict[str, int]:
+        return {"T": self.T, "D": self.D}
+
+
+# A training step of 4 x 8192 tokens: the stream in fp32, x the bf16 result of a product. Qwen3 norms its heads.
+RMS_NORM = [
+    RowNormCase("1b-32k-residual", 32 * _K, 2048, residual_dtype=torch.float32),
+    RowNormCase("1b-32k-fp32", 32 * _K, 2048, x_dtype=torch.float32),
+    RowNormCase("1b-32k", 32 * _K, 2048),
+    RowNormCase("3b-32k-residual", 32 * _K, 3072, residual_dtype=torch.float32),
+    RowNormCase("8b-8k-residual-bf16", 8 * _K, 4096, residual_dtype=torch.bfloat16),
+    RowNormCase("qwen-heads-8k", 8 * _K * 16, 128),
+    RowNormCase("70b-8k-residual", 8 * _K, 8192, residual_dtype=torch.float32),
+]
+
+
+@dataclass(frozen=True)
+class GateUpCase:
+    """gate_up [T, 2 N]."""
+
+    name: str
+    T: int
+    N: int
+    dtype: torch.dtype = torch.bfloat16
+    passes: tuple[str, ...] = ("forward", "forward_backward")
+
+    @property
+    def shape(self) -> dict[str, int]:
+        return {"T": self.T, "N": self.N}
+
+
+# Llama 1B (3B has the same), Qwen3 1.7B, Llama 8B.
+SWIGLU = [
+    GateUpCase("1b-32k", 32 * _K, 8192),
+    GateUpCase("1b-8k", 8 * _K, 8192),
+    GateUpCase("qwen-8k", 8 * _K, 6144),
+    GateUpCase("8b-8k", 8 * _K, 14336),
+    GateUpCase("1b-8k-fp32", 8 * _K, 8192, torch.float32),
+]
+
+
+@dataclass(frozen=True)
+class HeadsCase:
+    """x [B, T, H, K], a slice of the channels of [B, T, channels]."""
+
+    name: str
+    B: int
+    T: int
+    H: int
+    K: int
+    channels: int
+    dtype: torch.dtype = torch.bfloat16
+    passes: tuple[str, ...] = ("forward", "forward_backward")
+
+    @property
+    def shape(self) -> dict[str, int]:
+        return {"B": self.B, "T": self.T, "H": self.H, "K": self.K, "channels": self.channels}
+
+
+# Queries, keys of so many heads and values twice as wide.
+L2_NORM = [
+    HeadsCase("1b-32k", 4, 8 * _K, 6, 256, 4 * 6 * 256),
+    HeadsCase("3b-32k", 4, 8 * _K, 9, 256, 4 * 9 * 256),
+    HeadsCase("d128-8k", 1, 8 * _K, 16, 128, 4 * 16 * 128),
+    HeadsCase("1b-8k-fp32", 1, 8 * _K, 6, 256, 4 * 6 * 256, torch.float32),
+]

@@ -97,12 +97,15 @@ def test_convolution_and_block_have_every_case_of_the_bar():
         "causal_conv1d",
         "gated_delta_rule",
         "gated_rms_norm",
+        "l2_norm",
         "linear_kl",
         "mamba2",
         "mla_absorb",
         "mla_attention",
         "mla_prefill",
+        "rms_norm",
         "ssd",
+        "swiglu",
     ]
     assert stems == command.STEMS
 

@@ -14,11 +14,14 @@ STEMS = (
     "causal_conv1d",
     "gated_delta_rule",
     "gated_rms_norm",
+    "l2_norm",
     "linear_kl",
     "mla_absorb",
     "mla_attention",
     "mla_prefill",
+    "rms_norm",
     "ssd",
+    "swiglu",
 )
 
 
