@@ -12,7 +12,8 @@ from torch import Tensor
 from hylo_ops.common.triton_launch import ceil_div, launch
 from hylo_ops.common.triton_rows import as_rows, config, load_rows, rows_of
 
-_WARPS = 24 * 132  # of all programs: what the multiprocessors of an H100 or H200 hold
+_MULTIPROCESSORS = 132  # of an H100 or H200; a constant, since the weight's gradient depends on the number of programs
+_WARPS = 24  # of one's programs: all of them are there at once, so that none waits for a second turn
 _ELEMENTS = 8  # of a thread
 _MOST_WARPS = 16  # of a program: 32 leave a thread 64 registers
 _STAGES = 3
@@ -76,7 +77,7 @@ def backward(
     total, (_, tokens, heads), strides = as_rows(total)
     BR, BD, num_warps = config(D, _ELEMENTS, _MOST_WARPS)
     tiles = ceil_div(rows, BR)
-    programs = min(tiles, _WARPS // num_warps)
+    programs = min(tiles, _MULTIPROCESSORS * max(1, _WARPS // num_warps))
     partials = rstd.new_empty((programs, D))
     launch(
         rms_norm_bwd_kernel_dx,

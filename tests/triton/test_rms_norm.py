@@ -13,7 +13,8 @@ from tests.ops.test_rms_norm import BF16, DTYPES, EPS, FP16, FP32, make
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch):
     """Each walks over several tiles."""
-    monkeypatch.setattr(triton_bwd, "_WARPS", 16)
+    monkeypatch.setattr(triton_bwd, "_MULTIPROCESSORS", 1)
+    monkeypatch.setattr(triton_bwd, "_WARPS", 8)
 
 
 def norm(backend, dtype=None):
