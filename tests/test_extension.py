@@ -215,9 +215,10 @@ def test_the_shipped_recipe_extends_by_32_and_trains_on_needles_it_is_not_tested
     assert max(evaluation.needle_lengths) + evaluation.needle_answer_tokens == evaluation.long_window
     for name in extension.hybrids:
         assert extension.hybrid_recipe(name).stages == extension.stages
-    sources = [source for one in (extension, *extension.stages) for source in one.sources or ()]
+    stages = (*extension.teacher.stages, *extension.stages)
+    sources = [source for one in (extension, *stages) for source in one.sources or ()]
     recalls: list[Recall] = [source.recall for source in sources if source.recall is not None]
-    assert len(recalls) == 3
+    assert len(recalls) == 5  # two kinds of all short stages, the teacher's first stage, two long ones
     for recall in recalls:
         assert set(recall.avoid) == set(NEEDLE_KEYS)
         assert recall.patterns[0].model_dump() == PATTERN

@@ -238,6 +238,35 @@ def test_full_disk_during_a_checkpoint_keeps_the_older_one(tmp_path: Path, full:
     assert [path.name for path in tmp_path.iterdir()] == ["step-000000001"]
 
 
+def test_a_full_gpu_is_told_in_one_sentence_and_the_run_goes_on(world: Path, untouched: Path) -> None:
+    """With smaller batches, too: a step has the same sequences."""
+    values = recipe_values(world, *STAGES, output=str(world / "crowded"))
+    real = engine_module.train_step
+
+    def crowded(job: Any, optimizer: Any, parameters: Any, step: int, rate: float) -> Any:
+        if job.stage.kind == "kl" and step == EVERY + 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB. GPU 0 has\na page of text")
+        return real(job, optimizer, parameters, step, rate)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_module, "train_step", crowded)
+        with pytest.raises(UserError) as caught:
+            run_here(values, resume=True)
+    assert str(caught.value) == (
+        "stage 'distil' needs more memory than the GPU has (CUDA out of memory. Tried to allocate 3.00 GiB): set "
+        "activation_checkpointing or set batch_size to 1 and gradient_accumulation to 2 or set mlp_tile_tokens to 4096 "
+        "or share the run between GPUs with torchrun; `hylo memory` tells what each saves, and --resume goes on from "
+        f"step {EVERY} of the stage"
+    )
+    smaller = [stage | {"batch_size": 1, "gradient_accumulation": 2, "mlp_tile_tokens": 8} for stage in STAGES]
+    run_here(recipe_values(world, *smaller, output=values["output"]), resume=True)
+    ends = [load_file(root / "distil" / "model" / "model.safetensors") for root in (world / "crowded", untouched)]
+    assert ends[0].keys() == ends[1].keys()
+    larger = [stage | {"batch_size": 4} for stage in STAGES]
+    with pytest.raises(UserError, match=r"'stages.0.batch_size \* gradient_accumulation' was 2 and is now 4"):
+        run_here(recipe_values(world, *larger, output=values["output"]), resume=True)
+
+
 @pytest.mark.parametrize(("fused", "device"), [(True, "meta"), (False, "cpu")])
 def test_steps_are_counted_where_the_optimiser_would(fused: bool, device: str) -> None:
     with torch.device("meta"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,12 @@ from hylo.distill.recipe import Recipe
 from hylo.errors import UserError
 
 RUN_FILE = "run.json"
+# Of a stage: what trades time for memory, and changes no more of its result than the order of sums.
+_FREE = ("activation_checkpointing", "mlp_tile_tokens", "kl_chunk_tokens")
 
 
 def run_identity(recipe: Recipe, steps: int | None, scale: float | None) -> dict[str, Any]:
-    """What decides a run's result, as JSON values.
+    """What a run is made of, as JSON values; two are one run's if what `decisive` leaves is equal.
 
     Raises:
         UserError: both `steps` and `scale` are given, or one is not positive.
@@ -29,6 +31,21 @@ def run_identity(recipe: Recipe, steps: int | None, scale: float | None) -> dict
         if value is not None and not value > 0:
             raise UserError(f"{name} is {value} but must be positive")
     return {"recipe": recipe.plain(), "steps": steps, "steps_scale": scale}
+
+
+def decisive(stages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What of the stages' values decides their results: of the batch, how many sequences a step has."""
+    left_out = {*_FREE, "batch_size", "gradient_accumulation"}
+    return [
+        {name: value for name, value in stage.items() if name not in left_out}
+        | {"batch_size * gradient_accumulation": stage["batch_size"] * stage["gradient_accumulation"]}
+        for stage in stages
+    ]
+
+
+def _decisive(identity: dict[str, Any]) -> dict[str, Any]:
+    recipe = identity["recipe"]
+    return identity | {"recipe": recipe | {"stages": decisive(recipe["stages"])}}
 
 
 def result_directory(recipe: Recipe, index: int) -> Path:
@@ -49,8 +66,9 @@ def is_finished(recipe: Recipe, identity: dict[str, Any], *, resume: bool) -> bo
         raise UserError(f"output directory '{output}' exists and was not made by a recipe run")
     found = json.loads((output / RUN_FILE).read_text(encoding="utf-8"))
     found = {name: found[name] for name in identity}  # the hash of the data is compared once they are packed
-    if found != identity:
-        raise UserError(f"output directory '{output}' holds another recipe's run: {_difference(found, identity)}")
+    found, wanted = _decisive(found), _decisive(identity)
+    if found != wanted:
+        raise UserError(f"output directory '{output}' holds another recipe's run: {_difference(found, wanted)}")
     done = result_directory(recipe, -1).exists()
     if not resume:
         state = "is finished" if done else "is unfinished; resume continues it"
@@ -68,7 +86,7 @@ def owned_output(output: Path, identity: dict[str, Any]) -> Iterator[None]:
     """
     fresh = not output.exists()
     recorded = output / RUN_FILE
-    if recorded.exists() and json.loads(recorded.read_text(encoding="utf-8")) != identity:
+    if recorded.exists() and _decisive(json.loads(recorded.read_text(encoding="utf-8"))) != _decisive(identity):
         raise UserError(f"the data of output directory '{output}' have changed since its run began")
     try:
         output.mkdir(parents=True, exist_ok=True)

@@ -33,6 +33,7 @@ from hylo.distill.models import (
     teachers,
     with_rope,
 )
+from hylo.distill.out_of_memory import enough_memory
 from hylo.distill.output import is_finished, owned_output, result_directory, run_identity
 from hylo.distill.processes import from_first, joined, on_first, process_count, process_number
 from hylo.distill.recipe import CeStage, IldStage, KlStage, Recipe, load_recipe
@@ -220,7 +221,8 @@ def _run_stage(plan: Plan, index: int, origin: Path, board: Any, console: Consol
             console=console,
         )
 
-    train_stage(_job(plan, index, student), open_log)
+    with enough_memory(stage, plan.checkpoints(index)):
+        train_stage(_job(plan, index, student), open_log)
     weights = whole_state(student)
     on_first(lambda: _save_result(plan, index, student, weights))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 from hylo.atomic import atomic_directory, write_text_atomically
 from hylo.distill import Recipe, run_recipe
 from hylo.distill.models import resolve_device
+from hylo.distill.output import decisive
 from hylo.errors import UserError
 from hylo.evaluate.needle import NeedleMode
 from hylo.extension.books import Books, unpack
@@ -67,10 +69,17 @@ def _own(extension: Extension, resume: bool) -> None:
     if extension.root.exists():
         if not resume:
             raise UserError(f"output directory '{extension.output}' exists; --resume continues the run in it")
-        if not record.is_file() or record.read_text(encoding="utf-8") != identity:
+        if not record.is_file() or _decisive(record.read_text(encoding="utf-8")) != _decisive(identity):
             raise UserError(f"output directory '{extension.output}' holds another run than this recipe's")
     extension.root.mkdir(parents=True, exist_ok=True)
     write_text_atomically(record, identity)
+
+
+def _decisive(identity: str) -> dict[str, Any]:
+    """Of a recipe as JSON, what decides the results."""
+    values = json.loads(identity)
+    teacher = values["teacher"] | {"stages": decisive(values["teacher"]["stages"])}
+    return values | {"teacher": teacher, "stages": decisive(values["stages"])}
 
 
 def _random_teacher(extension: Extension, books: Books) -> None:
