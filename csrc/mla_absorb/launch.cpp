@@ -221,7 +221,7 @@ Spread spread_of(const Inputs& x, bool fixed) {
   const auto B = x.q_nope.shape[0];
   const auto capacity = capacity_of(x);
   if (B > kFew) return {B <= kSome || (B <= kMany && B * capacity <= kLittle) ? 2 : 1, 0, kLeast};
-  if (capacity > kShort) return {kLongCluster, 0, kLongCluster * kLeast};
+  if (capacity > kShort) return {kLongCluster, 0, kLongCluster};  // what there is room for may be short yet
   int cluster = kMaxCluster;
   while (cluster > 1 && kLeast * cluster * kTokens > capacity) cluster /= 2;
   return {cluster, cluster * kWorth, cluster * kWorth};
