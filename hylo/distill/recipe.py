@@ -285,7 +285,7 @@ class Recipe(Strict):
         return self.data if stage.sources is None else self.data.model_copy(update={"sources": stage.sources})
 
     def plain(self) -> dict[str, Any]:
-        """What decides the result, as JSON values: two runs with the same may continue one another."""
+        """What a run is made of, as JSON values: `output.decisive` tells what of the stages decides the result."""
         beside: dict[str, Any] = {"output": True, "dry_run": True, "keep_checkpoints": True, "data": {"cache_dir"}}
         return self.model_dump(mode="json", exclude=beside)
 

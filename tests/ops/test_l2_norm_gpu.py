@@ -7,7 +7,8 @@ import torch
 
 from hylo_ops import l2_norm
 from hylo_ops.l2_norm import triton
-from hylo_ops.testing import cast, gradients, within_budget
+from hylo_ops.testing import within_budget
+from tests.ops.budgets import check_within_budget
 from tests.ops.test_l2_norm import make
 
 pytestmark = [
@@ -24,11 +25,7 @@ def keys(dtype=BF16):
 
 
 def check(x):
-    ours, eager = partial(l2_norm, backend="triton"), partial(l2_norm, backend="reference")
-    wide = cast(x, torch.float64)
-    within_budget(ours(**x), eager(**x), eager(**wide), "y")
-    found, theirs = (gradients(f, x, list(x), BF16)["x"] for f in (ours, eager))
-    within_budget(found, theirs, gradients(eager, wide, list(x), BF16)["x"], "dx")
+    check_within_budget(partial(l2_norm, backend="triton"), partial(l2_norm, backend="reference"), x)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=["bf16", "fp16", "fp32"])

@@ -36,6 +36,27 @@ def run(x, **options):
     return rms_norm(**x, eps=EPS, **options)
 
 
+def norm(backend, dtype=None):
+    return lambda **x: rms_norm(**x, eps=EPS, dtype=dtype, backend=backend)
+
+
+def check_triton(x, dtype=None):
+    """Forward and backward within the budget, and the same bits twice: on a GPU and in the interpreter."""
+    ours, eager, exact = norm("triton", dtype), norm("reference", dtype), norm("reference")
+    wide = cast(x, torch.float64)
+    results = [f(**given) for f, given in ((ours, x), (eager, x), (exact, wide))]
+    for name, *values in zip(("y", "total"), *(r if isinstance(r, tuple) else (r,) for r in results), strict=False):
+        assert values[0].is_contiguous()
+        within_budget(*values, name)
+    found = gradients(ours, x, list(x), BF16)
+    again = gradients(ours, x, list(x), BF16)
+    theirs, right = gradients(eager, x, list(x), BF16), gradients(exact, wide, list(x), BF16)
+    for name in x:
+        assert found[name].dtype == x[name].dtype
+        assert torch.equal(found[name], again[name]), name
+        within_budget(found[name], theirs[name], right[name], name)
+
+
 @pytest.mark.parametrize("with_residual", [True, False])
 @pytest.mark.parametrize("dims", [(2, 7, 24), (1, 1), (5,), (3, 1, 2, 128), (2, 0, 8)])
 def test_equals_the_definition(dims, with_residual):

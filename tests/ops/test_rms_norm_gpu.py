@@ -3,10 +3,8 @@
 import pytest
 import torch
 
-from hylo_ops import rms_norm
 from hylo_ops.rms_norm import triton
-from hylo_ops.testing import cast, gradients, within_budget
-from tests.ops.test_rms_norm import BF16, DTYPES, EPS, FP32, make
+from tests.ops.test_rms_norm import BF16, DTYPES, EPS, FP32, check_triton, make, norm
 
 pytestmark = [
     pytest.mark.gpu,
@@ -19,38 +17,18 @@ def on_gpu(x):
     return {name: t.cuda() for name, t in x.items()}
 
 
-def norm(backend, dtype=None):
-    return lambda **x: rms_norm(**x, eps=EPS, dtype=dtype, backend=backend)
-
-
-def check(x, dtype=None):
-    """Forward and backward within the budget, and the same bits twice."""
-    ours, eager, exact = norm("triton", dtype), norm("reference", dtype), norm("reference")
-    wide = cast(x, torch.float64)
-    results = [f(**given) for f, given in ((ours, x), (eager, x), (exact, wide))]
-    for name, *values in zip(("y", "total"), *(r if isinstance(r, tuple) else (r,) for r in results), strict=False):
-        within_budget(*values, name)
-    found = gradients(ours, x, list(x), BF16)
-    again = gradients(ours, x, list(x), BF16)
-    theirs, right = gradients(eager, x, list(x), BF16), gradients(exact, wide, list(x), BF16)
-    for name in x:
-        assert found[name].dtype == x[name].dtype
-        assert torch.equal(found[name], again[name]), name
-        within_budget(found[name], theirs[name], right[name], name)
-
-
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda dtypes: "-".join(str(d).removeprefix("torch.") for d in dtypes))
 @pytest.mark.parametrize("dims", DIMS, ids=str)
 def test_forward_and_gradients(dtypes, dims):
     of_x, of_residual, of_weight, of_y = dtypes
     options = {"dtype": of_x, "residual_dtype": of_residual, "weight_dtype": of_weight}
-    check(on_gpu(make(*dims, with_residual=of_residual is not None, **options)), of_y)
+    check_triton(on_gpu(make(*dims, with_residual=of_residual is not None, **options)), of_y)
 
 
 def test_heads_within_a_projection():
     x = on_gpu(make(2, 333, 3072, with_residual=False, dtype=BF16))["x"][..., 512:2560].unflatten(-1, (16, 128))
     weight = torch.linspace(-2, 2, 128, device="cuda")
-    check({"x": x, "weight": weight})
+    check_triton({"x": x, "weight": weight})
     y, _, rstd = triton.forward(x, weight, None, EPS, None)
     results = [triton.backward(y, None, t, weight, rstd, BF16) for t in (x, x.contiguous())]
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -7,7 +7,8 @@ import torch
 
 from hylo_ops import swiglu
 from hylo_ops.swiglu import reference, triton
-from hylo_ops.testing import cast, gradients, within_budget
+from hylo_ops.testing import within_budget
+from tests.ops.budgets import check_within_budget
 from tests.ops.test_swiglu import make
 
 pytestmark = [
@@ -19,11 +20,7 @@ DIMS = [(2, 501, 2 * 8192), (1001, 2 * 6144), (3, 2 * 9728), (2, 7, 2 * 333), (1
 
 
 def check(x):
-    ours, eager = partial(swiglu, backend="triton"), partial(swiglu, backend="reference")
-    wide = cast(x, torch.float64)
-    within_budget(ours(**x), eager(**x), eager(**wide), "y")
-    found, theirs = (gradients(f, x, list(x), BF16)["gate_up"] for f in (ours, eager))
-    within_budget(found, theirs, gradients(eager, wide, list(x), BF16)["gate_up"], "dgate_up")
+    check_within_budget(partial(swiglu, backend="triton"), partial(swiglu, backend="reference"), x)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=["bf16", "fp16", "fp32"])

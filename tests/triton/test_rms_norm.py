@@ -7,7 +7,7 @@ from hylo_ops import rms_norm
 from hylo_ops.rms_norm import reference, triton, triton_bwd
 from hylo_ops.testing import cast, gradients, within_budget
 from tests.ops.layouts import shifted, strided
-from tests.ops.test_rms_norm import BF16, DTYPES, EPS, FP16, FP32, make
+from tests.ops.test_rms_norm import BF16, DTYPES, EPS, FP16, FP32, check_triton, make, norm
 
 
 @pytest.fixture(autouse=True)
@@ -17,41 +17,20 @@ def few_programs(monkeypatch):
     monkeypatch.setattr(triton_bwd, "_WARPS", 8)
 
 
-def norm(backend, dtype=None):
-    return lambda **x: rms_norm(**x, eps=EPS, dtype=dtype, backend=backend)
-
-
-def check(x, dtype=None):
-    """Forward and backward within the budget, and the same bits twice."""
-    ours, eager, exact = norm("triton", dtype), norm("reference", dtype), norm("reference")
-    wide = cast(x, torch.float64)
-    results = [f(**given) for f, given in ((ours, x), (eager, x), (exact, wide))]
-    for name, *values in zip(("y", "total"), *(r if isinstance(r, tuple) else (r,) for r in results), strict=False):
-        assert values[0].is_contiguous()
-        within_budget(*values, name)
-    found = gradients(ours, x, list(x), BF16)
-    again = gradients(ours, x, list(x), BF16)
-    theirs, right = gradients(eager, x, list(x), BF16), gradients(exact, wide, list(x), BF16)
-    for name in x:
-        assert found[name].dtype == x[name].dtype
-        assert torch.equal(found[name], again[name]), name
-        within_budget(found[name], theirs[name], right[name], name)
-
-
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda dtypes: "-".join(str(d).removeprefix("torch.") for d in dtypes))
 @pytest.mark.parametrize("dims", [(3, 37, 64), (2, 5, 333)])
 def test_agrees_with_float64(dtypes, dims):
     of_x, of_residual, of_weight, of_y = dtypes
     options = {"dtype": of_x, "residual_dtype": of_residual, "weight_dtype": of_weight}
-    check(make(*dims, with_residual=of_residual is not None, **options), of_y)
+    check_triton(make(*dims, with_residual=of_residual is not None, **options), of_y)
 
 
 @pytest.mark.parametrize(
     "dims", [(1,), (24,), (1, 1), (67, 128), (11, 3, 2, 16), (9, 2048), (3, 3072), (2, 5000), (3, 8192)]
 )
 def test_widths(dims):
-    check(make(*dims, dtype=FP32))
-    check(make(*dims, with_residual=False, dtype=BF16, weight_dtype=FP32))
+    check_triton(make(*dims, dtype=FP32))
+    check_triton(make(*dims, with_residual=False, dtype=BF16, weight_dtype=FP32))
 
 
 @pytest.mark.parametrize("with_residual", [True, False])
@@ -74,16 +53,16 @@ def heads(dtype):
 @pytest.mark.parametrize("change", [heads(BF16), heads(FP32)[:, ::2], heads(FP32).transpose(1, 2)], ids=[0, 1, 2])
 def test_strided_views(change):
     x = {"x": change, "weight": drawn(64, 3)[:, 1]}
-    check(x)
+    check_triton(x)
     y, _, rstd = triton.forward(*x.values(), None, EPS, None)
     results = [triton.backward(y, None, t, x["weight"], rstd, t.dtype) for t in (change, change.contiguous())]
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-    check({**x, "residual": drawn(64, *change.shape[:-1]).permute(1, 2, 3, 0)})
+    check_triton({**x, "residual": drawn(64, *change.shape[:-1]).permute(1, 2, 3, 0)})
 
 
 def test_odd_addresses():
     x = {name: shifted(t).copy_(t) for name, t in make(3, 24, dtype=BF16).items()}
-    check(x)
+    check_triton(x)
 
 
 def test_gradients_in_any_layout():
