@@ -15,8 +15,10 @@ from transformers.utils.output_capturing import capture_outputs
 
 from hylo.config import HyloConfig
 from hylo.mixers import GatedDeltaNet, Mamba2, make_mixer
-from hylo.mixers.packing import add_product, pack_, project
+from hylo.mixers.norm import RMSNorm
+from hylo.mixers.packing import add_product, pack_, project, project_at_once
 from hylo.mixers.rope import Rotary
+from hylo_ops import swiglu
 
 
 class Mlp(nn.Module):
@@ -28,11 +30,22 @@ class Mlp(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.activation = ACT2FN[config.hidden_act]
+        self._silu = config.hidden_act == "silu"
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """[B, T, D] -> [B, T, D], added in place to `residual` if given."""
-        gate, up = project(x, (self.gate_proj,), (self.up_proj,))
-        return add_product(self.activation(gate) * up, self.down_proj, residual)
+        wide = self._gated_at_once(x)
+        if wide is None:
+            gate, up = project(x, (self.gate_proj,), (self.up_proj,))
+            wide = self.activation(gate) * up
+        return add_product(wide, self.down_proj, residual)
+
+    def _gated_at_once(self, x: Tensor) -> Tensor | None:
+        """For a gradient: both halves of one product, and one op of them."""
+        if not (self._silu and torch.is_grad_enabled()):
+            return None
+        found = project_at_once(x, (self.gate_proj, self.up_proj))
+        return None if found is None else swiglu(found[0])
 
     def pack_(self) -> None:
         """Lets both products with the input be one, where no gradient is wanted."""
@@ -44,9 +57,9 @@ class HyloDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: HyloConfig, layer_idx: int) -> None:
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mixer = make_mixer(config, layer_idx)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = Mlp(config)
 
     def forward(self, hidden_states: Tensor, in_place: bool = False, **kwargs: Any) -> Tensor:
@@ -54,8 +67,9 @@ class HyloDecoderLayer(GradientCheckpointingLayer):
         if in_place:
             self.mixer(self.input_layernorm(hidden_states), residual=hidden_states, **kwargs)
             return self.mlp(self.post_attention_layernorm(hidden_states), residual=hidden_states)
-        hidden_states = hidden_states + self.mixer(self.input_layernorm(hidden_states), **kwargs)
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        normed, hidden_states = self.input_layernorm(hidden_states, stream=True)
+        normed, hidden_states = self.post_attention_layernorm(self.mixer(normed, **kwargs), hidden_states)
+        return hidden_states + self.mlp(normed)
 
 
 class HyloPreTrainedModel(PreTrainedModel):
@@ -85,7 +99,7 @@ class HyloModel(HyloPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList([HyloDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary = Rotary(config)
         self.gradient_checkpointing = False
         self.post_init()

@@ -180,7 +180,7 @@ def test_what_a_forward_saves(tmp_path: Path, mixer: str, half: bool, way: str) 
 
 
 class WeightCopies(TorchDispatchMode):
-    """What becomes of the 16-bit copies of a model's parameters."""
+    """What becomes of the 16-bit copies of a model's parameters, alone or below each other."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
@@ -189,7 +189,8 @@ class WeightCopies(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten._to_copy.default and id(args[0]) in self._parameters:
+        copied = {torch.ops.aten._to_copy.default: 0, torch.ops.aten.copy_.default: 1}.get(func)
+        if copied is not None and id(args[copied]) in self._parameters:
             self._copies.append(weakref.ref(result.untyped_storage()))
         return result
 
@@ -246,7 +247,8 @@ def test_each_way_to_spare_memory_spares_some(path: Path, index: int) -> None:
     totals = [peak(choice).total for choice in choices(job).values()]
     assert totals == sorted(totals, reverse=True)
     backward = [named(choice, "backward").total for choice in choices(job).values()]
-    assert backward == sorted(set(backward), reverse=True)
+    assert backward == sorted(backward, reverse=True)
+    assert len(set(backward)) >= len(backward) - 1, "tiles spare nothing where the mixer's backward is the fullest"
 
 
 def test_gradients_come_with_the_backward_of_the_first_micro_batch() -> None:

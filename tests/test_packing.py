@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from hylo.mixers import packing
 from hylo.mixers.packing import pack_, packed, project, stacked
 from hylo_ops import fused
+from hylo_ops.testing import within_budget
 from tests.test_model import make_model, tokens
 
 
@@ -147,50 +148,148 @@ def test_gated_deltanet_decodes_in_one_fused_step(monkeypatch):
     torch.testing.assert_close(last, whole[:, 7:], rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("wanted", [True, False], ids=["input", "weights"])
-def test_a_copy_that_products_share_changes_no_bit(monkeypatch, wanted):
-    """Outputs and gradients as with a cast of its own for each product, which rounds sums of gradients nowhere."""
-    layers = [nn.Linear(6, n, bias=False) for n in (5, 2, 4)]
-    x = torch.randn(3, 7, 6, requires_grad=wanted).clone()  # no leaf, whose cast autocast would keep for all
-
-    def run():
-        kept = {}
-        hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(id(t), t), lambda t: t)
-        with hooks, torch.autocast("cpu", torch.bfloat16):
-            outputs = project(x, layers[:2], layers[2:])
-        leaves = [*weights(layers), *[x] * wanted]
-        grads = torch.autograd.grad([o.float().square().sum() for o in outputs], leaves)
-        copies = {t.data_ptr() for t in kept.values() if t.dtype == torch.bfloat16 and t.numel() == x.numel()}
-        return [*outputs, *grads], len(copies)
-
-    shared, copies = run()
-    monkeypatch.setattr(packing, "reader", lambda x: lambda: x)
-    apart, more = run()
-    assert (copies, more) == (1, 3)
-    for got, want in zip(shared, apart, strict=True):
-        assert got.dtype == want.dtype
-        assert torch.equal(got, want)
+# ---------------------------------------------------------------- one product with a gradient
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_what_autocast_leaves_as_it_is_is_not_copied(dtype):
-    x = torch.randn(3, 6, dtype=dtype)
+def apart(x, groups):
+    """By each layer itself, as autocast has it."""
+    return [torch.cat([layer(x) for layer in group], -1) for group in groups]
+
+
+def results(compute, layers, x, wanted):
+    """Outputs, and gradients of x and of the layers' weights where they are wanted."""
+    outputs = compute()
+    towards = [torch.randn(o.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64) for o in outputs]
+    loss = sum((o.double() * t).sum() for o, t in zip(outputs, towards, strict=True))
+    leaves = [leaf for leaf in [x, *weights(layers)] if leaf.requires_grad]
+    return outputs, dict(zip(wanted, torch.autograd.grad(loss, leaves), strict=True))
+
+
+ROWS = {"mixer": ([16, 8, 24], [8], [3], [3]), "mlp": ([48, 48],), "one": ([24],), "odd": ([5], [2, 4])}
+
+
+@pytest.mark.parametrize("frozen", [None, "x", 0, 1])
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+def test_products_with_a_gradient_are_one(monkeypatch, rows, frozen):
+    """No further from float64 than products apart; gradients in the dtypes of what they are of."""
+    layers = linears(*(n for group in rows for n in group), width=32)
+    for layer in layers:
+        layer.to(torch.float32)
+    parts = iter(layers)
+    groups = [[next(parts) for _ in group] for group in rows]
+    x = torch.randn(3, 7, 32, requires_grad=frozen != "x")
+    names = ["x", *range(len(layers))]
+    if isinstance(frozen, int):
+        layers[min(frozen, len(layers) - 1)].weight.requires_grad_(False)
+    wanted = [name for name, leaf in zip(names, [x, *weights(layers)], strict=True) if leaf.requires_grad]
+    if not wanted:
+        pytest.skip("nothing is left to want")
+    exact = copy.deepcopy(layers)
+    wide = x.detach().double().requires_grad_(x.requires_grad)
+    twins = {id(layer): twin.double() for layer, twin in zip(layers, exact, strict=True)}
+    exact_groups = [[twins[id(one)] for one in group] for group in groups]
+    expected = results(lambda: apart(wide, exact_groups), exact, wide, wanted)
+    products, linear = [], nn.functional.linear
     with torch.autocast("cpu", torch.bfloat16):
-        assert packing.reader(x)() is x
+        eager = results(lambda: apart(x, groups), layers, x, wanted)
+        monkeypatch.setattr(nn.functional, "linear", lambda *args: (products.append(args), linear(*args))[1])
+        found = results(lambda: project(x, *groups), layers, x, wanted)
+    assert len(products) == 1
+    for got, theirs, want in zip(found[0], eager[0], expected[0], strict=True):
+        assert got.dtype == torch.bfloat16
+        within_budget(got, theirs, want)
+    for name in wanted:
+        got, theirs, want = found[1][name], eager[1][name], expected[1][name]
+        assert (got.dtype, got.is_contiguous()) == (torch.float32, True)
+        within_budget(got.bfloat16(), theirs.bfloat16(), want, str(name))
 
 
+@pytest.mark.parametrize("packed_already", [False, True])
+def test_the_function_in_float64_is_the_same_function(packed_already):
+    layers = linears(5, 3, 8)
+    if packed_already:
+        pack_(weights(layers))
+    x = torch.randn(7, 6, dtype=torch.float64, requires_grad=True)
+
+    def function(x, *rows):
+        return packing._Products.apply(x, torch.float64, [8, 8], *rows)
+
+    assert torch.autograd.gradcheck(function, (x, *weights(layers)))
+    for got, want in zip(function(x, *weights(layers)), apart(x, [layers[:2], layers[2:]]), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-14)
+
+
+def test_one_copy_of_the_input_and_one_of_the_weights_wait_for_the_backward():
+    layers = [layer.float() for layer in linears(16, 8, 3)]
+    x, kept = torch.randn(3, 7, 6, requires_grad=True), {}
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
+        project(x, layers[:2], layers[2:])
+    assert {(tuple(t.shape), t.dtype) for t in kept.values()} == {
+        ((21, 6), torch.bfloat16),
+        ((32, 6), torch.bfloat16),
+    }
+
+
+def test_joined_gradients_keep_to_16_bytes_where_they_can(monkeypatch):
+    """The narrow ones are joined by themselves first, and one that fills all columns is not copied."""
+    parts, joins, cat = [torch.randn(4, n) for n in (16, 24, 3, 3)], [], torch.cat
+    monkeypatch.setattr(torch, "cat", lambda tensors, dim: (joins.append(tensors), cat(tensors, dim=dim))[1])
+    whole = packing._side_by_side(parts, 48)
+    assert [[t.shape[1] for t in tensors] for tensors in joins] == [[3, 3, 2], [16, 24, 8]]
+    assert torch.equal(whole, nn.functional.pad(cat(parts, dim=1), (0, 2)))
+    assert packing._side_by_side(parts[:1], 16) is parts[0]
+
+
+@pytest.mark.parametrize("what", ["adapter", "hook", "compiler", "float64"])
+def test_what_is_more_than_a_weight_is_asked_itself_in_training_too(monkeypatch, what):
+    layers = [layer.float() for layer in linears(8, 8)]
+    x = torch.randn(3, 6, dtype=torch.float64 if what == "float64" else torch.float32)
+    if what == "adapter":
+        layers[0] = nn.utils.parametrizations.weight_norm(layers[0])
+    elif what == "hook":
+        layers[0].register_forward_hook(lambda *_: None)
+    elif what == "compiler":
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    else:
+        layers = [layer.double() for layer in layers]
+    monkeypatch.setattr(packing, "_Products", None)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = project(x, layers)
+        assert torch.equal(found[0], apart(x, [layers])[0])
+
+
+@torch.no_grad()
+def test_without_a_gradient_autocast_casts_an_input_once():
+    layers, seen = [layer.float() for layer in linears(8, 8)], []
+    for layer in layers:
+        layer.forward = lambda x: seen.append(x) or x
+    with torch.autocast("cpu", torch.bfloat16):
+        project(torch.randn(3, 6), layers[:1], layers[1:])
+    assert seen[0] is seen[1]
+    assert seen[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("layout", ["gdn", "mamba2"])
-def test_training_with_shared_copies_is_the_same_to_the_bit(monkeypatch, layout):
-    model = make_model(layout, dtype=torch.float32).train()
+def test_training_at_once_is_no_further_off_than_layer_by_layer(monkeypatch, layout, checkpointing):
+    """In bf16 against float64: loss and each gradient."""
+    exact = make_model(layout, qk_norm=True).train()
+    model = copy.deepcopy(exact).float()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
 
-    def run():
+    def run(model, half=True):
         model.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = model(tokens(), labels=tokens()).loss
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            loss = model(tokens(), labels=tokens(), use_cache=False).loss
         loss.backward()
-        return loss, *(parameter.grad for parameter in model.parameters())
+        return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
-    shared = run()
-    monkeypatch.setattr(packing, "reader", lambda x: lambda: x)
-    for got, want in zip(shared, run(), strict=True):
-        assert torch.equal(got, want)
+    expected, found = run(exact, half=False), run(model)
+    monkeypatch.setattr(packing, "_is_plain", lambda _: False)
+    eager = run(model)
+    assert not torch.equal(found, eager)
+    within_budget(found.bfloat16(), eager.bfloat16(), expected)

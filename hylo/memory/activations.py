@@ -19,7 +19,7 @@ class Numbers:
 
     Args:
         half: matrix products in bf16 (autocast), else in fp32.
-        cuda: on a GPU. On a CPU PyTorch composes its norms, which then keep the normed input beside what went in.
+        cuda: on a GPU, whose attention in fp32 wants keys and values for every head.
     """
 
     half: bool
@@ -31,19 +31,21 @@ class Numbers:
         return 2 if self.half else 4
 
     def input(self, width: int) -> int:
-        """What the linear maps that read one tensor of the stream keep: a 16-bit copy of it, or in fp32 itself."""
+        """What the linear maps that read one tensor keep: that, in the type of products as the norms make it."""
         return self.size * width
 
-    def norm(self, width: int, rows: int = 1) -> int:
-        """What a norm of `rows` vectors keeps beside its input."""
-        return 4 * rows + (0 if self.cuda else STREAM * width * rows)
+    def joined(self, width: int, of: int) -> int:
+        """What is kept of a product of `width` columns in all of which `of` are read again: all, where it is one."""
+        return self.size * (-(-width // 8) * 8 if self.half else of)
+
+
+FACTOR = 4  # what a norm keeps of each vector beside its input
 
 
 def kept_by_mlp(config: Any, numbers: Numbers, *, tiled: bool) -> int:
-    """Input, gate, its activation, up and their product; tiled, the input alone."""
-    if tiled:
-        return STREAM * config.hidden_size
-    return numbers.input(config.hidden_size) + 4 * numbers.size * config.intermediate_size
+    """Input, gate, up and their product, in fp32 the activation too; tiled, the input alone."""
+    wide = 0 if tiled else 3 if numbers.half and config.hidden_act == "silu" else 4
+    return numbers.input(config.hidden_size) + wide * numbers.size * config.intermediate_size
 
 
 def kept_by_mixer(config: Any, mixer: str, numbers: Numbers) -> int:
@@ -52,17 +54,12 @@ def kept_by_mixer(config: Any, mixer: str, numbers: Numbers) -> int:
 
 def kept_by_layer(config: Any, mixer: str, numbers: Numbers, *, tiled: bool) -> int:
     """All but the stream that comes in; with the stream between mixer and MLP."""
-    return (
-        kept_by_mixer(config, mixer, numbers)
-        + numbers.norm(config.hidden_size)
-        + second_half(config, numbers, tiled=tiled)
-    )
+    return kept_by_mixer(config, mixer, numbers) + FACTOR + second_half(config, numbers, tiled=tiled)
 
 
 def second_half(config: Any, numbers: Numbers, *, tiled: bool) -> int:
     """What of a layer is gone once its backward has come to the mixer."""
-    d = config.hidden_size
-    return STREAM * d + numbers.norm(d) + kept_by_mlp(config, numbers, tiled=tiled)
+    return STREAM * config.hidden_size + FACTOR + kept_by_mlp(config, numbers, tiled=tiled)
 
 
 def _kept_by_mla(config: Any, numbers: Numbers) -> int:
@@ -72,32 +69,31 @@ def _kept_by_mla(config: Any, numbers: Numbers) -> int:
     if numbers.cuda and not numbers.half:
         shared = heads  # the one attention that takes fp32 wants keys and values for every head
     attention = e * (heads + shared) * (keys + values) + 4 * heads  # q, k, v, o and the sums of exponentials
-    queries = numbers.input(config.hidden_size) + e * config.q_lora_rank
-    # Under autocast a latent for the keys and one for the values; in fp32 the row that both are read from.
-    latents = 2 * e * config.kv_lora_rank if numbers.half else e * row
-    return queries + latents + attention + (_kept_by_qk_norm(config, numbers) if config.qk_norm else 0)
+    queries = numbers.input(config.hidden_size) + numbers.joined(config.q_lora_rank + row, of=config.q_lora_rank)
+    return queries + e * row + attention + (_kept_by_qk_norm(config, numbers) if config.qk_norm else 0)
 
 
 def _kept_by_qk_norm(config: Any, numbers: Numbers) -> int:
     heads, shared, keys = config.num_attention_heads, config.num_key_value_heads, config.qk_head_dim
     rope = config.qk_rope_head_dim
     row = config.kv_lora_rank + rope
-    queries = 4 * heads * keys + numbers.norm(keys, rows=heads)
+    queries = heads * (numbers.size * keys + FACTOR)
     squares = 4 * shared * (config.qk_nope_head_dim + 1)  # of the unscaled keys, and what they come to
-    unscaled = 4 * shared * keys
-    if numbers.half:  # the row in 16 bits, its rope part widened, and the row in fp32 with the scales
-        return queries + squares + unscaled + 2 * row + 4 * rope + 4 * (row + shared)
-    return queries + squares + unscaled + 4 * (row + shared)
+    unscaled = numbers.size * shared * keys
+    if numbers.half:  # the rope part widened, and the scales
+        return queries + squares + unscaled + 4 * rope + 2 * shared
+    return queries + squares + unscaled + 4 * (row + shared)  # the row once more, with the scales
 
 
 def _kept_by_gated_deltanet(config: Any, numbers: Numbers) -> int:
     e, heads = numbers.size, config.linear_num_heads
     keys, values = heads * config.linear_key_head_dim, heads * config.linear_value_head_dim
-    convolved = 2 * e * (2 * keys + values)  # in and out
+    read = 2 * (keys + values)  # by the convolution and, the last ones, as the norm's gate
+    projected = numbers.joined(read + 2 * heads, of=read)
+    convolved = e * (2 * keys + values)
     gates = 4 * 4 * heads  # in and out of the softplus, decay, beta
-    # The norms of q and k: widened they are tensors of their own, and their unit vectors are the op's.
-    unit = 2 * (4 * heads + e * keys + (4 * keys if numbers.half else 0))
-    return numbers.input(config.hidden_size) + convolved + gates + unit + 3 * e * values
+    unit = 2 * (FACTOR * heads + e * keys)  # vectors of q and k, which are tensors of their own
+    return numbers.input(config.hidden_size) + projected + convolved + gates + unit + 2 * e * values
 
 
 def _kept_by_mamba2(config: Any, numbers: Numbers) -> int:
@@ -138,10 +134,11 @@ def _mla_room(config: Any, e: int) -> int:
 
 
 def _gated_deltanet_room(config: Any, e: int) -> int:
-    """Gradient of o; states and their gradients; written values and theirs; dq, dk, dv. The norm's three are gone."""
+    """Gradient of o; states and their gradients; written values and theirs; dq, dk, dv. Gone is what the
+    norm read of o and made; its gate lies beside q, k and v."""
     heads, key, value = config.linear_num_heads, config.linear_key_head_dim, config.linear_value_head_dim
     states = (2 * e * key * value + _RECORD_BYTES) // _STATE_TOKENS
-    return heads * (states + e * (4 * value + 2 * key - 3 * value))
+    return heads * (states + e * (4 * value + 2 * key - 2 * value))
 
 
 def _mamba2_room(config: Any, e: int) -> int:
@@ -169,7 +166,7 @@ def student_forward_room(config: Any, mixer: str, numbers: Numbers) -> tuple[int
 
     A mixer has no more at one time than what it otherwise keeps.
     """
-    return kept_by_mixer(config, mixer, numbers), STREAM * config.hidden_size
+    return kept_by_mixer(config, mixer, numbers), numbers.input(config.hidden_size)
 
 
 def teacher_forward_room(config: Any, size: int) -> tuple[int, int]:

@@ -111,8 +111,8 @@ def peak(job: Job) -> Phase:
 
 def kept_for_backward(job: Job) -> int:
     """What stays between forward and backward of the student up to its final norm, weights left out."""
-    d, layers = job.student.hidden_size, len(job.trainable.layers)
-    within_all = job.tokens * (TOKEN + job.numbers.norm(d)) + _rotation(job)
+    layers = len(job.trainable.layers)
+    within_all = job.tokens * (TOKEN + activations.FACTOR) + _rotation(job)
     return within_all + _streams(job, layers) + (0 if job.checkpointing else sum(_own(job, i) for i in range(layers)))
 
 
@@ -185,11 +185,12 @@ def _whole_model(job: Job) -> Iterator[Phase]:
     theirs = 0 if job.teacher is None else job.tokens * job.numbers.size * job.teacher.hidden_size
     if job.teacher is not None:
         yield _phase(job, "teacher forward", done=0, teacher=theirs + _teacher_room(job))
-    held = {"done": 0, "activations": kept, "teacher": theirs}
-    yield _phase(job, "student forward", **held, weight_copies=_cached_weights(job), room=_student_room(job))
-    held["weight_copies"] = sum(_kept_weights(job, i) for i in range(layers))
-    yield _phase(job, "loss", **held, loss=_hidden(job) + job.tokens * STREAM * d + loss_room(job))
-    made = _hidden(job) + job.tokens * (2 * job.numbers.size + STREAM) * d + 2 * WIDE * _head(job)
+    copies = sum(_kept_weights(job, i) for i in range(layers))
+    held = {"done": 0, "activations": kept, "teacher": theirs, "weight_copies": copies}
+    yield _phase(job, "student forward", **held, room=_student_room(job))
+    hidden = job.tokens * job.numbers.size * d
+    yield _phase(job, "loss", **held, loss=hidden + loss_room(job))
+    made = 3 * hidden + job.tokens * STREAM * d + 2 * WIDE * _head(job)
     yield _phase(job, "loss backward", **held, loss=made)
     yield max((_layer_backward(job, i) for i in range(layers)), key=lambda phase: phase.total)
     room = WIDE * job.trainable.embedding * job.accumulates + job.tokens * STREAM * d
@@ -213,15 +214,6 @@ def _own_weights(job: Job, layer: int) -> int:
         return 2 * parameter_counts(job.student).matrices[layer]
     # The up-projection is turned for its products, whatever the type.
     return WIDE * up_projection(job.student) if (job.student.mixer_types or [])[layer] == "mla" else 0
-
-
-def _cached_weights(job: Job) -> int:
-    """All layers' copies: autocast keeps them until the forward ends, whether or not the backward reads them.
-
-    On several GPUs it is told to keep none (engine.py).
-    """
-    of = _own_weights if job.half and job.gpus == 1 else _kept_weights
-    return sum(of(job, i) for i in range(len(job.trainable.layers)))
 
 
 def _kept_weights(job: Job, layer: int) -> int:
@@ -250,11 +242,11 @@ def _fullest(job: Job, layer: int) -> tuple[int, int]:
     if job.tiled:
         # A tile at a time; and the gradient of every tile's input, then all of them joined.
         mlp = job.tile_tokens * activations.tile_room(config, numbers)
-        mlp += tokens * 2 * STREAM * config.hidden_size
+        mlp += tokens * 2 * numbers.size * config.hidden_size
     else:
         mlp = tokens * activations.mlp_backward_room(config, numbers)
     mixing = tokens * activations.mixer_backward_room(config, mixer, numbers)
-    weight = (numbers.size + (WIDE if job.half else 0)) * config.hidden_size * config.intermediate_size
+    weight = 0 if job.half else WIDE * config.hidden_size * config.intermediate_size
     return max((own, mlp + weight), (own - gone, mixing + weight), key=sum)
 
 
@@ -284,11 +276,6 @@ def _teacher_room(job: Job) -> int:
 def _head(job: Job) -> int:
     """Elements of the head, 0 where it is frozen."""
     return job.student.vocab_size * job.student.hidden_size if job.trainable.head else 0
-
-
-def _hidden(job: Job) -> int:
-    """The student's final hidden states as the loss takes them; in fp32 they are the norm's own."""
-    return job.tokens * 2 * job.student.hidden_size if job.half else 0
 
 
 def loss_room(job: Job) -> int:

@@ -18,7 +18,7 @@ from hylo.mixers.recurrent import (
     widened,
     without_padding,
 )
-from hylo_ops import chunk_gated_delta_rule, fused
+from hylo_ops import chunk_gated_delta_rule, fused, l2_norm
 
 
 class GatedDeltaNet(nn.Module):
@@ -77,7 +77,7 @@ class GatedDeltaNet(nn.Module):
             o = state.step(fused.gated_delta_rule_step, q, k, v, a, b, self.A_log, self.dt_bias)
         else:
             g = -widened(self.A_log).exp() * F.softplus(widened(a) + widened(self.dt_bias))
-            o = state.scan(chunk_gated_delta_rule, _unit(q), _unit(k), v, g, widened(b).sigmoid())
+            o = state.scan(chunk_gated_delta_rule, l2_norm(q), l2_norm(k), v, g, widened(b).sigmoid())
         return add_product(self.o_norm(o, gate), self.o_proj, residual)
 
     def state_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -102,9 +102,3 @@ class GatedDeltaNet(nn.Module):
         sizes = [self.q_proj.out_features, self.k_proj.out_features, self.v_proj.out_features]
         q, k, v = (t.unflatten(-1, (len(self.A_log), -1)) for t in qkv.split(sizes, dim=-1))
         return q, k, v
-
-
-def _unit(x: Tensor) -> Tensor:
-    """L2 norm over the head; the eps stands inside the root, as in flash-linear-attention."""
-    wide = widened(x)
-    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)

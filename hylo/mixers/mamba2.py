@@ -8,7 +8,7 @@ from transformers import Cache
 from transformers import initialization as init
 
 from hylo.config import HyloConfig
-from hylo.mixers.packing import add_product
+from hylo.mixers.packing import add_product, product
 from hylo.mixers.recurrent import (
     GatedRMSNorm,
     LayerState,
@@ -62,7 +62,7 @@ class Mamba2(nn.Module):
         """[B, T, D] -> [B, T, D]; the arguments are `GatedDeltaNet`'s."""
         if state is None:
             state = LayerState(past_key_values, self.layer_idx, hidden_states.shape[1])
-        projected = self.in_proj(without_padding(hidden_states, attention_mask))
+        projected = product(without_padding(hidden_states, attention_mask), self.in_proj)
         z, xbc, dt = projected.split([self.inner, self.inner + 2 * self.shared, self.heads], dim=-1)
         if attention_mask is not None:  # the convolution's bias makes padding non-zero again
             dt = dt.masked_fill(attention_mask[..., None] == 0, _NO_STEP)

@@ -10,7 +10,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from hylo.config import HyloConfig
-from hylo.mixers.packing import add_product, pack_, project
+from hylo.mixers.norm import RMSNorm
+from hylo.mixers.packing import add_product, pack_, product, project
 from hylo.mixers.recurrent import widened
 from hylo.mixers.rope import rotate
 from hylo_ops import mla_absorb, mla_attention, mla_prefill
@@ -72,8 +73,8 @@ class MultiHeadLatentAttention(nn.Module):
         self.kv_a_proj_with_mqa = nn.Linear(config.hidden_size, self.rank + self.rope, bias=False)
         self.kv_b_proj = nn.Linear(self.rank, self.kv_heads * (self.nope + self.value), bias=False)
         self.o_proj = nn.Linear(self.heads * self.value, config.hidden_size, bias=False)
-        self.q_norm = nn.RMSNorm(config.qk_head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
-        self.k_norm = nn.RMSNorm(config.qk_head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
+        self.q_norm = RMSNorm(config.qk_head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.qk_head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
 
     def forward(
         self,
@@ -128,9 +129,9 @@ class MultiHeadLatentAttention(nn.Module):
     def _projected(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """Queries [B, T, H, nope + E], not rotated, and rows as `_with_scales` has them."""
         q_latent, row = project(hidden_states, (self.q_a_proj,), (self.kv_a_proj_with_mqa,))
-        q = self.q_b_proj(q_latent).unflatten(-1, (self.heads, -1))
+        q = product(q_latent, self.q_b_proj).unflatten(-1, (self.heads, -1))
         if self.q_norm is not None:
-            q = self.q_norm(q.to(self.q_norm.weight.dtype)).to(q.dtype)  # autocast leaves the weight wide
+            q = self.q_norm(q, dtype=q.dtype)
         return q, row if self.k_norm is None else self._with_scales(row, self.k_norm)
 
     def up_projections(self) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,14 @@
 """Products with weights in fewer launches: of several at once, and into what they are added to."""
 
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 _ROWS = 8  # what rows are filled up to: those of the product then begin at multiples of 16 bytes, as kernels ask
 
@@ -50,53 +53,126 @@ def stacked(weights: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(weights)) if whole is None else whole[: sum(len(weight) for weight in weights)]
 
 
-class _Narrowed(torch.autograd.Function):
-    """Stands for one of several casts of `x`, with what a single one made of it; its gradient is a cast's."""
+class _Products(torch.autograd.Function):
+    """x [N, D] times several weights [rows, D], as one product in `dtype` in each direction.
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, narrow: Tensor) -> Tensor:
-        ctx.dtype = x.dtype
-        return narrow.detach()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0].to(ctx.dtype), None
-
-
-def reader(x: Tensor) -> Callable[[], Tensor]:
-    """Gives each product that reads `x` what autocast would cast it to, of one copy that all of them then keep.
-
-    One node a product, as autocast makes: their gradients are widened before they are added up.
+    Autocast would cast x and each weight, and widen and add up a gradient of x for each weight. This sums all of them
+    in the product and rounds once. What is kept are x and all weights in `dtype`.
     """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype, sizes: Sequence[int], *weights: Tensor) -> tuple[Tensor, ...]:
+        """[N, size] for each of `sizes`, which say how the weights' rows are shared out."""
+        narrow, whole = x.to(dtype), _cast_together(weights, dtype)
+        ctx.save_for_backward(narrow, whole)
+        ctx.dtypes, ctx.rows = (x.dtype, *(weight.dtype for weight in weights)), [len(weight) for weight in weights]
+        y = F.linear(narrow, whole)
+        return (y,) if [len(whole)] == sizes else y.split([*sizes, len(whole) - sum(sizes)], dim=-1)[:-1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, whole = ctx.saved_tensors
+        dy = _side_by_side(grads, len(whole))
+        of_x, _, _, *of_weights = ctx.needs_input_grad
+        dx = torch.mm(dy, whole).to(ctx.dtypes[0]) if of_x else None
+        dweights: list[Tensor | None] = [None] * len(ctx.rows)
+        if any(of_weights):
+            parts = _product_in(ctx.dtypes[1], dy.T, x).split([*ctx.rows, len(whole) - sum(ctx.rows)])
+            for i in (i for i, wanted in enumerate(of_weights) if wanted):
+                dweights[i] = parts[i].to(ctx.dtypes[1 + i])
+        return dx, None, None, *dweights
+
+
+def _cast_together(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Weights [rows, D] below each other in `dtype`, with rows of zeros up to a multiple of `_ROWS`."""
+    sizes = [len(weight) for weight in weights]
+    filled = -(-sum(sizes) // _ROWS) * _ROWS
+    if [filled] == sizes:
+        return weights[0].to(dtype)
+    whole = weights[0].new_empty(filled, *weights[0].shape[1:], dtype=dtype)
+    *parts, fill = whole.split([*sizes, filled - sum(sizes)])
+    for part, weight in zip(parts, weights, strict=True):
+        part.copy_(weight)
+    fill.zero_()
+    return whole
+
+
+def _side_by_side(parts: Sequence[Tensor], width: int) -> Tensor:
+    """[N, width]: parts [N, n], and zeros behind them.
+
+    The last ones from the first on that is no multiple of 16 bytes wide are joined by themselves: a copy of many
+    columns goes in accesses of 16 bytes only if all that it joins allow that.
+    """
+    wide = list(itertools.takewhile(lambda part: part.shape[1] % _ROWS == 0, parts))
+    rest = [*parts[len(wide) :]]
+    if missing := width - sum(part.shape[1] for part in parts):
+        rest.append(parts[0].new_zeros(len(parts[0]), missing))
+    joined = [*wide, *([torch.cat(rest, dim=1)] if rest else [])]
+    return joined[0] if len(joined) == 1 else torch.cat(joined, dim=1)
+
+
+def _product_in(dtype: torch.dtype, a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in `dtype`; where the device can, its fp32 sums are written as they are."""
+    if a.is_cuda and dtype == torch.float32 and a.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(a, b, out_dtype=dtype)
+    return torch.mm(a, b).to(dtype)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What a product of x is in, where that is not its own choice: under autocast."""
     device = x.device.type
-    # a compiler sees by itself that the casts are the same; meta has no autocast
+    # a compiler makes of autocast's casts what it wants; meta has no autocast
     if torch.compiler.is_compiling() or device == "meta" or not torch.is_autocast_enabled(device):
-        return lambda: x
-    dtype = torch.get_autocast_dtype(device)
-    if x.dtype in (dtype, torch.float64):  # autocast leaves both as they are
-        return lambda: x
-    narrow = x.detach().to(dtype)
-    return lambda: _Narrowed.apply(x, narrow)
+        return None
+    return None if x.dtype == torch.float64 else torch.get_autocast_dtype(device)  # which leaves that as it is
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """No more than a weight: an adapter, weights of fewer bits or cut up, and hooks are to be asked themselves."""
+    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return type(layer) is nn.Linear and not hooks and not is_traceable_wrapper_subclass(layer.weight)
 
 
 def project(x: Tensor, *groups: Iterable[nn.Linear]) -> list[Tensor]:
-    """For each group what its layers, without bias, make of x [..., D], side by side; packed weights: one product."""
+    """For each group what its layers, without bias, make of x [..., D], side by side."""
     layers = [list(group) for group in groups]
-    every = [layer for group in layers for layer in group]
-    # an adapter, or weights of fewer bits, are more than a weight: such a layer is asked itself
-    plain = all(type(layer) is nn.Linear for layer in every)
-    whole = packed([layer.weight for layer in every]) if plain else None
-    if whole is None:
-        read = reader(x) if plain else lambda: x
-        parts = ([layer(read()) for layer in group] for group in layers)
-        return [part[0] if len(part) == 1 else torch.cat(part, dim=-1) for part in parts]
-    sizes = [sum(layer.out_features for layer in group) for group in layers]
-    return list(F.linear(x, whole).split([*sizes, len(whole) - sum(sizes)], dim=-1)[:-1])
+    found = project_at_once(x, *layers)
+    if found is not None:
+        return found
+    if all(_is_plain(layer) for group in layers for layer in group):
+        x = x.to(autocast_dtype(x) or x.dtype)  # once for all of them
+    together = ([layer(x) for layer in group] for group in layers)
+    return [part[0] if len(part) == 1 else torch.cat(part, dim=-1) for part in together]
+
+
+def project_at_once(x: Tensor, *groups: Sequence[nn.Linear]) -> list[Tensor] | None:
+    """`project` as columns of one product; None where each layer is better asked by itself.
+
+    With a gradient under autocast, which casts all weights in any case; without one of weights that are packed.
+    """
+    every = [layer for group in groups for layer in group]
+    if not all(map(_is_plain, every)):
+        return None
+    weights = [layer.weight for layer in every]
+    sizes = [sum(layer.out_features for layer in group) for group in groups]
+    dtype = autocast_dtype(x)
+    if dtype is not None and torch.is_grad_enabled():
+        parts = _Products.apply(x.reshape(-1, x.shape[-1]), dtype, sizes, *weights)
+        return [part.view(*x.shape[:-1], part.shape[-1]) for part in parts]
+    whole = packed(weights)
+    return None if whole is None else list(F.linear(x, whole).split([*sizes, len(whole) - sum(sizes)], dim=-1)[:-1])
+
+
+def product(x: Tensor, layer: nn.Linear) -> Tensor:
+    """What the layer, without bias, makes of x."""
+    found = project_at_once(x, (layer,)) if torch.is_grad_enabled() else None
+    return layer(x) if found is None else found[0]
 
 
 def add_product(x: Tensor, layer: nn.Linear, residual: Tensor | None) -> Tensor:
     """What the layer, without bias, makes of x [B, T, N]; or `residual` [B, T, D], contiguous, which gets it added."""
     if residual is None:
-        return layer(x)
+        return product(x, layer)
     residual.view(-1, residual.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), layer.weight.T)
     return residual

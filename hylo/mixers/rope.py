@@ -43,6 +43,6 @@ class Rotary(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [B, T, H, E] turned pair by pair (i, i + E/2); cos, sin [B or 1, T, E]."""
+    """x [B, T, H, E] turned pair by pair (i, i + E/2), in its dtype; cos, sin [B or 1, T, E]."""
     first, second = x.chunk(2, dim=-1)
-    return x * cos[:, :, None] + torch.cat([-second, first], dim=-1) * sin[:, :, None]
+    return (x * cos[:, :, None] + torch.cat([-second, first], dim=-1) * sin[:, :, None]).to(x.dtype)

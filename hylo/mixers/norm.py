@@ -1,0 +1,35 @@
+"""The RMS norm of layers and queries."""
+
+import torch
+from torch import Tensor, nn
+
+from hylo.mixers.packing import autocast_dtype
+from hylo_ops import rms_norm
+
+
+class RMSNorm(nn.RMSNorm):
+    """PyTorch's; where a gradient is wanted, by one op with the sum before it and the cast after it."""
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, residual: Tensor | None = None, *, stream: bool = False, dtype: torch.dtype | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """[..., D] -> [..., D]; of `residual` + x if that is given, and then that sum with it, in the residual's dtype.
+
+        Args:
+            stream: x comes with it as well, for whoever goes on with that.
+            dtype: of the norm. If None, what products take it in: with a gradient autocast's where that is on.
+        """
+        assert self.eps is not None
+        total = x
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            dtype = dtype or autocast_dtype(x if residual is None else residual)
+            if residual is None:
+                y = rms_norm(x, self.weight, eps=self.eps, dtype=dtype)
+            else:
+                dtype = dtype or residual.dtype
+                y, total = rms_norm(x, self.weight, eps=self.eps, residual=residual, dtype=dtype)
+        else:
+            total = x if residual is None else residual + x
+            # autocast leaves the weight wide
+            y = super().forward(total) if dtype is None else super().forward(total.to(self.weight.dtype)).to(dtype)
+        return (y, total) if stream or residual is not None else y
