@@ -1,8 +1,8 @@
 """python -m bench.train_step: training steps at a published model's true dims, on our kernels and on other libraries'.
 
-One model with random weights and the engine's own step; between contestants only what the layers mix tokens with is
-changed, and all take turns. Tokens a second, peak memory and the share of the GPU's bf16 peak; a contestant that runs
-out of memory is an entry that says so.
+One model with random weights and the engine's own step; a contestant is the same model made of a library's layers, on
+the same parameters, and all take turns. Tokens a second, peak memory and the share of the GPU's bf16 peak; a contestant
+that runs out of memory is an entry that says so.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from bench import record, timing
 from bench.flops import PEAK_BF16, step_flop
-from bench.peers import Missing, mixers
+from bench.peers import Missing, layers, mixers
 from bench.steps import Case, Steps, most_bytes, random_steps
 from hylo.distill.layers import decoder_layers, final_hidden
 from hylo.distill.recipe import Recipe
@@ -77,30 +77,37 @@ CASES = {
 
 @dataclass(frozen=True)
 class Side:
-    """What the layers of a model mix tokens with."""
+    """What the layers of a model are made of, by the names that they have for it, and the norm behind them."""
 
-    mixers: list[nn.Module]
-    attention: str
+    layers: list[dict[str, nn.Module]]
+    norm: nn.Module
 
     def install(self, model: Any) -> None:
-        for layer, mixer in zip(decoder_layers(model), self.mixers, strict=True):
-            layer.mixer = mixer
-        model.config._attn_implementation = self.attention
+        for layer, pieces in zip(decoder_layers(model), self.layers, strict=True):
+            for name, piece in pieces.items():
+                setattr(layer, name, piece)
+        model.model.norm = self.norm
 
 
 def own_side(model: Any) -> Side:
-    return Side([layer.mixer for layer in decoder_layers(model)], model.config._attn_implementation)
+    names = ("input_layernorm", "mixer", "post_attention_layernorm", "mlp")
+    return Side([{name: getattr(layer, name) for name in names} for layer in decoder_layers(model)], model.model.norm)
 
 
 def peer_side(model: Any, ours: Side, peer: str) -> Side:
-    """The same parameters under a library's kernels, MLA with PyTorch's attention.
+    """The same parameters in a library's layers; those of MLA with PyTorch's attention.
 
     Raises:
         Missing: the library is not installed.
     """
-    kind, make = mixers.MIXERS[peer]
-    pairs = zip(model.config.mixer_types, ours.mixers, strict=True)
-    return Side([make(mixer) if one == kind else mixer for one, mixer in pairs], mixers.register_attention())
+    kind, make_mixer = mixers.MIXERS[peer]
+    make_norm, make_mlp = layers.PIECES[peer]
+    make = {"input_layernorm": make_norm, "post_attention_layernorm": make_norm, "mlp": make_mlp}
+    made = []
+    for one, pieces in zip(model.config.mixer_types, ours.layers, strict=True):
+        of_mixer = make_mixer if one == kind else mixers.SdpaMla
+        made.append({name: (make | {"mixer": of_mixer})[name](piece) for name, piece in pieces.items()})
+    return Side(made, make_norm(ours.norm))
 
 
 # ---------------------------------------------------------------- right results first

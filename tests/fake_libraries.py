@@ -192,6 +192,27 @@ def rms_norm_gated(x, g, weight, bias, eps=1e-6):
     return hylo_ops.gated_rms_norm(x, g, weight, eps=eps, norm_before_gate=True, backend="reference")
 
 
+def _fla_rms_norm(x, weight, bias, residual=None, eps=1e-5, prenorm=False, residual_in_fp32=False):
+    """The norm in x's dtype, of the sum in the residual's."""
+    assert (bias, residual_in_fp32) == (None, False)
+    assert prenorm == (residual is not None)
+    return hylo_ops.rms_norm(x, weight, eps=eps, residual=residual, backend="reference")
+
+
+def layer_norm_fn(x, weight, bias, residual=None, eps=1e-6, prenorm=False, residual_in_fp32=False, is_rms_norm=False):
+    """As its block calls it: the sum comes with the norm, which is in x's dtype."""
+    assert (bias, prenorm, residual_in_fp32, is_rms_norm) == (None, True, True, True)
+    if residual is None:
+        return hylo_ops.rms_norm(x, weight, eps=eps, backend="reference"), x.float()
+    return hylo_ops.rms_norm(x, weight, eps=eps, residual=residual, backend="reference")
+
+
+def swiglu_linear(x, y, weight, bias):
+    assert bias is None
+    assert x.dtype == y.dtype
+    return torch.nn.functional.linear(torch.nn.functional.silu(x) * y, weight)
+
+
 def causal_conv1d(x, weight, bias, activation=None, backend=None):
     assert (activation, backend) == ("silu", "triton")
     return hylo_ops.causal_conv1d(x, weight, bias, activation="silu", backend="reference")
@@ -278,6 +299,9 @@ _MODULES = {
     "flashinfer.mamba": {"selective_state_update": _flashinfer_update},
     "fla.ops.gated_delta_rule": {"chunk_gated_delta_rule": chunk_gated_delta_rule},
     "fla.modules.fused_norm_gate": {"rms_norm_gated": rms_norm_gated},
+    "fla.modules.layernorm": {"rms_norm": _fla_rms_norm},
+    "fla.modules.activations": {"swiglu_linear": swiglu_linear},
+    "mamba_ssm.ops.triton.layer_norm": {"layer_norm_fn": layer_norm_fn},
     "fla.ops.simple_gla": {"chunk_simple_gla": chunk_simple_gla},
     "fla.modules.causal_conv1d": {"causal_conv1d": causal_conv1d, "causal_conv1d_update": _fla_conv_update},
     "fla.backends": {"GluonBackend": GluonBackend},

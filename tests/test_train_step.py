@@ -10,15 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import hylo
 from bench import train_step
 from bench.flops import forward_flop, step_flop
+from bench.peers import Missing
 from bench.steps import random_steps
-from bench.train_step import CASES, TrainCase, errors, main, measure, own_side, peer_side, probe, row
+from bench.train_step import CASES, Side, TrainCase, errors, main, measure, own_side, peer_side, probe, row
 from hylo.distill import Recipe, load_recipe
 from hylo.memory import peak, stage_job
+from hylo.mixers import GatedDeltaNet, Mamba2, MultiHeadLatentAttention, norm, packing
 from tests import fake_libraries
 from tests.distill_fixtures import shipped
 
@@ -65,33 +68,53 @@ def test_ours_and_a_peer_take_turns_on_one_model(libraries: None, layout: str, p
 
 
 @pytest.mark.parametrize(("layout", "peer"), PEERS)
-def test_a_peers_mixers_compute_the_same_on_the_same_parameters(
+def test_a_peers_layers_compute_the_same_on_the_same_parameters(
     libraries: None, monkeypatch: pytest.MonkeyPatch, layout: str, peer: str
 ) -> None:
-    """Within the budget of rounding; another function in one layer is beyond it. MLA goes to PyTorch's attention."""
+    """Within the budget of rounding; another function in one layer is beyond it. Nothing of ours is in their step."""
     steps = random_steps(tiny(layout), 1, CPU, 1)
     model: Any = steps.job.student
     before = dict(model.named_parameters())
     ours = own_side(model)
     exact = probe(steps, ours, half=False)
-    attended: list[Any] = []
-    attend = train_step.mixers._attend
-    monkeypatch.setattr(train_step.mixers, "_attend", lambda *a, **b: attended.append(a) or attend(*a, **b))
+    own = errors(steps, ours, exact)
     side = peer_side(model, ours, peer)
-    assert [one is other for one, other in zip(side.mixers, ours.mixers, strict=True)] == [False, True, False]
-    assert not attended
-    own, theirs = (errors(steps, one, exact) for one in (ours, side))
+    for pieces, theirs in zip(ours.layers, side.layers, strict=True):
+        assert pieces.keys() == theirs.keys()
+        assert all(type(piece).__module__.startswith("bench.peers") for piece in theirs.values())
+    for module, name in ((packing, "project_at_once"), (norm, "rms_norm"), (hylo.model, "swiglu")):
+        monkeypatch.setattr(module, name, None)
+    for mixer in (GatedDeltaNet, Mamba2, MultiHeadLatentAttention):
+        monkeypatch.setattr(mixer, "forward", None)
+    theirs = errors(steps, side, exact)
     assert all(theirs[what] <= train_step.BUDGET * own[what] for what in own)
-    assert attended
     assert max(own.values()) < 0.03
-    first: Any = side.mixers[0]
-    norm = first.norm
-    first.norm = lambda *args, **options: 1.5 * norm(*args, **options)
-    wrong = errors(steps, side, exact)
-    assert all(wrong[what] > train_step.BUDGET * own[what] for what in own)
+    for name in ("mixer", "mlp", "post_attention_layernorm"):
+        broken = Side([{**pieces, name: Times(pieces[name])} for pieces in side.layers], side.norm)
+        wrong = errors(steps, broken, exact)
+        assert any(wrong[what] > train_step.BUDGET * own[what] for what in own), name
     ours.install(model)
     assert dict(model.named_parameters()).keys() == before.keys()
     assert all(one is before[name] for name, one in model.named_parameters())
+
+
+class Times(nn.Module):
+    """Gives more than what it stands for."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **options: Any) -> Any:
+        found = self.module(*args, **options)
+        return (4 * found[0], found[1]) if isinstance(found, tuple) else 4 * found
+
+
+def test_norms_of_queries_are_in_no_peer(libraries: None) -> None:
+    config = stage_job(tiny("4mla12gdn"), 1).student
+    config.qk_norm = True
+    with pytest.raises(Missing, match="norms of queries and keys"):
+        train_step.mixers.SdpaMla(MultiHeadLatentAttention(config, 1))
 
 
 def test_a_peer_that_is_not_there_is_wrong_or_has_no_memory_is_missing(
@@ -128,7 +151,7 @@ def test_ours_without_memory_leaves_the_peer_its_turns(libraries: None, monkeypa
     step = train_step.timed_step
 
     def full(steps: Any, side: Any, number: int) -> float:
-        if side.attention != train_step.mixers.ATTENTION:
+        if isinstance(side.norm, norm.RMSNorm):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return step(steps, side, number)
 

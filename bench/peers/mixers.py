@@ -1,7 +1,6 @@
 """Whole token mixers over other libraries' kernels, for training.
 
-Parameters and projections are ours, what lies between the projections is theirs. Installed in place of a model's own
-mixers they leave everything else as it is.
+Parameters are ours, what lies between the projections is theirs, and each projection is a layer of its own.
 """
 
 from collections.abc import Callable
@@ -10,13 +9,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface
 
-from bench.peers import imported
-from hylo.mixers import GatedDeltaNet, Mamba2
-from hylo.mixers.packing import project
-
-ATTENTION = "bench_torch_sdpa"  # the name under which transformers' attention interface has `_attend`
+from bench.peers import Missing, imported
+from hylo.mixers import GatedDeltaNet, Mamba2, MultiHeadLatentAttention
+from hylo.mixers.rope import rotate
 
 
 class FlaGatedDeltaNet(nn.Module):
@@ -37,7 +33,8 @@ class FlaGatedDeltaNet(nn.Module):
         """[B, T, D] -> [B, T, D]; no padding and no cache."""
         m, heads = self.mixer, len(self.mixer.A_log)
         sides = m.q_proj, m.k_proj, m.v_proj
-        qkv, gate, a, b = project(hidden_states, sides, (m.g_proj,), (m.a_proj,), (m.b_proj,))
+        qkv = torch.cat([side(hidden_states) for side in sides], dim=-1)
+        gate, a, b = m.g_proj(hidden_states), m.a_proj(hidden_states), m.b_proj(hidden_states)
         weight = torch.cat([m.q_conv1d.weight, m.k_conv1d.weight, m.v_conv1d.weight])
         qkv, _ = self.convolve(qkv, weight, None, activation="silu", backend="triton")
         q, k, v = (t.unflatten(-1, (heads, -1)) for t in qkv.split([side.out_features for side in sides], dim=-1))
@@ -88,23 +85,34 @@ class MambaSsmMamba2(nn.Module):
         return m.out_proj(y)
 
 
+class SdpaMla(nn.Module):
+    """MLA with PyTorch's attention as PyTorch chooses it; without norms of queries and keys."""
+
+    def __init__(self, mixer: MultiHeadLatentAttention) -> None:
+        super().__init__()
+        if mixer.q_norm is not None:
+            raise Missing("norms of queries and keys")
+        self.mixer = mixer
+
+    def forward(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **_: Any) -> Tensor:
+        """[B, T, D] -> [B, T, D]; no padding and no cache."""
+        m = self.mixer
+        q = m.q_b_proj(m.q_a_proj(hidden_states)).unflatten(-1, (m.heads, -1))
+        latent, k_rope = m.kv_a_proj_with_mqa(hidden_states).split([m.rank, m.rope], dim=-1)
+        k_nope, v = m.kv_b_proj(latent).unflatten(-1, (m.kv_heads, -1)).split([m.nope, m.value], dim=-1)
+        q_nope, q_rope = q.split([m.nope, m.rope], dim=-1)
+        k_rope = rotate(k_rope[:, :, None], *position_embeddings).expand(-1, -1, m.kv_heads, -1)
+        q = torch.cat([q_nope, rotate(q_rope, *position_embeddings)], dim=-1)
+        k = torch.cat([k_nope, k_rope], dim=-1)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        o = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=m.scaling, enable_gqa=m.heads != m.kv_heads
+        )  # fmt: skip
+        return m.o_proj(o.transpose(1, 2).flatten(2))
+
+
 # The mixer that each library has kernels for, by our name of it.
 MIXERS: dict[str, tuple[str, Callable[[Any], nn.Module]]] = {
     "fla": ("gated_deltanet", FlaGatedDeltaNet),
     "mamba_ssm": ("mamba2", MambaSsmMamba2),
 }
-
-
-def register_attention() -> str:
-    """Makes PyTorch's own choice of an attention one that a configuration can name; the name."""
-    AttentionInterface.register(ATTENTION, _attend)
-    return ATTENTION
-
-
-def _attend(
-    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, *, scaling: float, **_: Any
-) -> tuple[Tensor, None]:
-    """Causal; q [B, H, T, K], k and v with fewer heads -> [B, T, H, V]."""
-    assert attention_mask is None
-    o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
-    return o.transpose(1, 2), None
