@@ -10,7 +10,7 @@ from hylo_ops.mla_absorb.fp8 import dequantize_kv_cache, fp8_row_bytes, fp8_row_
 from hylo_ops.mla_absorb.op import mla_absorb
 from hylo_ops.mla_attention.op import mla_attention
 from hylo_ops.mla_prefill.op import mla_prefill
-from hylo_ops.rms_norm.op import rms_norm
+from hylo_ops.rms_norm.op import rms_norm, rms_norm_of_stream
 from hylo_ops.ssd.op import chunk_ssd, recurrent_ssd
 from hylo_ops.swiglu.op import swiglu
 
@@ -34,5 +34,6 @@ __all__ = [
     "recurrent_gated_delta_rule",
     "recurrent_ssd",
     "rms_norm",
+    "rms_norm_of_stream",
     "swiglu",
 ]

@@ -4,6 +4,7 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from hylo_ops import checks
 from hylo_ops.backend import Backend
@@ -158,3 +159,46 @@ def _gradients(ctx: Any, dy: Tensor | None, dtotal: Tensor | None, _: Any) -> tu
 
 
 differentiate("rms_norm", _gradients, _keep)
+
+
+def rms_norm_of_stream(
+    x: Tensor, weight: Tensor, *, eps: float, dtype: torch.dtype | None = None, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """`rms_norm` of a residual stream, and the stream for what goes on beside the norm: the gradients of both are added
+    in the pass that makes the norm's, where autograd would add them in one of its own.
+
+    Dims: D width; any dims before it.
+    Args:
+        x, weight, eps, dtype, backend: as `rms_norm` has them.
+    Returns:
+        y: [..., D], that norm.   x: [..., D], a view of the input.
+    Raises:
+        ValueError, NotImplementedError: as `rms_norm` does.
+    Numerics: as `rms_norm`; the sum of both gradients is rounded once.
+    Source: RMSNorm (arXiv 1910.07467), equation 4.
+    """
+    _check(x, weight, None, dtype)
+    y, stream = _OfStream.apply(x, weight, eps, dtype, backend)
+    return y, stream
+
+
+class _OfStream(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None, backend: str | None
+    ) -> tuple[Tensor, Tensor]:
+        y, _, rstd = _forward(x, weight, None, eps, dtype, backend)
+        ctx.set_materialize_grads(False)
+        ctx.y_dtype, ctx.backend = y.dtype, backend
+        ctx.save_for_backward(x, weight, rstd)
+        return y, x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, weight, rstd = ctx.saved_tensors
+        dy, dx = grads
+        if dy is None:
+            return dx, None, None, None, None
+        dx, _, dweight = _backward(dy, dx, x, weight, rstd, x.dtype, ctx.backend)
+        return dx, dweight, None, None, None

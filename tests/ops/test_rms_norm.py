@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hylo_ops import rms_norm
+from hylo_ops import rms_norm, rms_norm_of_stream
 from hylo_ops.testing import cast, gradients, within_budget
 
 EPS = 1e-5
@@ -213,3 +213,29 @@ def test_rejected_inputs(change, message):
 def test_a_named_backend_that_is_not_there():
     with pytest.raises(NotImplementedError, match="no backend 'tpu'"):
         run(make(), backend="tpu")
+
+
+@pytest.mark.parametrize("used", [(0, 1), (0,), (1,)])
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_a_stream_that_goes_on_has_the_gradients_of_both(dtype, used):
+    """The norm's bits, the input itself behind it, and the sum of two gradients."""
+    x = make(2, 7, 24, with_residual=False, dtype=FP32)
+
+    def of(function, **inputs):
+        return tuple(function(**inputs)[i] for i in used)
+
+    y, stream = rms_norm_of_stream(**x, eps=EPS, dtype=dtype)
+    assert torch.equal(y, rms_norm(**x, eps=EPS, dtype=dtype))
+    assert stream.data_ptr() == x["x"].data_ptr()
+    wanted = ["x", "weight"] if 0 in used else ["x"]
+    ours = gradients(partial(of, partial(rms_norm_of_stream, eps=EPS, dtype=dtype)), x, wanted)
+    eager = gradients(partial(of, lambda x, weight: (plain(x, weight, dtype=dtype), x)), x, wanted)
+    exact = gradients(partial(of, lambda x, weight: (plain(x, weight), x)), cast(x, DTYPE), wanted)
+    for name in wanted:
+        assert ours[name].dtype == FP32
+        within_budget(ours[name], eager[name], exact[name], name)
+
+
+def test_a_stream_that_goes_on_in_float64():
+    x = {name: value.requires_grad_() for name, value in make(2, 3, 5, with_residual=False).items()}
+    assert torch.autograd.gradcheck(lambda x, weight: rms_norm_of_stream(x, weight, eps=EPS), tuple(x.values()))
