@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from hylo.mixers import packing
 from hylo_ops.testing import within_budget
 from tests.test_model import make_model, tokens
 
@@ -36,3 +37,40 @@ def test_half_precision_errs_no_more_than_the_cpu(dtype):
         return copy.deepcopy(model).to(device, dtype)(tokens().to(device), use_cache=False).logits.cpu()
 
     within_budget(logits("cuda"), logits("cpu"), expected)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("layout", ["gdn", "mamba2", "mla"])
+def test_a_step_at_once_errs_no_more_than_layer_by_layer(monkeypatch, layout, checkpointing):
+    """Gradients under autocast against float64: one product each way against a product for each layer."""
+    exact = make_model(layout).train()
+    model = copy.deepcopy(exact).float().cuda()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def gradients(model, half=True):
+        device = model.device
+        model.zero_grad()
+        ids = tokens(2, 96).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            loss = model(ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        assert all(parameter.grad.dtype == parameter.dtype for parameter in model.parameters())
+        return torch.cat([parameter.grad.flatten() for parameter in model.parameters()]).cpu()
+
+    expected, found = gradients(exact, half=False), gradients(model)
+    monkeypatch.setattr(packing, "_is_plain", lambda _: False)
+    within_budget(found.bfloat16(), gradients(model).bfloat16(), expected)
+
+
+def test_weights_gradients_are_the_products_own_sums():
+    """In fp32 and not by way of 16 bits."""
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(64, n, bias=False, device="cuda") for n in (40, 24, 3)]
+    x, towards = torch.randn(2, 300, 64, device="cuda"), torch.randn(2, 300, 67, device="cuda").bfloat16()
+    with torch.autocast("cuda", torch.bfloat16):
+        (y,) = packing.project(x, layers)
+    y.backward(towards)
+    found = torch.cat([layer.weight.grad for layer in layers]).double()
+    exact = towards.flatten(0, 1).double().T @ x.flatten(0, 1).bfloat16().double()
+    assert (found - exact).norm() < 1e-5 * exact.norm()

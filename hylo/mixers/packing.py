@@ -113,8 +113,9 @@ def _side_by_side(parts: Sequence[Tensor], width: int) -> Tensor:
 
 
 def _product_in(dtype: torch.dtype, a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in `dtype`; where the device can, its fp32 sums are written as they are."""
-    if a.is_cuda and dtype == torch.float32 and a.dtype in (torch.bfloat16, torch.float16):
+    """a @ b in `dtype`; where PyTorch can, its fp32 sums are written as they are."""
+    cuda = a.is_cuda and torch.version.hip is None
+    if cuda and dtype == torch.float32 and a.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(a, b, out_dtype=dtype)
     return torch.mm(a, b).to(dtype)
 
