@@ -55,9 +55,18 @@ def step_flop(job: Job) -> StepFlop:
     teacher = 0.0
     if job.teacher is not None:
         teacher = job.batch * forward_flop(job.teacher, job.length) + head * job.teacher.hidden_size
-    mlps = 3 * job.student.hidden_size * job.student.intermediate_size * job.student.num_hidden_layers
-    return StepFlop(
-        student=3 * (forward + head * job.student.hidden_size),
-        teacher=teacher,
-        again=forward * job.checkpointing + 2.0 * job.tokens * mlps * job.tiled,
-    )
+    student = 3 * (forward + head * job.student.hidden_size)
+    return StepFlop(student=student, teacher=teacher, again=_again(job, forward))
+
+
+def _again(job: Job, forward: float) -> float:
+    """A layer, or a tile, ends with the MLP's last product, and is run again up to the last tensor that it keeps: the
+    product's factors. Of a layer in tiles that is the last tile's input."""
+    product = 2.0 * job.student.hidden_size * job.student.intermediate_size * job.student.num_hidden_layers
+    tiles = 2 * product * job.tokens if job.tiled else 0.0
+    if not job.checkpointing:
+        return tiles
+    left_out = product * job.tokens
+    if job.tile is not None and job.tiled:
+        left_out = 3 * product * ((job.tokens - 1) % job.tile + 1)
+    return forward - left_out + tiles

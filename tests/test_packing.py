@@ -1,12 +1,17 @@
 """Packed weights and sums in place: fewer launches, the same numbers, and nothing that a user of the model can tell."""
 
 import copy
+import gc
+import weakref
+from collections import Counter
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from hylo.distill.tiling import tile_mlps
 from hylo.mixers import packing
 from hylo.mixers.packing import pack_, packed, project, stacked
 from hylo_ops import fused
@@ -210,7 +215,7 @@ def test_the_function_in_float64_is_the_same_function(packed_already):
     x = torch.randn(7, 6, dtype=torch.float64, requires_grad=True)
 
     def function(x, *rows):
-        return packing._Products.apply(x, torch.float64, [8, 8], *rows)
+        return packing._products(x, torch.float64, [8, 8], rows)
 
     assert torch.autograd.gradcheck(function, (x, *weights(layers)))
     for got, want in zip(function(x, *weights(layers)), apart(x, [layers[:2], layers[2:]]), strict=True):
@@ -229,6 +234,96 @@ def test_one_copy_of_the_input_and_one_of_the_weights_wait_for_the_backward():
         ((21, 6), torch.bfloat16),
         ((32, 6), torch.bfloat16),
     }
+
+
+class Seen(TorchDispatchMode):
+    """Products by the shapes of their factors, and the storages of all results that are still alive."""
+
+    def __init__(self):
+        super().__init__()
+        self.products, self._storages = Counter(), []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.mm.default:
+            self.products[tuple(tuple(t.shape) for t in args[:2])] += 1
+        if isinstance(result, torch.Tensor):
+            self._storages.append((tuple(result.shape), result.dtype, weakref.ref(result.untyped_storage())))
+        return result
+
+    def alive(self):
+        return {(shape, dtype) for shape, dtype, storage in self._storages if storage() is not None}
+
+
+def trained(checkpointing, tile=None, half=True):
+    """Gradients of a model in training, and the products of its forward and of its backward."""
+    model = make_model("gdn", torch.float32, intermediate_size=56).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if tile is not None:
+        tile_mlps(model, tile)
+    with Seen() as forward, torch.autocast("cpu", torch.bfloat16, enabled=half):
+        loss = model(tokens(), labels=tokens(), use_cache=False).loss
+    with Seen() as backward:
+        loss.backward()
+    return [parameter.grad for parameter in model.parameters()], forward.products, backward.products
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["fp32", "bf16"])
+def test_a_layer_that_runs_again_ends_before_its_last_product(half):
+    """Of 2 x 21 tokens through four layers; what the product is of is all that its own backward reads."""
+    down, up = ((42, 56), (56, 32)), ((42, 32), (32, 112))
+    kept, recomputed = trained(False, half=half), trained(True, half=half)
+    assert all(map(torch.equal, kept[0], recomputed[0]))
+    assert (kept[1][down], recomputed[1][down]) == (4, 4)
+    others = 0 if half else 8  # towards the input of gate and up, apart
+    assert (kept[2][down], recomputed[2][down]) == (others, others)
+    if half:
+        assert (kept[2][up], recomputed[2][up]) == (0, 4)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+def test_a_tile_that_runs_again_ends_before_its_last_product(checkpointing):
+    """A layer of them runs all again but its last one, whose input is the last thing that it keeps."""
+    down, up = ((14, 56), (56, 32)), ((14, 32), (32, 112))
+    whole, (gradients, forward, backward) = trained(False), trained(checkpointing, tile=14)
+    assert forward[down] == 4 * 3
+    assert backward[down] == 4 * 2 * checkpointing
+    assert backward[up] == 4 * (3 + 2 * checkpointing)
+    for got, want in zip(gradients, whole[0], strict=True):
+        torch.testing.assert_close(got, want, rtol=0.02, atol=1e-3)
+
+
+@pytest.mark.parametrize("end", ["backward", "dropped"])
+def test_what_waits_for_the_backward_goes_with_it(end):
+    """While the graph is still there, and without the collector's help."""
+    layers = [layer.float() for layer in linears(16, 8, 3)]
+    x = torch.randn(3, 7, 6, requires_grad=True)
+    factors = {((21, 6), torch.bfloat16), ((32, 6), torch.bfloat16)}
+    gc.disable()
+    try:
+        with Seen() as seen, torch.autocast("cpu", torch.bfloat16):
+            parts = project(x, layers[:2], layers[2:])
+            loss = sum(part.float().sum() for part in parts)
+        del parts
+        assert factors <= seen.alive()
+        if end == "backward":
+            loss.backward()
+        else:
+            del loss
+        assert not factors & seen.alive()
+    finally:
+        gc.enable()
+
+
+def test_a_graph_that_is_kept_gives_its_gradients_twice():
+    layers = [layer.float() for layer in linears(16, 8)]
+    x = torch.randn(3, 6, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        (y,) = project(x, layers)
+    once = torch.autograd.grad(y.sum(), [x, *weights(layers)], retain_graph=True)
+    again = torch.autograd.grad(y.sum(), [x, *weights(layers)])
+    assert all(map(torch.equal, once, again))
 
 
 def test_joined_gradients_keep_to_16_bytes_where_they_can(monkeypatch):
@@ -253,7 +348,7 @@ def test_what_is_more_than_a_weight_is_asked_itself_in_training_too(monkeypatch,
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     else:
         layers = [layer.double() for layer in layers]
-    monkeypatch.setattr(packing, "_Products", None)
+    monkeypatch.setattr(packing, "_products", None)
     with torch.autocast("cpu", torch.bfloat16):
         found = project(x, layers)
         assert torch.equal(found[0], apart(x, [layers])[0])

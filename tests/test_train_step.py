@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import hylo
 from bench import train_step
@@ -20,6 +20,7 @@ from bench.peers import Missing
 from bench.steps import random_steps
 from bench.train_step import CASES, Side, TrainCase, errors, main, measure, own_side, peer_side, probe, row
 from hylo.distill import Recipe, load_recipe
+from hylo.distill.tiling import tile_mlps
 from hylo.memory import peak, stage_job
 from hylo.mixers import GatedDeltaNet, Mamba2, MultiHeadLatentAttention, norm, packing
 from tests import fake_libraries
@@ -282,10 +283,39 @@ def test_a_step_is_three_forwards_and_the_teachers() -> None:
     assert flop.student == 3 * (2 * forward_flop(job.student, 70) + heads * 32)
     assert flop.teacher == 2 * forward_flop(job.teacher, 70) + heads * 48
     assert (flop.again, flop.model) == (0, flop.student + flop.teacher)
-    assert step_flop(replace(job, checkpointing=True)).again == 2 * forward_flop(job.student, 70)
-    tiled = step_flop(replace(job, tile=16))
-    assert tiled.again == 2 * 140 * 3 * 3 * 32 * 48
     assert step_flop(replace(job, teacher=None)).teacher == 0
+
+
+def counted(dims: hylo.HyloConfig, tile: int | None, *, checkpointing: bool) -> int:
+    """FLOP of forward and backward of 2 x 70 tokens, with all pairs of attention; fp32 fills no columns up."""
+    model = hylo.HyloForCausalLM(dims).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if tile is not None:
+        tile_mlps(model, tile)
+    ids = torch.arange(70).repeat(2, 1)
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    formula = {attention: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
+    with FlopCounterMode(display=False, custom_mapping=formula) as counter:
+        model.model(ids, use_cache=False).last_hidden_state.sum().backward()
+    return int(counter.get_total_flops())
+
+
+@pytest.mark.parametrize("tile", [None, 16, 70, 140])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("mixer", ["mla", "gated_deltanet"])
+def test_what_runs_again_is_what_pytorch_counts_beyond_a_step_that_keeps_all(
+    mixer: str, checkpointing: bool, tile: int | None
+) -> None:
+    """140 tokens; recurrences it does not see."""
+    job = stage_job(tiny("4mla12gdn"), 1)
+    dims = hylo.HyloConfig.from_dict(job.student.to_dict() | {"mixer_types": [mixer] * 3, "layer_types": None})
+    job = replace(job, student=dims, checkpointing=checkpointing, tile=tile)
+    half_of_pairs = 2 * 3 * 4 * (8 + 8) * 70**2 if mixer == "mla" else 0
+    recurrent = 2 * 3 * 70 * 6 * 3 * 8 * 16 if mixer != "mla" else 0
+    unlike = (half_of_pairs - recurrent) * checkpointing
+    again = counted(dims, tile, checkpointing=checkpointing) - counted(dims, None, checkpointing=False)
+    assert step_flop(job).again + unlike == again
 
 
 def test_the_page_has_every_cases_flop() -> None:

@@ -53,35 +53,58 @@ def stacked(weights: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(weights)) if whole is None else whole[: sum(len(weight) for weight in weights)]
 
 
-class _Products(torch.autograd.Function):
+def _products(x: Tensor, dtype: torch.dtype, sizes: Sequence[int], weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """x [N, D] times several weights [rows, D], as one product in `dtype` in each direction.
 
     Autocast would cast x and each weight, and widen and add up a gradient of x for each weight. This sums all of them
-    in the product and rounds once. What is kept are x and all weights in `dtype`.
+    in the product and rounds once. What is kept are x and all weights in `dtype`, and that before there is a product:
+    a recomputation, which ends with the last of what is kept, does without it.
+
+    Returns:
+        [N, size] for each of `sizes`, which say how the weights' rows are shared out.
     """
+    with torch.no_grad():
+        narrow, whole = x.to(dtype).detach(), _cast_together(weights, dtype).detach()
+    return _Product.apply(_Factors.apply(narrow, whole, x, *weights), narrow, whole, sizes)
+
+
+class _Factors(torch.autograd.Function):
+    """What a product is of: keeps it, and makes the gradients."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dtype: torch.dtype, sizes: Sequence[int], *weights: Tensor) -> tuple[Tensor, ...]:
-        """[N, size] for each of `sizes`, which say how the weights' rows are shared out."""
-        narrow, whole = x.to(dtype), _cast_together(weights, dtype)
+    def forward(ctx: Any, narrow: Tensor, whole: Tensor, x: Tensor, *weights: Tensor) -> Tensor:
+        """Stands for the product, [N, rows of whole], where a gradient is handed on; has no memory or values."""
         ctx.save_for_backward(narrow, whole)
         ctx.dtypes, ctx.rows = (x.dtype, *(weight.dtype for weight in weights)), [len(weight) for weight in weights]
-        y = F.linear(narrow, whole)
-        return (y,) if [len(whole)] == sizes else y.split([*sizes, len(whole) - sum(sizes)], dim=-1)[:-1]
+        return narrow.new_empty(()).expand(len(narrow), len(whole))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, whole = ctx.saved_tensors
-        dy = _side_by_side(grads, len(whole))
-        of_x, _, _, *of_weights = ctx.needs_input_grad
+        _, _, of_x, *of_weights = ctx.needs_input_grad
         dx = torch.mm(dy, whole).to(ctx.dtypes[0]) if of_x else None
         dweights: list[Tensor | None] = [None] * len(ctx.rows)
         if any(of_weights):
             parts = _product_in(ctx.dtypes[1], dy.T, x).split([*ctx.rows, len(whole) - sum(ctx.rows)])
             for i in (i for i, wanted in enumerate(of_weights) if wanted):
                 dweights[i] = parts[i].to(ctx.dtypes[1 + i])
-        return dx, None, None, *dweights
+        return None, None, dx, *dweights
+
+
+class _Product(torch.autograd.Function):
+    """The product of what `_Factors` keeps."""
+
+    @staticmethod
+    def forward(ctx: Any, _: Tensor, narrow: Tensor, whole: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+        ctx.rows = len(whole)
+        y = F.linear(narrow, whole)
+        return (y,) if [len(whole)] == sizes else y.split([*sizes, len(whole) - sum(sizes)], dim=-1)[:-1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _side_by_side(grads, ctx.rows), None, None, None
 
 
 def _cast_together(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -159,7 +182,7 @@ def project_at_once(x: Tensor, *groups: Sequence[nn.Linear]) -> list[Tensor] | N
     sizes = [sum(layer.out_features for layer in group) for group in groups]
     dtype = autocast_dtype(x)
     if dtype is not None and torch.is_grad_enabled():
-        parts = _Products.apply(x.reshape(-1, x.shape[-1]), dtype, sizes, *weights)
+        parts = _products(x.reshape(-1, x.shape[-1]), dtype, sizes, weights)
         return [part.view(*x.shape[:-1], part.shape[-1]) for part in parts]
     whole = packed(weights)
     return None if whole is None else list(F.linear(x, whole).split([*sizes, len(whole) - sum(sizes)], dim=-1)[:-1])
