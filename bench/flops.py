@@ -61,7 +61,7 @@ def step_flop(job: Job) -> StepFlop:
 
 def _again(job: Job, forward: float) -> float:
     """A layer, or a tile, ends with the MLP's last product, and is run again up to the last tensor that it keeps: the
-    product's factors. Of a layer in tiles that is the last tile's input."""
+    product's factors. Of a layer in tiles that is the last tile's input. Attention is kept where that is selective."""
     product = 2.0 * job.student.hidden_size * job.student.intermediate_size * job.student.num_hidden_layers
     tiles = 2 * product * job.tokens if job.tiled else 0.0
     if not job.checkpointing:
@@ -69,4 +69,12 @@ def _again(job: Job, forward: float) -> float:
     left_out = product * job.tokens
     if job.tile is not None and job.tiled:
         left_out = 3 * product * ((job.tokens - 1) % job.tile + 1)
+    if job.checkpointing == "selective":
+        left_out += job.batch * _mla_attention(job.student) * job.length**2
     return forward - left_out + tiles
+
+
+def _mla_attention(config: Any) -> float:
+    """Of all MLA layers, for each token and each token of the sequence."""
+    widths = config.qk_head_dim + config.v_head_dim
+    return 1.0 * config.num_attention_heads * widths * len(config.mla_layers)

@@ -35,6 +35,7 @@ CASES = {
     "1b-8k-kept": Case(LLAMA, 1, _SHORT | {"activation_checkpointing": False}),
     "1b-8k-first": Case(LLAMA, 1, _SHORT | {"gradient_accumulation": 1}),
     "1b-64k": Case(LLAMA, 1, _LONG),
+    "1b-64k-selective": Case(LLAMA, 1, _LONG | {"activation_checkpointing": "selective"}),
     "1b-64k-tiles": Case(LLAMA, 1, _LONG | {"mlp_tile_tokens": 4096}),
     "qwen-8k": Case(QWEN, 1, {}),
     "qwen-64k-tiles": Case(QWEN, 1, _LONG | {"mlp_tile_tokens": 4096}),

@@ -62,6 +62,7 @@ def _case(recipe: str, *, fills: bool = False, **changes: Any) -> TrainCase:
 CASES = {
     "gdn-ce-8k": _case(f"{GDN}-8k", kind="ce"),
     "gdn-ce-64k": _case(f"{GDN}-64k", kind="ce"),
+    "gdn-ce-64k-selective": _case(f"{GDN}-64k", kind="ce", activation_checkpointing="selective"),
     "m2-ce-8k": _case(f"{M2}-8k", kind="ce"),
     "m2-ce-64k": _case(f"{M2}-64k", kind="ce"),
     # With the teacher of 8B.

@@ -85,6 +85,7 @@ def test_accumulation_checkpointing_and_tiles_give_the_same_run(world: Path) -> 
         "plain": {"batch_size": 4},
         "split": {"batch_size": 1, "gradient_accumulation": 4},
         "recomputed": {"batch_size": 4, "activation_checkpointing": True},
+        "selective": {"batch_size": 4, "activation_checkpointing": "selective"},
         "tiled": {"batch_size": 4, "activation_checkpointing": True, "mlp_tile_tokens": 50},
     }.items():
         values = recipe_values(world, STAGES[1] | change, output=str(world / name))
@@ -92,6 +93,7 @@ def test_accumulation_checkpointing_and_tiles_give_the_same_run(world: Path) -> 
         losses[name] = [json.loads(line)["loss"] for line in (world / name / "log.jsonl").open()]
     assert losses["split"] == pytest.approx(losses["plain"], rel=1e-4)
     assert losses["recomputed"] == pytest.approx(losses["plain"], rel=1e-5)
+    assert losses["selective"] == losses["recomputed"]
     assert losses["tiled"] == pytest.approx(losses["plain"], rel=1e-5)
 
 

@@ -21,12 +21,14 @@ from hylo.distill.layers import final_hidden
 from hylo.distill.models import meta_model
 from hylo.distill.objectives import loss_terms
 from hylo.distill.recipe import load_recipe, parse_recipe
+from hylo.distill.recomputing import recompute_layers
 from hylo.distill.table import choose_trainable
 from hylo.errors import UserError
 from hylo.memory import Job, Phase, kept_for_backward, parameter_counts, peak, phases, stage_job
 from hylo.memory.command import choices
 from hylo.memory.recipe import trainable_counts
 from tests.distill_fixtures import recipe_values
+from tests.fake_memory import CountBytes
 from tests.test_cli import one_sentence, run
 
 # One of each base, all its stages; the command itself runs on every recipe in test_published_recipes.
@@ -179,6 +181,26 @@ def test_what_a_forward_saves(tmp_path: Path, mixer: str, half: bool, way: str) 
     assert saved_bytes(model, half) == pytest.approx(kept_for_backward(job) + beside, rel=0.01)
 
 
+@pytest.mark.parametrize("half", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("mixer", ["mla", "mla-qk-norm", "gated_deltanet"])
+def test_what_selective_checkpointing_keeps_beside_the_streams(mixer: str, half: bool) -> None:
+    """To the byte: what is alive behind a forward beyond what is where attention runs again too."""
+    kind = mixer.removesuffix("-qk-norm")
+    dims = config(kind, "mamba2", kind, qk_norm=kind != mixer)
+    alive, formulas = [], []
+    for way in (True, "selective"):
+        model = hylo.HyloForCausalLM(dims).train()
+        recompute_layers(model, keep_attention=way == "selective")
+        with CountBytes() as counted, torch.autocast("cpu", torch.bfloat16, enabled=half):
+            hidden = final_hidden(model, torch.arange(LENGTH)[None] % 97)
+        counted.take()
+        alive.append(counted.take())
+        del hidden
+        formulas.append(kept_for_backward(make_job(dims, half=half, checkpointing=way)))
+    assert alive[1] - alive[0] == formulas[1] - formulas[0]
+    assert (formulas[1] > formulas[0]) == (kind == "mla")
+
+
 class WeightCopies(TorchDispatchMode):
     """What becomes of the 16-bit copies of a model's parameters, alone or below each other."""
 
@@ -244,9 +266,15 @@ def test_every_recipe_has_its_memory(path: Path, index: int) -> None:
 @pytest.mark.parametrize(("path", "index"), STAGES, ids=STAGE_IDS)
 def test_each_way_to_spare_memory_spares_some(path: Path, index: int) -> None:
     job = replace(stage_job(load_recipe(path), index), batch=1, length=65536)
-    totals = [peak(choice).total for choice in choices(job).values()]
+    found = choices(job)
+    between = {name: found.pop(name) for name in [*found] if name.startswith("selective")}
+    totals = [peak(choice).total for choice in found.values()]
     assert totals == sorted(totals, reverse=True)
-    backward = [named(choice, "backward").total for choice in choices(job).values()]
+    for name, choice in between.items():
+        less, more = (found[name.replace("selective", other)] for other in ("all kept", "checkpointing"))
+        assert peak(less).total > peak(choice).total >= peak(more).total
+        assert named(less, "backward").total > named(choice, "backward").total > named(more, "backward").total
+    backward = [named(choice, "backward").total for choice in found.values()]
     assert backward == sorted(backward, reverse=True)
     assert len(set(backward)) >= len(backward) - 1, "tiles spare nothing where the mixer's backward is the fullest"
 

@@ -13,7 +13,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("name", ["1b-align", "1b-8k", "1b-64k", "1b-64k-tiles", "m2-64k"])
+@pytest.mark.parametrize("name", ["1b-align", "1b-8k", "1b-64k", "1b-64k-selective", "1b-64k-tiles", "m2-64k"])
 def test_the_peak_of_a_step_is_the_formulas(name: str) -> None:
     gc.collect()
     torch.cuda.empty_cache()

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from hylo.distill.recomputing import recompute_layers
 from hylo.mixers import packing
 from hylo_ops.testing import within_budget
 from tests.test_model import make_model, tokens
@@ -39,14 +40,14 @@ def test_half_precision_errs_no_more_than_the_cpu(dtype):
     within_budget(logits("cuda"), logits("cpu"), expected)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("checkpointing", [False, True, "selective"], ids=["kept", "recomputed", "selective"])
 @pytest.mark.parametrize("layout", ["gdn", "mamba2", "mla"])
 def test_a_step_at_once_errs_no_more_than_layer_by_layer(monkeypatch, layout, checkpointing):
     """Gradients under autocast against float64: one product each way against a product for each layer."""
     exact = make_model(layout).train()
     model = copy.deepcopy(exact).float().cuda()
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_layers(model, keep_attention=checkpointing == "selective")
 
     def gradients(model, half=True):
         device = model.device

@@ -272,6 +272,15 @@ def test_two_processes_resume_to_the_same_bits(world: Path, forks: ForkServerCon
     assert all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
 
 
+def test_attention_is_kept_of_shared_layers_too(world: Path, forks: ForkServerContext) -> None:
+    block = {"base": str(world / "base"), "mixer": "gated_deltanet", "mla_layers": [1]}
+    settings: dict[str, Any] = {"student": {"upcycle": block}, "teacher": str(world / "wide")}
+    for processes, way in ((1, True), (2, "selective")):
+        settings["stages"] = (STAGES[1] | {"activation_checkpointing": way},)
+        assert run(forks, world, f"kept-{processes}", processes=processes, **settings) == [0] * processes
+    assert_same_run(world / "kept-2", world / "kept-1", STAGES[1:2])
+
+
 @pytest.mark.parametrize("mixer", ["gated_deltanet", "mamba2"])
 def test_a_hybrid_with_a_tied_head_and_a_wider_teacher(world: Path, forks: ForkServerContext, mixer: str) -> None:
     block = {"base": str(world / "base"), "mixer": mixer, "mla_layers": [1], "init": "aligned"}

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from hylo.distill import checkpoint as checkpoint_module
 from hylo.distill import engine as engine_module
 from hylo.distill import parse_recipe, run_recipe
+from hylo.distill.out_of_memory import enough_memory
 from hylo.errors import UserError
 from tests.distill_fixtures import make_world, recipe_values, save_llama, shrunk
 
@@ -259,12 +260,28 @@ def test_a_full_gpu_is_told_in_one_sentence_and_the_run_goes_on(world: Path, unt
         f"step {EVERY} of the stage"
     )
     smaller = [stage | {"batch_size": 1, "gradient_accumulation": 2, "mlp_tile_tokens": 8} for stage in STAGES]
+    smaller[1]["activation_checkpointing"] = "selective"
     run_here(recipe_values(world, *smaller, output=values["output"]), resume=True)
     ends = [load_file(root / "distil" / "model" / "model.safetensors") for root in (world / "crowded", untouched)]
     assert ends[0].keys() == ends[1].keys()
     larger = [stage | {"batch_size": 4} for stage in STAGES]
     with pytest.raises(UserError, match=r"'stages.0.batch_size \* gradient_accumulation' was 2 and is now 4"):
         run_here(recipe_values(world, *larger, output=values["output"]), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("way", "advice"),
+    [
+        (False, "set activation_checkpointing or "),
+        ("selective", "set activation_checkpointing to true or "),
+        (True, ""),
+    ],
+)
+def test_a_full_gpu_gets_the_advice_that_is_left(tmp_path: Path, way: Any, advice: str) -> None:
+    values = recipe_values(tmp_path, STAGES[1] | {"activation_checkpointing": way})
+    with pytest.raises(UserError) as caught, enough_memory(parse_recipe(values).stages[0], tmp_path):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    assert f"(CUDA out of memory): {advice}set batch_size to 1" in str(caught.value)
 
 
 @pytest.mark.parametrize(("fused", "device"), [(True, "meta"), (False, "cpu")])

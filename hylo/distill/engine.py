@@ -33,6 +33,7 @@ from hylo.distill.log import StageLog
 from hylo.distill.objectives import completed_parts, loss_terms
 from hylo.distill.processes import anywhere, from_first, mean_of_all, process_count, process_number
 from hylo.distill.recipe import CeStage, IldStage, KlStage
+from hylo.distill.recomputing import recompute_layers
 from hylo.distill.shards import exchange_gradients, own_parts, whole_value
 from hylo.distill.tiling import tile_mlps
 from hylo.errors import UserError
@@ -115,10 +116,11 @@ def make_optimizer(stage: IldStage | KlStage | CeStage, parameters: list[nn.Para
 def spare_memory(stage: IldStage | KlStage | CeStage, student: nn.Module, teacher: nn.Module | None) -> None:
     """Make the models trade time for memory as the stage says (docs/distillation.md).
 
-    Checkpointing is of whole layers, mixer and MLP, so nothing but the layers' inputs waits for the backward.
+    Checkpointing is of whole layers, mixer and MLP, so nothing but the layers' inputs waits for the backward, and what
+    attention returned where it is selective.
     """
     if not isinstance(stage, IldStage) and stage.activation_checkpointing:
-        student.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        recompute_layers(student, keep_attention=stage.activation_checkpointing == "selective")
     if stage.mlp_tile_tokens is not None:
         for model in (student, teacher):
             if model is not None:

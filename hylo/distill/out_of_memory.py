@@ -35,8 +35,8 @@ def enough_memory(stage: IldStage | KlStage | CeStage, checkpoints: Path) -> Ite
 def _advice(stage: IldStage | KlStage | CeStage) -> str:
     """What is left to set, the cheapest first."""
     found = []
-    if not isinstance(stage, IldStage) and not stage.activation_checkpointing:
-        found.append("set activation_checkpointing")
+    if not isinstance(stage, IldStage) and stage.activation_checkpointing is not True:
+        found.append("set activation_checkpointing" + " to true" * bool(stage.activation_checkpointing))
     if stage.batch_size > 1:
         each, times = stage.batch_size // 2, stage.gradient_accumulation * 2
         found.append(f"set batch_size to {each} and gradient_accumulation to {times}")

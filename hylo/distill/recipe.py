@@ -16,6 +16,7 @@ from hylo.errors import UserError
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 RESERVED = ("student", "tensorboard", "run.json", "log.jsonl")  # other entries of the output directory
+Checkpointing = Literal[False, True, "selective"]  # of whole layers; selective but for attention
 StageName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 
 
@@ -211,7 +212,7 @@ class KlStage(StageBase):
     direction: Literal["forward", "reverse"] = "forward"
     ce_weight: Annotated[float, Field(ge=0)] = 0.0
     kl_chunk_tokens: PositiveInt = 4096
-    activation_checkpointing: bool = False
+    activation_checkpointing: Checkpointing = False
 
 
 class CeStage(StageBase):
@@ -219,7 +220,7 @@ class CeStage(StageBase):
 
     kind: Literal["ce"]
     kl_chunk_tokens: PositiveInt = 4096
-    activation_checkpointing: bool = False
+    activation_checkpointing: Checkpointing = False
 
 
 Stage = Annotated[IldStage | KlStage | CeStage, Field(discriminator="kind")]

@@ -68,9 +68,14 @@ def _kept_by_mla(config: Any, numbers: Numbers) -> int:
     row = config.kv_lora_rank + config.qk_rope_head_dim
     if numbers.cuda and not numbers.half:
         shared = heads  # the one attention that takes fp32 wants keys and values for every head
-    attention = e * (heads + shared) * (keys + values) + 4 * heads  # q, k, v, o and the sums of exponentials
+    attention = e * (heads * keys + shared * (keys + values)) + kept_by_attention(config, numbers)  # q, k, v before it
     queries = numbers.input(config.hidden_size) + numbers.joined(config.q_lora_rank + row, of=config.q_lora_rank)
     return queries + e * row + attention + (_kept_by_qk_norm(config, numbers) if config.qk_norm else 0)
+
+
+def kept_by_attention(config: Any, numbers: Numbers) -> int:
+    """What it returns: o and, in fp32, the log-sums of its weights."""
+    return config.num_attention_heads * (numbers.size * config.v_head_dim + 4)
 
 
 def _kept_by_qk_norm(config: Any, numbers: Numbers) -> int:

@@ -81,6 +81,8 @@ def choices(job: Job) -> dict[str, Job]:
     return {
         "all kept": replace(job, checkpointing=False, tile=None),
         f"all kept, {tiles}": replace(job, checkpointing=False, tile=tile),
+        "selective": replace(job, checkpointing="selective", tile=None),
+        f"selective, {tiles}": replace(job, checkpointing="selective", tile=tile),
         "checkpointing": checkpointed,
         f"checkpointing, {tiles}": replace(checkpointed, tile=tile),
     }
@@ -105,7 +107,8 @@ def cache_table(job: Job, gpu_gib: float) -> Table:
 
 
 def _what(job: Job) -> str:
-    ways = ["checkpointing"] * job.checkpointing + [f"tiles of {job.tile}"] * (job.tile is not None)
+    checkpointing = {False: [], True: ["checkpointing"], "selective": ["selective checkpointing"]}[job.checkpointing]
+    ways = checkpointing + [f"tiles of {job.tile}"] * (job.tile is not None)
     shared = f", shared by {job.gpus} GPUs" if job.gpus > 1 else ""
     otherwise = "a layer at a time" if job.kind == "ild" else "all kept"
     return f"{job.kind}, {job.batch} x {job.length} tokens, {', '.join(ways) or otherwise}{shared}"

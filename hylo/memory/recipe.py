@@ -42,7 +42,7 @@ def stage_job(recipe: Recipe, index: int, *, gpus: int = 1, length: int | None =
         length=length or stage.sequence_length,
         accumulates=stage.gradient_accumulation > gpus,  # its passes are all GPUs' together
         half=recipe.precision == "bf16",
-        checkpointing=whole is not None and whole.activation_checkpointing,
+        checkpointing=False if whole is None else whole.activation_checkpointing,
         tile=stage.mlp_tile_tokens,
         chunk=1 if whole is None else whole.kl_chunk_tokens,
         trainable=trainable_counts(student, stage.trainable),

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from hylo.config import HyloConfig
+from hylo.distill.recipe import Checkpointing
 from hylo.memory import activations, shares
 from hylo.memory.activations import STREAM, Numbers
 from hylo.memory.counts import Counts, parameter_counts, up_projection
@@ -25,7 +26,7 @@ class Job:
         batch, length: sequences, and tokens of each.
         accumulates: each GPU has several micro-batches in a step, so gradients are there from the first one on.
         half: autocast in bf16, and a teacher in bf16.
-        checkpointing: layers keep their input alone.
+        checkpointing: layers keep their input alone, "selective" what attention returned as well.
         tile: tokens that an MLP sees at one time; None for all.
         chunk: tokens whose logits exist at one time.
         trainable: what gets gradients.
@@ -40,7 +41,7 @@ class Job:
     length: int
     accumulates: bool
     half: bool
-    checkpointing: bool
+    checkpointing: Checkpointing
     tile: int | None
     chunk: int
     trainable: Counts
@@ -113,7 +114,7 @@ def kept_for_backward(job: Job) -> int:
     """What stays between forward and backward of the student up to its final norm, weights left out."""
     layers = len(job.trainable.layers)
     within_all = job.tokens * (TOKEN + activations.FACTOR) + _rotation(job)
-    return within_all + _streams(job, layers) + (0 if job.checkpointing else sum(_own(job, i) for i in range(layers)))
+    return within_all + _streams(job, layers) + sum(_waiting(job, i) for i in range(layers))
 
 
 # ---------------------------------------------------------------- what is always there
@@ -208,6 +209,14 @@ def _own(job: Job, layer: int) -> int:
     return job.tokens * activations.kept_by_layer(job.student, mixers[layer], job.numbers, tiled=job.tiled)
 
 
+def _waiting(job: Job, layer: int) -> int:
+    """What of that waits for the layer's backward and is not made again there."""
+    if not job.checkpointing:
+        return _own(job, layer)
+    attends = job.checkpointing == "selective" and layer in job.student.mla_layers
+    return job.tokens * activations.kept_by_attention(job.student, job.numbers) if attends else 0
+
+
 def _own_weights(job: Job, layer: int) -> int:
     """Copies of a layer's weights that its backward reads."""
     if job.half:
@@ -225,9 +234,9 @@ def _kept_weights(job: Job, layer: int) -> int:
 
 
 def _layer_backward(job: Job, layer: int) -> Phase:
-    """The layer's own tensors are there, kept or made again; with checkpointing no other's."""
-    before = range(0 if job.checkpointing else layer)
-    kept = _streams(job, layer) + _rotation(job) + sum(_own(job, i) for i in before)
+    """The layer's own tensors are there, kept or made again; of those before it what waits for their backward."""
+    before = range(layer)
+    kept = _streams(job, layer) + _rotation(job) + sum(_waiting(job, i) for i in before)
     copies = sum(_kept_weights(job, i) for i in before) + _own_weights(job, layer)
     own, room = _fullest(job, layer)
     done = len(job.trainable.layers) - layer
