@@ -41,8 +41,8 @@ class Mlp(nn.Module):
         return add_product(wide, self.down_proj, residual)
 
     def _gated_at_once(self, x: Tensor) -> Tensor | None:
-        """For a gradient: both halves of one product, and one op of them."""
-        if not (self._silu and torch.is_grad_enabled()):
+        """Both halves of one product, and one op of them; None where that is not for this activation or weights."""
+        if not self._silu:
             return None
         found = project_at_once(x, (self.gate_proj, self.up_proj))
         return None if found is None else swiglu(found[0])
