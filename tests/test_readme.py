@@ -9,6 +9,7 @@ import pytest
 from typer.main import get_command
 
 from hylo.cli import app
+from hylo.extension import ExtensionReport
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -74,3 +75,16 @@ def test_the_recorded_quickstart_meets_its_bar():
     quickstart = json.loads((ROOT / "docs" / "results" / "quickstart.json").read_text())
     assert quickstart["loss_after_kd"] <= 1.1 * quickstart["teacher_loss"]
     assert quickstart["cache_percent"] <= 10
+
+
+def test_the_recorded_length_extension_meets_its_bars_and_is_quoted():
+    report = ExtensionReport.model_validate_json((ROOT / "docs" / "results" / "extension" / "report.json").read_text())
+    page = (ROOT / "docs" / "long-context.md").read_text()
+    hybrids = list(report.hybrids.values())
+    assert all(met for hybrid in hybrids for met in hybrid.met.values())
+    measured = [report.teacher, *(one for hybrid in hybrids for one in (hybrid.before, hybrid.after))]
+    for window in ("short", "long"):
+        assert " | ".join(f"{getattr(one, window).loss:.3f}" for one in measured) in page, window
+    for one in measured:
+        for grid in one.needle.values():
+            assert f"{grid.mode} | " + " | ".join(f"{100 * share:.0f}" for share in grid.by_length) in page
