@@ -2,12 +2,15 @@
 
 Random bf16 weights. The published hybrids run on `hylo.inference.Engine`, Llama of the same dims on transformers:
 static cache, SDPA, prefill in chunks, its decode step eager or compiled to CUDA graphs. Each is checked against one
-pass of its model before the clock starts. Contexts are read, or random numbers in the caches, and labelled so.
+pass of its model before the clock starts. Contexts are read, or random numbers in the caches, and labelled so. Before
+a prompt's clock starts, one with blocks of all its shapes is read: it makes kernels, plans of attention and graphs.
 """
 
 import argparse
 import gc
+import inspect
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +28,7 @@ from bench.flops import forward_flop
 from bench.models import on_device
 from hylo.errors import UserError
 from hylo.inference import Engine
+from hylo_ops import mla_prefill
 from hylo_ops.testing import relative_error
 
 _LLAMA = {"vocab_size": 128256, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "tie_word_embeddings": True}
@@ -38,12 +42,15 @@ DEFAULT_MODELS = ["Llama-4MLA12GDN", "Llama-14MLA14GDN", "Llama-6MLA22M2", *DENS
 # Of bf16 logits against another order of the same sums: 0.05 at 28 layers. A wrong cache gives about 1.
 _LARGEST_ERROR = 0.1
 _STEP = 8192  # tokens to which the longest cache that fits is found
+_SLICE: int = inspect.signature(mla_prefill).parameters["slice_tokens"].default
 
 
 class Runner(Protocol):
     """A model with caches for `batch` sequences."""
 
     cache_bytes: int
+    chunk: int  # tokens read at a time
+    period: int  # tokens after which blocks of the same shapes are read again
 
     def prefill(self, ids: Tensor) -> Tensor:
         """Reads ids [B, T]; logits [B, vocabulary] of the last token."""
@@ -59,7 +66,7 @@ class Hybrid:
     """On the engine of this library."""
 
     def __init__(self, model: hylo.HyloForCausalLM, batch: int, capacity: int, chunk: int) -> None:
-        self._batch = batch
+        self._batch, self.chunk, self.period = batch, chunk, math.lcm(chunk, _SLICE)
         self._engine = Engine(model, batch=batch, capacity=capacity, chunk=chunk)
         self.cache_bytes = self._engine.pools.row_bytes + self._engine.pools.state_bytes
 
@@ -80,7 +87,7 @@ class Dense:
     def __init__(
         self, model: LlamaForCausalLM, batch: int, capacity: int, chunk: int, *, compiled: bool = False
     ) -> None:
-        self._model, self._chunk = model, chunk
+        self._model, self.chunk, self.period = model, chunk, chunk
         self._cache = StaticCache(config=model.config, max_cache_len=capacity)
         self._step: Callable[..., Any] = model
         if compiled:
@@ -95,7 +102,7 @@ class Dense:
 
     def prefill(self, ids: Tensor) -> Tensor:
         self._cache.reset()
-        for piece in ids.split(self._chunk, dim=1):
+        for piece in ids.split(self.chunk, dim=1):
             self._logits = self._forward(self._model, piece.to(self._model.device))
         return self._logits
 
@@ -224,7 +231,7 @@ def row_of(model: Any, options: argparse.Namespace, length: int, filled: bool) -
         if filled:
             runner.fill(length)
         else:
-            runner.prefill(ids[:, : 2 * options.chunk])
+            runner.prefill(ids[:, : opening(length, runner.chunk, runner.period)])
         for _ in runner.tokens(min(4, options.new)):
             pass
         row |= measure(runner, ids, length, options.new, filled)
@@ -236,6 +243,15 @@ def row_of(model: Any, options: argparse.Namespace, length: int, filled: bool) -
     row["step_bytes"] = step_bytes(model, runner, capacity, length)
     row["step_tb_per_second"] = row["step_bytes"] / row["tpot_ms"] / 1e9
     return row
+
+
+def opening(length: int, chunk: int, period: int) -> int:
+    """Tokens of a prompt with blocks of all shapes that one of `length` has: as long, or shorter by whole periods.
+
+    A chunk's shapes are how many tokens it has, and how many more than whole slices stand before it. So what is read
+    has a chunk with a whole slice before it, and ends as `length` does.
+    """
+    return min(length, period + chunk + (length - chunk) % period)
 
 
 def longest(fits: Callable[[int], bool], step: int = _STEP) -> int:

@@ -9,6 +9,7 @@ from torch import nn
 import hylo
 from bench import inference
 from bench.inference import Dense, Hybrid, check, longest, measure, parse, prefill_flop, prompt, rows_of, step_bytes
+from hylo_ops.mla_prefill.sliced import _slices
 from tests import tiny
 
 
@@ -57,6 +58,38 @@ def test_rows(tiny_models, name):
         assert row["tpot_ms"] > 0
         assert row["tokens_per_second"] == pytest.approx(2 / (row["tpot_ms"] / 1000))
     assert read["prefill_tflops"] == pytest.approx(read["prefill_flop"] / read["ttft_s"] / 1e12)
+
+
+def shapes(length, chunk, slice_tokens):
+    """Queries and keys of each block of a prompt, and whether it is causal."""
+    found = set()
+    for past in range(0, length, chunk):
+        end = min(past + chunk, length)
+        for first, last in _slices(past, end, slice_tokens):
+            found |= {(last - first, last - first, True)} if first >= past else set()
+            found.add((end - max(past, last), last - first, False))
+    return {shape for shape in found if shape[0] > 0}
+
+
+@pytest.mark.parametrize(("chunk", "slice_tokens"), [(8, 32), (8, 8), (32, 8), (6, 32), (20, 16)])
+def test_the_opening_has_all_shapes_of_a_prompt(chunk, slice_tokens):
+    period = math.lcm(chunk, slice_tokens)
+    for length in range(1, 4 * period + 2 * chunk):
+        opening = inference.opening(length, chunk, period)
+        assert shapes(opening, chunk, slice_tokens) == shapes(length, chunk, slice_tokens), length
+        assert opening <= length
+        assert opening < 2 * period + chunk
+
+
+@pytest.mark.parametrize(
+    ("kind", "make", "opening"), [(Hybrid, tiny.hylo, 16 + 8 + 12), (Dense, tiny.llama, 8 + 8 + 4)]
+)
+def test_the_opening_is_read_before_the_clock_starts(monkeypatch, kind, make, opening):
+    read, original = [], kind.prefill
+    monkeypatch.setattr(kind, "prefill", lambda self, ids: (read.append(ids.shape[1]), original(self, ids))[1])
+    monkeypatch.setattr(inference, "_SLICE", 16)
+    inference.row_of(make(), options_of(), 100, filled=False)
+    assert read == [opening, 100]
 
 
 def test_what_does_not_fit_is_a_row(tiny_models, monkeypatch):
