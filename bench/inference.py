@@ -11,6 +11,7 @@ import gc
 import inspect
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -43,6 +44,13 @@ DEFAULT_MODELS = ["Llama-4MLA12GDN", "Llama-14MLA14GDN", "Llama-6MLA22M2", *DENS
 _LARGEST_ERROR = 0.1
 _STEP = 8192  # tokens to which the longest cache that fits is found
 _SLICE: int = inspect.signature(mla_prefill).parameters["slice_tokens"].default
+_PRINTED = {
+    "ttft_s": "ttft {:.3f} s",
+    "tpot_ms": "tpot {:.3f} ms",
+    "step_tb_per_second": "{:.2f} TB/s",
+    "peak_gib": "{:.2f} GiB",
+    "failed": "{}",
+}
 
 
 class Runner(Protocol):
@@ -236,13 +244,18 @@ def row_of(model: Any, options: argparse.Namespace, length: int, filled: bool) -
             pass
         row |= measure(runner, ids, length, options.new, filled)
     except (torch.OutOfMemoryError, UserError) as error:
-        return row | {"failed": str(error).splitlines()[0]}
+        return row | {"failed": first_sentence(error)}
     row |= {"cache_gib": runner.cache_bytes / 2**30, "prefill_flop": options.batch * prefill_flop(model.config, length)}
     if not filled:
         row["prefill_tflops"] = row["prefill_flop"] / row["ttft_s"] / 1e12
     row["step_bytes"] = step_bytes(model, runner, capacity, length)
     row["step_tb_per_second"] = row["step_bytes"] / row["tpot_ms"] / 1e9
     return row
+
+
+def first_sentence(error: Exception) -> str:
+    """Without the page of advice that follows in CUDA's messages."""
+    return re.split(r"(?<=\.)\s|\n", str(error), maxsplit=1)[0]
 
 
 def opening(length: int, chunk: int, period: int) -> int:
@@ -309,19 +322,31 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return options
 
 
+def line(row: dict[str, Any]) -> str:
+    """A row in short, as it is printed."""
+    where = f"{row['model']}, {row['batch']} x {row['length']}, {row['context']}"
+    found = [form.format(row[name]) for name, form in _PRINTED.items() if row.get(name) is not None]
+    return f"{where}: {', '.join(found)}" if found else where
+
+
+def run(options: argparse.Namespace, device: torch.device) -> None:
+    """Every row is printed and written at once: a run that is stopped keeps what it has."""
+    result: dict[str, Any] = {"meta": record.meta(options.commit), "rows": []}
+    for name in options.models:
+        for row in rows_of(name, options, device):
+            result["rows"].append(row)
+            print(line(row), flush=True)
+            if options.out is not None:
+                options.out.write_text(json.dumps(result, indent=1) + "\n")
+        _release()
+
+
 def main() -> int:
     options = parse()
     if not torch.cuda.is_available():
         print("error: this needs an NVIDIA GPU, and torch finds none here", file=sys.stderr)
         return 2
-    result: dict[str, Any] = {"meta": record.meta(options.commit), "rows": []}
-    for name in options.models:
-        for row in rows_of(name, options, torch.device("cuda")):
-            result["rows"].append(row)
-            print(json.dumps(row), flush=True)
-            if options.out is not None:
-                options.out.write_text(json.dumps(result, indent=1) + "\n")
-        _release()
+    run(options, torch.device("cuda"))
     return 0
 
 

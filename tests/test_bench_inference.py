@@ -1,5 +1,6 @@
 """The inference benchmark at tiny dims on a CPU: both sides are the models they say, and what is counted is right."""
 
+import json
 import math
 
 import pytest
@@ -94,12 +95,42 @@ def test_the_opening_is_read_before_the_clock_starts(monkeypatch, kind, make, op
 
 def test_what_does_not_fit_is_a_row(tiny_models, monkeypatch):
     def full(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory.\nA page of text")
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 32.02 GiB. GPU 0 has\na page of text")
 
     monkeypatch.setattr(Dense, "fill", full)
     read, filled = rows_of("Llama-3.2-1B", options_of(), torch.device("cpu"))
     assert "failed" not in read
     assert filled["failed"] == "CUDA out of memory."
+
+
+def test_a_stopped_run_keeps_its_rows(tiny_models, monkeypatch, tmp_path, capsys):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(inference.record, "meta", lambda commit: {"commit": commit})
+    monkeypatch.setattr(Dense, "fill", stopped)
+    file = tmp_path / "inference.json"
+    options = options_of("--models", "Llama-6MLA22M2", "Llama-3.2-1B", "--commit", "abc", "--out", str(file))
+    with pytest.raises(KeyboardInterrupt):
+        inference.run(options, torch.device("cpu"))
+    result = json.loads(file.read_text())
+    assert result["meta"] == {"commit": "abc"}
+    found = [(row["model"], row["length"], row["context"]) for row in result["rows"]]
+    assert found == [("Llama-6MLA22M2", 20, "read"), ("Llama-6MLA22M2", 40, "filled"), ("Llama-3.2-1B", 20, "read")]
+    assert capsys.readouterr().out.splitlines() == [inference.line(row) for row in result["rows"]]
+
+
+def test_a_row_is_printed_in_short():
+    row = {"model": "Llama-3.2-1B", "batch": 64, "length": 8192, "context": "read", "parameters": 5}
+    times = {"ttft_s": 1.2345, "tpot_ms": 2.3456, "step_tb_per_second": 1.888, "peak_gib": 3.777}
+    start = "Llama-3.2-1B, 64 x 8192, read"
+    assert inference.line(row | times) == f"{start}: ttft 1.234 s, tpot 2.346 ms, 1.89 TB/s, 3.78 GiB"
+    assert inference.line(row | times | {"ttft_s": None}) == f"{start}: tpot 2.346 ms, 1.89 TB/s, 3.78 GiB"
+    assert inference.line(row | {"failed": "CUDA out of memory."}) == f"{start}: CUDA out of memory."
+    assert (
+        inference.line(row | {"context": "longest cache that fits"})
+        == "Llama-3.2-1B, 64 x 8192, longest cache that fits"
+    )
 
 
 def test_the_longest_cache_is_found():
