@@ -47,7 +47,7 @@ class Size:
 
 SIZES = {
     "small": Size(layers=4, length=2048, batch_size=2, gradient_accumulation=8, changes={"vocab_size": 32768}),
-    "1b": Size(layers=16, length=8192, batch_size=1, gradient_accumulation=8),
+    "1b": Size(layers=16, length=8192, batch_size=4, gradient_accumulation=2),
 }
 
 

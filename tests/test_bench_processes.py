@@ -3,7 +3,8 @@
 import pytest
 
 from bench import processes
-from bench.processes import Size, compare
+from bench.processes import ROOT, SIZES, Size, compare
+from hylo.distill import load_recipe
 
 TINY = Size(
     layers=2,
@@ -35,3 +36,12 @@ def test_more_processes_than_gpus_are_refused(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["bench.processes"])
     assert processes.main() == 2
     assert capsys.readouterr().err == "error: 2 processes need a GPU each, and torch finds 1\n"
+
+
+def test_a_step_at_1b_is_of_the_recipes_batches():
+    """One process makes two passes of four sequences in a step, two make one each."""
+    stages = load_recipe(ROOT / "recipes" / "llama-3.2-1b-4mla12gdn-8k.yaml").stages
+    (recipe,) = (stage for stage in stages if stage.name == "distil-8k")
+    size = SIZES["1b"]
+    assert (size.length, size.batch_size) == (recipe.sequence_length, recipe.batch_size)
+    assert size.batch_size * size.gradient_accumulation == 8
