@@ -85,6 +85,19 @@ class MlaStep:
 
     def why_not(self, tensors: tuple[Tensor | None, ...], key_scale: int | None, /) -> str | None: ...
 
+class SkinnyLinear:
+    """Products of few rows with weights, from tensors to y. What it does not take it answers with the reason."""
+
+    def __init__(
+        self, torch: ModuleType, load: Callable[[int, str, int, int, int], Kernel | str], device_type: int = 2
+    ) -> None: ...
+    def run(
+        self, x: Tensor, weight: Tensor, residual: Tensor | None, swiglu: bool, constant: bool, cluster: int = 0
+    ) -> Tensor | str:
+        """The residual is updated in place, and given back. cluster: blocks that share K; 0: as many as suit it."""
+
+    def why_not(self, x: Tensor, weight: Tensor, residual: Tensor | None, swiglu: bool, /) -> str | None: ...
+
 class SsdStep:
     """The decode step of the scan, from tensors to its result. What it does not take it answers with the reason.
 

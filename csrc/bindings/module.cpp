@@ -5,6 +5,7 @@
 #include "bindings/gated_delta_rule_step.h"
 #include "bindings/mla_absorb.h"
 #include "bindings/mla_step.h"
+#include "bindings/skinny_linear.h"
 #include "bindings/ssd_step.h"
 #include "common/driver.h"
 #include "gated_delta_rule/launch_chunk.h"
@@ -61,6 +62,7 @@ PYBIND11_MODULE(_C, m) {
   hylo::define_gated_delta_rule_step(m);
   hylo::define_mla_absorb(m);
   hylo::define_mla_step(m);
+  hylo::define_skinny_linear(m);
   hylo::define_ssd_steps(m);
   using hylo::gated_rms_norm::BackwardGrid;
   m.def("gated_rms_norm_forward", &hylo::gated_rms_norm::forward, no_gil());

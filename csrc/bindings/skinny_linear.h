@@ -1,0 +1,44 @@
+// Products of few rows, from torch tensors to their result in one call.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "bindings/loaded_kernels.h"
+#include "bindings/torch_tensors.h"
+#include "skinny_linear/launch.h"
+
+namespace hylo {
+
+class SkinnyLinear {
+ public:
+  // load(device, type, B, shared_bytes, max_cluster): the kernel compiled for that, or a str, the reason why there is
+  // none. device_type: DLPack's number; another than CUDA's is for tests with an emulated driver.
+  SkinnyLinear(const pybind11::module_& torch, pybind11::object load, int device_type);
+
+  // Gives y, which is the residual where there is one, or a str: the reason why these inputs are not taken. residual:
+  // a tensor or None. constant: no kernel that may still run writes the weights. cluster: blocks that share K; what
+  // suits the inputs if 0.
+  pybind11::object run(pybind11::handle x, pybind11::handle weight, pybind11::handle residual, bool swiglu,
+                       bool constant, int cluster);
+
+  // That reason, or None.
+  pybind11::object why_not(pybind11::handle x, pybind11::handle weight, pybind11::handle residual, bool swiglu);
+
+ private:
+  using Kernels = LoadedKernels<skinny_linear::Kind>;
+
+  std::string view(pybind11::handle x, pybind11::handle weight, pybind11::handle residual,
+                   skinny_linear::Inputs& inputs) const;
+  const Kernels::Loaded& loaded(const skinny_linear::Kind& kind);
+
+  TorchTensors torch_;
+  pybind11::object load_;
+  int device_type_;
+  Kernels kernels_;
+};
+
+void define_skinny_linear(pybind11::module_& m);
+
+}  // namespace hylo

@@ -1,0 +1,44 @@
+// The launcher of products of few rows, that the bindings expose.
+#pragma once
+
+#include <string>
+
+#include "common/driver.h"
+#include "common/tensor.h"
+
+namespace hylo::skinny_linear {
+
+struct Inputs {
+  Tensor x;         // [B, K]
+  Tensor weight;    // [N, K]; with `swiglu` [2 N, K], gate rows first
+  Tensor residual;  // [B, N]
+  bool has_residual = false, swiglu = false;
+};
+
+// What a kernel is compiled for.
+struct Kind {
+  int device;
+  ElementType type;
+  int B;
+
+  bool operator==(const Kind& other) const { return device == other.device && type == other.type && B == other.B; }
+};
+
+// Columns of y.
+std::int64_t outputs_of(const Inputs& inputs);
+
+// The reason why no kernel takes these inputs on devices of a type, or an empty string. Looks at all that the op asks
+// of shapes and types.
+std::string why_not(const Inputs& inputs, int device_type);
+
+// The following are of inputs that why_not lets pass.
+Kind kind_of(const Inputs& inputs);
+
+// Blocks that share K, that suit them. What they add up to depends on this number: it does not depend on B.
+int cluster_of(const Inputs& inputs);
+int most_blocks_of_cluster(const Inputs& inputs);
+
+// y [B, N] is contiguous: the residual, which is added to, or not. constant: no kernel that may still run writes weights.
+void launch(const Kernel& kernel, const Inputs& inputs, int cluster, bool constant, void* y, void* stream);
+
+}  // namespace hylo::skinny_linear

@@ -1,0 +1,23 @@
+// What the host hands to the kernel. Plain data, the same layout on both sides.
+#pragma once
+
+#include "common/divider.h"
+#include "common/tensor_map.h"
+
+namespace hylo::skinny_linear {
+
+struct Params {
+  TensorMap weights;  // K, rows of a half, halves: gate and up, or all in one
+  TensorMap x;        // K, B
+  void* y;            // [B, N], contiguous; what it holds is added to where it is the residual
+  int batch, columns;  // B, N
+  int cluster;         // blocks that share K
+  int share;           // rows of y that each of them finishes
+  int tiles, more;     // of K, that each of them takes; how many of them take one more
+  int stages;
+  bool constant;  // whether no kernel that may still run writes weights
+  bool swiglu, adds;
+  Divider by_share;
+};
+
+}  // namespace hylo::skinny_linear

@@ -1,0 +1,77 @@
+"""The CUDA backend of products of few rows: one call into `hylo_ops._C` checks, allocates and launches.
+
+What its kernel takes is decided in one place, csrc/skinny_linear/launch.cpp.
+"""
+
+import functools
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hylo_ops import cubin
+
+if TYPE_CHECKING:
+    from hylo_ops._C import Kernel, SkinnyLinear
+
+KERNEL = "skinny_linear_fwd_kernel_y"
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor | None,
+    swiglu: bool,
+    constant: bool,
+    *,
+    cluster: int = 0,
+    cubin_source: str | None = None,
+) -> Tensor:
+    """The op's forward: one launch on the current stream, never synchronises.
+
+    It begins while the kernel ahead of it ends. The first call of a type and number of rows loads its kernel, which a
+    CUDA graph cannot capture.
+
+    Args:
+        residual: is added to in place, and given back.
+        constant: no kernel that may still run writes `weight`; it is read before they have ended.
+        cluster: thread blocks that share K, up to 8, with 128 columns for each at least; 0 takes what suits N and K. y
+            depends on it in its last bits.
+        cubin_source: None | "packaged" | "nvrtc", as `hylo_ops.cubin.device_code` has it.
+    Raises:
+        NotImplementedError: the inputs are not for this backend; the message says why.
+    """
+    y = _native(cubin_source).run(x, weight, residual, swiglu, constant, cluster)
+    if isinstance(y, str):
+        raise NotImplementedError(y)
+    return y
+
+
+def why_not(x: Tensor, weight: Tensor, residual: Tensor | None, swiglu: bool, *_: object) -> str | None:
+    """The reason why `forward` cannot take these inputs, or None."""
+    if not x.is_cuda:
+        return f"x is on {x.device}, not on a CUDA device"
+    if (reason := cubin.why_not_native()) is not None:
+        return reason
+    return _native(None).why_not(x, weight, residual, swiglu)
+
+
+@functools.cache
+def _native(source: str | None) -> "SkinnyLinear":
+    return cubin.native().SkinnyLinear(torch, functools.partial(_load, source))
+
+
+def spec(dtype: str, B: int) -> cubin.Spec:
+    """Of the kernel for a type, by the build's name, and up to so many rows: 16, 32 or 64."""
+    return cubin.Spec("skinny_linear", (("T", dtype), ("B", B)))
+
+
+def _load(
+    source: str | None, device: int, dtype: str, B: int, shared_bytes: int, max_cluster: int
+) -> "Kernel | str":
+    """The kernel of a kind, or the reason why there is none."""
+    kind = spec(dtype, B)
+    reason = cubin.why_not_device(device) or cubin.why_not(kind)
+    if reason is not None:
+        return reason
+    return cubin.load(kind, KERNEL, device, shared_bytes=shared_bytes, max_cluster=max_cluster, source=source)

@@ -1,0 +1,67 @@
+"""Runs every case on CPU tensors and the emulated driver; prints the verdicts as JSON."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from hylo_ops import cubin
+from hylo_ops.cubin import Spec
+from hylo_ops.skinny_linear import cuda
+from tests.csrc.emulator.build import kernel_name
+from tests.csrc.emulator.verdicts import report, torch_that_fills
+from tests.csrc.skinny_linear_cases import EMULATED, Case, run_and_check
+
+CPU = 1  # DLPack's number
+
+
+def specs() -> list[Spec]:
+    """Of the kernels that the cases ask for, with a row alone too."""
+    rows = sorted({(case.dtype, B) for case in EMULATED for B in (1, case.B)}, key=str)
+    return list(dict.fromkeys(spec_of(Case(8, 64, B, dtype=dtype)) for dtype, B in rows))
+
+
+def spec_of(case: Case) -> Spec:
+    asked: list[Spec] = []
+
+    def note(spec: Spec, *_: Any) -> str:
+        asked.append(spec)
+        return "there is no kernel yet"
+
+    x = case.inputs("cpu")
+    answer = native(note).why_not(x["x"], x["weight"], x["residual"], case.swiglu)
+    assert answer == "there is no kernel yet", (case.name, answer)
+    return asked[0]
+
+
+def native(find: Callable[..., Any]) -> Any:
+    """For CPU tensors, with kernels that `find` gives for a spec and limits."""
+
+    def load(device: int, dtype: str, B: int, shared_bytes: int, max_cluster: int) -> Any:
+        return find(cuda.spec(dtype, B), shared_bytes, max_cluster)
+
+    return cubin.native().SkinnyLinear(torch_that_fills(), load, device_type=CPU)
+
+
+def multiply(emulated: Any, *inputs: Any) -> Tensor:
+    y = emulated.run(*inputs)
+    if isinstance(y, str):
+        raise RuntimeError(y)
+    return y
+
+
+def main() -> None:
+    def find(spec: Spec, shared_bytes: int, max_cluster: int) -> Any:
+        return cubin.native().Kernel(kernel_name(spec).encode(), cuda.KERNEL, 0, shared_bytes, max_cluster)
+
+    emulated = native(find)
+
+    def run(case: Case, device: str) -> None:
+        run_and_check(case, device, partial(multiply, emulated))
+
+    report(EMULATED, run)
+
+
+if __name__ == "__main__":
+    main()
