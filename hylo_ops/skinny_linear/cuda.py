@@ -66,9 +66,7 @@ def spec(dtype: str, B: int) -> cubin.Spec:
     return cubin.Spec("skinny_linear", (("T", dtype), ("B", B)))
 
 
-def _load(
-    source: str | None, device: int, dtype: str, B: int, shared_bytes: int, max_cluster: int
-) -> "Kernel | str":
+def _load(source: str | None, device: int, dtype: str, B: int, shared_bytes: int, max_cluster: int) -> "Kernel | str":
     """The kernel of a kind, or the reason why there is none."""
     kind = spec(dtype, B)
     reason = cubin.why_not_device(device) or cubin.why_not(kind)

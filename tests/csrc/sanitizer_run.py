@@ -7,8 +7,9 @@ import torch
 from hylo_ops.gated_delta_rule import cuda_chunk, cuda_recurrent
 from hylo_ops.gated_rms_norm import cuda as gated_rms_norm
 from hylo_ops.mla_absorb import cuda as mla_absorb
+from hylo_ops.skinny_linear import cuda as skinny_linear
 from hylo_ops.ssd import cuda_chunk as ssd_chunk
-from tests.csrc import gated_rms_norm_cases
+from tests.csrc import gated_rms_norm_cases, skinny_linear_cases
 from tests.ops import (
     convolved_ssd_cases,
     gated_delta_rule_cases,
@@ -143,11 +144,19 @@ def run_mla_step() -> int:
     return len(cases)
 
 
+def run_skinny_linear() -> int:
+    for case in skinny_linear_cases.EMULATED:
+        for constant in (False, True):
+            y = skinny_linear.forward(**case.inputs("cuda"), constant=constant, cluster=case.cluster)
+            assert torch.isfinite(y.cpu()).all(), case.name
+    return 2 * len(skinny_linear_cases.EMULATED)
+
+
 def main() -> None:
     of_gated_delta_rule = run_gated_delta_rule, run_gated_delta_rule_in_fp32
     runs = run_gated_rms_norm, *of_gated_delta_rule, run_ssd, run_convolved_ssd, run_ssd_on_cuda_cores
     runs = *runs, run_ssd_steps
-    runs = *runs, run_mla_absorb, run_mla_step
+    runs = *runs, run_mla_absorb, run_mla_step, run_skinny_linear
     print(f"{sum(run() for run in runs)} cases launched")
 
 

@@ -14,6 +14,7 @@ from hylo_ops.cubin import Spec
 from hylo_ops.fused import cuda_mla
 from hylo_ops.gated_rms_norm.cuda import BACKWARD_KERNELS, DWEIGHT_KERNEL, KERNEL, MAX_WIDTH
 from hylo_ops.mla_absorb import cuda as mla_absorb
+from hylo_ops.skinny_linear import cuda as skinny_linear
 from hylo_ops.ssd import cuda_chunk, cuda_mamba2, cuda_plain, cuda_recurrent
 from tests.csrc.emulator.run_ssd_step import spec_of
 from tests.ops.ssd_step_cases import Case, Mamba2Case
@@ -230,6 +231,7 @@ OTHER_MLA_ABSORB += [
 MLA_STEP = [
     cuda_mla.spec(dtype, *widths) for dtype in HALVES for widths in ((32, 128), (64, 128), (64, 256), (128, 512))
 ]
+SKINNY_LINEAR = [skinny_linear.spec(dtype, B) for dtype in HALVES for B in (16, 32, 64)]
 PUBLISHED_BLOCKS = [  # heads, V, K; of x, b and c; norms: HyLo's, then Mamba2's
     (32, 64, 64, (8, 8, 32), 32),
     (24, 128, 128, (8, 8, 24), 24),
@@ -399,6 +401,26 @@ def test_the_build_packaged_mla_step(tmp_path):
     assert {f.name for f in packaged.glob("mla_step-*")} == {cubin.packaged_path(s).name for s in MLA_STEP}
     for spec in MLA_STEP:
         check_mla_step(cubin.packaged_path(spec).read_bytes(), tmp_path)
+
+
+def check_skinny_linear(code: bytes, folder: Path) -> None:
+    used = resources(code, folder, skinny_linear.KERNEL)
+    assert used["STACK"] == used["LOCAL"] == 0
+    assert used["REG"] <= 112  # two blocks of 288 threads on a multiprocessor
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("listed", for_nvrtc(SKINNY_LINEAR), ids=lambda s: s.file_name("nvrtc"))
+def test_nvrtc_compiles_skinny_linear(listed, tmp_path):
+    check_skinny_linear(cubin.compile_nvrtc(listed), tmp_path)
+
+
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not installed, so no cubin is packaged")
+def test_the_build_packaged_skinny_linear(tmp_path):
+    packaged = cubin.packaged_path(SKINNY_LINEAR[0]).parent
+    assert {f.name for f in packaged.glob("skinny_linear-*")} == {cubin.packaged_path(s).name for s in SKINNY_LINEAR}
+    for spec in SKINNY_LINEAR:
+        check_skinny_linear(cubin.packaged_path(spec).read_bytes(), tmp_path)
 
 
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not installed, so no cubin is packaged")

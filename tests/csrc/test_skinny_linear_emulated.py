@@ -6,12 +6,12 @@ import torch
 from hylo_ops.cubin import native
 from tests.csrc.emulator import build
 from tests.csrc.emulator.run_skinny_linear import CPU, specs
-from tests.csrc.skinny_linear_cases import BF16, EMULATED, WHOLE, Case
+from tests.csrc.skinny_linear_cases import BF16, EMULATED, WHOLE
 
 
 @pytest.fixture(scope="module")
 def verdicts(tmp_path_factory):
-    build.skip_where_it_cannot_run("tests/ops/test_skinny_linear_gpu.py")
+    build.skip_where_it_cannot_run("test_skinny_linear_cuda.py")
     return build.run("run_skinny_linear", specs(), tmp_path_factory.mktemp("emulated"))
 
 
