@@ -92,9 +92,15 @@ class SkinnyLinear:
         self, torch: ModuleType, load: Callable[[int, str, int, int, int], Kernel | str], device_type: int = 2
     ) -> None: ...
     def run(
-        self, x: Tensor, weight: Tensor, residual: Tensor | None, swiglu: bool, constant: bool, cluster: int = 0
+        self,
+        x: Tensor,
+        weight: Tensor,
+        residual: Tensor | None,
+        swiglu: bool,
+        constant: bool,
+        spread: tuple[int, int, int] | None = None,
     ) -> Tensor | str:
-        """The residual is updated in place, and given back. cluster: blocks that share K; 0: as many as suit it."""
+        """The residual is updated in place, and given back."""
 
     def why_not(self, x: Tensor, weight: Tensor, residual: Tensor | None, swiglu: bool, /) -> str | None: ...
 

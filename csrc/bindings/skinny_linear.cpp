@@ -1,5 +1,6 @@
 #include "bindings/skinny_linear.h"
 
+#include <tuple>
 #include <utility>
 
 #include "skinny_linear/traits.cuh"
@@ -10,19 +11,30 @@ namespace hylo {
 
 using skinny_linear::Inputs;
 using skinny_linear::Kind;
+using skinny_linear::Spread;
+
+namespace {
+
+Spread read_spread(py::handle from, const Inputs& inputs) {
+  if (from.is_none()) return spread_of(inputs);
+  const auto [cluster, ahead, rest] = from.cast<std::tuple<int, int, int>>();
+  const Spread spread{cluster, ahead, rest};
+  if (can_be(spread, inputs)) return spread;
+  throw py::value_error("spread must be 1 to 8 blocks, with two tiles of 64 columns for each, and numbers of tiles");
+}
+
+}  // namespace
 
 SkinnyLinear::SkinnyLinear(const py::module_& torch, py::object load, int device_type)
     : torch_(torch, device_type), load_(std::move(load)), device_type_(device_type) {}
 
 py::object SkinnyLinear::run(py::handle x, py::handle weight, py::handle residual, bool swiglu, bool constant,
-                             int cluster) {
+                             py::handle spread) {
   Inputs inputs{};
   inputs.swiglu = swiglu;
   const std::string reason = view(x, weight, residual, inputs);
   if (!reason.empty()) return py::str(reason);
-  if (cluster < 0 || cluster > most_blocks_of_cluster(inputs)) {
-    throw py::value_error("cluster must be at most 8, with two tiles of 64 columns for each block");
-  }
+  const Spread wanted = read_spread(spread, inputs);
   const Kernels::Loaded& found = loaded(kind_of(inputs));
   if (found.kernel == nullptr) return found.found;
 
@@ -32,8 +44,7 @@ py::object SkinnyLinear::run(py::handle x, py::handle weight, py::handle residua
                                         : torch_.empty(x, inputs.x, inputs.x.type, {B, N});
   if (B == 0 || N == 0) return made;
   if (!inputs.has_residual && !torch_.view(made, y)) return py::str(TorchTensors::kNotAllocated);
-  if (cluster == 0) cluster = cluster_of(inputs);
-  launch(*found.kernel, inputs, cluster, constant, y.data, torch_.stream(inputs.x));
+  launch(*found.kernel, inputs, wanted, constant, y.data, torch_.stream(inputs.x));
   return made;
 }
 
@@ -67,7 +78,7 @@ void define_skinny_linear(py::module_& m) {
       .def(py::init<const py::module_&, py::object, int>(), py::arg("torch"), py::arg("load"),
            py::arg("device_type") = kCuda)
       .def("run", &SkinnyLinear::run, py::arg("x"), py::arg("weight"), py::arg("residual"), py::arg("swiglu"),
-           py::arg("constant"), py::arg("cluster") = 0)
+           py::arg("constant"), py::arg("spread") = py::none())
       .def("why_not", &SkinnyLinear::why_not);
 }
 

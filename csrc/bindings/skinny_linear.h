@@ -18,10 +18,10 @@ class SkinnyLinear {
   SkinnyLinear(const pybind11::module_& torch, pybind11::object load, int device_type);
 
   // Gives y, which is the residual where there is one, or a str: the reason why these inputs are not taken. residual:
-  // a tensor or None. constant: no kernel that may still run writes the weights. cluster: blocks that share K; what
-  // suits the inputs if 0.
+  // a tensor or None. constant: no kernel that may still run writes the weights. spread: None or the numbers of a
+  // Spread.
   pybind11::object run(pybind11::handle x, pybind11::handle weight, pybind11::handle residual, bool swiglu,
-                       bool constant, int cluster);
+                       bool constant, pybind11::handle spread);
 
   // That reason, or None.
   pybind11::object why_not(pybind11::handle x, pybind11::handle weight, pybind11::handle residual, bool swiglu);

@@ -89,7 +89,6 @@ class Block {
 
 extern "C" __global__ void __launch_bounds__(hylo::skinny_linear::kThreads, 2)
     skinny_linear_fwd_kernel_y(const __grid_constant__ hylo::skinny_linear::Params p) {
-  hylo::start_next_kernel();
   const hylo::skinny_linear::Block<hylo::HYLO_T, HYLO_B> block(p, hylo::aligned(hylo::dynamic_shared()));
   block.run();
 }

@@ -22,6 +22,7 @@ int number(std::int64_t size) { return static_cast<int>(size); }
 
 std::int64_t halves_of(const Inputs& x) { return x.swiglu ? 2 : 1; }
 int tiles_of_k(const Inputs& x) { return number(x.x.shape[1] / kTile); }
+int most_blocks_of_cluster(const Inputs& x) { return std::clamp(tiles_of_k(x) / kLeastTiles, 1, kMaxCluster); }
 int tiles_of_outputs(const Inputs& x) { return ceil_div(number(outputs_of(x)), x.swiglu ? kTile : kOutputs); }
 
 bool has_shapes(const Inputs& x) {
@@ -116,14 +117,16 @@ Kind kind_of(const Inputs& x) {
   return {x.x.device, x.x.type, *std::find_if(std::begin(kRowsOfKernel), std::end(kRowsOfKernel), fits)};
 }
 
-int most_blocks_of_cluster(const Inputs& x) { return std::clamp(tiles_of_k(x) / kLeastTiles, 1, kMaxCluster); }
-
-int cluster_of(const Inputs& x) {
-  return std::clamp(kManyBlocks / tiles_of_outputs(x), 1, most_blocks_of_cluster(x));
+Spread spread_of(const Inputs& x) {
+  return {std::clamp(kManyBlocks / std::max(tiles_of_outputs(x), 1), 1, most_blocks_of_cluster(x)), 0, 0};
 }
 
-void launch(const Kernel& kernel, const Inputs& x, int cluster, bool constant, void* y, void* stream) {
-  const int B = number(x.x.shape[0]);
+bool can_be(const Spread& spread, const Inputs& x) {
+  return spread.cluster > 0 && spread.cluster <= most_blocks_of_cluster(x) && spread.ahead >= 0 && spread.rest >= 0;
+}
+
+void launch(const Kernel& kernel, const Inputs& x, const Spread& spread, bool constant, void* y, void* stream) {
+  const int B = number(x.x.shape[0]), cluster = spread.cluster;
   Params params{};
   params.weights = weight_map(x);
   params.x = x_map(x);
@@ -135,6 +138,8 @@ void launch(const Kernel& kernel, const Inputs& x, int cluster, bool constant, v
   params.tiles = tiles_of_k(x) / cluster;
   params.more = tiles_of_k(x) % cluster;
   params.stages = stages_of(kind_of(x).B, cluster, params.share);
+  params.ahead = std::min(spread.ahead, tiles_of_k(x));
+  params.rest = spread.rest;
   params.constant = constant;
   params.swiglu = x.swiglu;
   params.adds = x.has_residual;

@@ -24,6 +24,14 @@ struct Kind {
   bool operator==(const Kind& other) const { return device == other.device && type == other.type && B == other.B; }
 };
 
+// How a launch is spread over the GPU and over time.
+struct Spread {
+  int cluster;  // blocks that share K: what they add up to depends on it
+  // Tiles of 64 of K, of a block: more than it has room for, that come as far as the second cache while the kernel ahead
+  // still runs; and weights that it has yet to ask for when the next kernel may begin.
+  int ahead, rest;
+};
+
 // Columns of y.
 std::int64_t outputs_of(const Inputs& inputs);
 
@@ -34,11 +42,12 @@ std::string why_not(const Inputs& inputs, int device_type);
 // The following are of inputs that why_not lets pass.
 Kind kind_of(const Inputs& inputs);
 
-// Blocks that share K, that suit them. What they add up to depends on this number: it does not depend on B.
-int cluster_of(const Inputs& inputs);
-int most_blocks_of_cluster(const Inputs& inputs);
+// One that suits them. Its cluster does not depend on B.
+Spread spread_of(const Inputs& inputs);
+bool can_be(const Spread& spread, const Inputs& inputs);
 
 // y [B, N] is contiguous: the residual, which is added to, or not. constant: no kernel that may still run writes weights.
-void launch(const Kernel& kernel, const Inputs& inputs, int cluster, bool constant, void* y, void* stream);
+void launch(const Kernel& kernel, const Inputs& inputs, const Spread& spread, bool constant, void* y,
+            void* stream);
 
 }  // namespace hylo::skinny_linear

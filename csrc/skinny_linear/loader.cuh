@@ -49,13 +49,14 @@ template <int kB>
 class Loader {
  public:
   __device__ __forceinline__ Loader(const Params& p, const Part& part, unsigned char* stages, Shared& shared)
-      : p_(p), part_(part), stages_(stages), shared_(shared), primed_(part.count < p.stages ? part.count : p.stages) {}
+      : p_(p), part_(part), stages_(stages), shared_(shared) {}
 
   // While the kernel ahead still runs.
   __device__ __forceinline__ void prime() const {
-#pragma unroll 1
-    for (int i = 0; i < primed_; ++i) p_.constant ? begin(i, i) : prefetch(i);
     prefetch_map(p_.x);
+    const int most = p_.stages + p_.ahead;
+#pragma unroll 1
+    for (int i = 0; i < part_.count && i < most; ++i) p_.constant && i < p_.stages ? begin(i, i) : prefetch(i);
   }
 
   // Once it has ended.
@@ -64,7 +65,7 @@ class Loader {
 #pragma unroll 1
     for (int i = 0; i < part_.count; ++i, turn.next(p_.stages)) {
       if (i >= p_.stages) shared_.stages[turn.at].empty.wait(turn.phase ^ 1);
-      if (i >= primed_ || !p_.constant) begin(i, turn.at);
+      if (i >= p_.stages || !p_.constant) begin(i, turn.at);
       copy_box(stages_ + turn.at * stage_size(kB) + kGroups * kTileSize, p_.x, shared_.stages[turn.at].full,
                column(i), 0, 0, 0);
     }
@@ -86,20 +87,22 @@ class Loader {
     each_tile([&](int, int row, int half) { prefetch_box(p_.weights, column(i), row, half, 0); });
   }
 
-  // Announces all that comes into a stage, x included, and asks for the weights.
+  // Announces all that comes into a stage, x included, and asks for the weights. The next kernel may begin once all of these
+  // are asked for, or nearly: from then on it keeps memory busy. Sooner it would fill its stages while that is busy anyway,
+  // and have nothing more to ask for when this kernel ends.
   __device__ __forceinline__ void begin(int i, int at) const {
     Barrier& full = shared_.stages[at].full;
     full.arrive_expecting(stage_size(kB));
     each_tile([&](int group, int row, int half) {
       copy_box(stages_ + at * stage_size(kB) + group * kTileSize, p_.weights, full, column(i), row, half, 0);
     });
+    if (part_.count - 1 - i <= p_.rest) start_next_kernel();
   }
 
   const Params& p_;
   const Part part_;
   unsigned char* const stages_;
   Shared& shared_;
-  const int primed_;  // tiles of K that it asks for first
 };
 
 }  // namespace hylo::skinny_linear

@@ -15,6 +15,7 @@ struct Params {
   int share;           // rows of y that each of them finishes
   int tiles, more;     // of K, that each of them takes; how many of them take one more
   int stages;
+  int ahead, rest;  // as Spread has them
   bool constant;  // whether no kernel that may still run writes weights
   bool swiglu, adds;
   Divider by_share;

@@ -24,7 +24,7 @@ def forward(
     swiglu: bool,
     constant: bool,
     *,
-    cluster: int = 0,
+    spread: tuple[int, int, int] | None = None,
     cubin_source: str | None = None,
 ) -> Tensor:
     """The op's forward: one launch on the current stream, never synchronises.
@@ -35,13 +35,15 @@ def forward(
     Args:
         residual: is added to in place, and given back.
         constant: no kernel that may still run writes `weight`; it is read before they have ended.
-        cluster: thread blocks that share K, up to 8, with 128 columns for each at least; 0 takes what suits N and K. y
-            depends on it in its last bits.
+        spread: thread blocks that share K, up to 8, with 128 columns for each at least: y depends on it in its last
+            bits; tiles of 64 columns that a block fetches into the second cache while the kernel ahead still runs,
+            beside those it has room for; and those it has yet to fetch when the next kernel may begin. What suits the
+            inputs if None.
         cubin_source: None | "packaged" | "nvrtc", as `hylo_ops.cubin.device_code` has it.
     Raises:
         NotImplementedError: the inputs are not for this backend; the message says why.
     """
-    y = _native(cubin_source).run(x, weight, residual, swiglu, constant, cluster)
+    y = _native(cubin_source).run(x, weight, residual, swiglu, constant, spread)
     if isinstance(y, str):
         raise NotImplementedError(y)
     return y

@@ -147,7 +147,7 @@ def run_mla_step() -> int:
 def run_skinny_linear() -> int:
     for case in skinny_linear_cases.EMULATED:
         for constant in (False, True):
-            y = skinny_linear.forward(**case.inputs("cuda"), constant=constant, cluster=case.cluster)
+            y = skinny_linear.forward(**case.inputs("cuda"), constant=constant, spread=case.spread)
             assert torch.isfinite(y.cpu()).all(), case.name
     return 2 * len(skinny_linear_cases.EMULATED)
 

@@ -16,8 +16,8 @@ from hylo_ops.testing import DTYPE_NAMES, cast, within_budget
 
 BF16, FP16 = torch.bfloat16, torch.float16
 
-# Of x, weight, residual, swiglu, constant and cluster.
-Run = Callable[[Tensor, Tensor, Tensor | None, bool, bool, int], Tensor]
+# Of x, weight, residual, swiglu, constant and spread.
+Run = Callable[[Tensor, Tensor, Tensor | None, bool, bool, tuple[int, int, int] | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,10 @@ class Case:
             if value and field.name != "dtype":
                 parts.append(field.name if value is True else f"{field.name}{value}")
         return "-".join(parts)
+
+    @property
+    def spread(self) -> tuple[int, int, int] | None:
+        return (self.cluster, 2, 1) if self.cluster else None
 
     def inputs(self, device: str) -> dict[str, Any]:
         normal = partial(torch.randn, generator=torch.Generator().manual_seed(0))
@@ -80,7 +84,7 @@ def run_and_check(case: Case, device: str, run: Run) -> None:
     def y_of(rows: slice, constant: bool) -> Tensor:
         some = x["x"][rows]
         residual = None if x["residual"] is None else x["residual"][rows].clone()
-        y = run(some, x["weight"], residual, case.swiglu, constant, case.cluster)
+        y = run(some, x["weight"], residual, case.swiglu, constant, case.spread)
         assert residual is None or y is residual, "the residual is not what is given back"
         return y
 
@@ -108,6 +112,9 @@ EMULATED = [
     Case(264, 448, 64, cluster=1),
     Case(136, 960, 64, cluster=7),
     Case(256, 1024, 33, cluster=2),
+    Case(136, 1536, 17, cluster=2),
+    Case(136, 896, 32, cluster=1),
+    Case(264, 1216, 32, residual=True, cluster=5),
     Case(136, 2048, 1, residual=True),
     Case(136, 2048, 64, residual=True),
     Case(392, 512, 33, residual=True, cluster=1),

@@ -17,8 +17,8 @@ MANY_ROWS = [Case(2048, 2048, B, swiglu=True) for B in (15, 16, 17, 31, 32, 33, 
 
 
 def forward_from(source):
-    def forward(x, weight, residual, swiglu, constant, cluster):
-        return cuda.forward(x, weight, residual, swiglu, constant, cluster=cluster, cubin_source=source)
+    def forward(x, weight, residual, swiglu, constant, spread):
+        return cuda.forward(x, weight, residual, swiglu, constant, spread=spread, cubin_source=source)
 
     return forward
 

@@ -93,7 +93,7 @@ def test_what_is_refused(inputs):
     assert reason is None or answer == reason
 
 
-@pytest.mark.parametrize("cluster", [-1, 2, 9])
-def test_a_cluster_that_cannot_be(cluster):
-    with pytest.raises(ValueError, match="cluster"):
-        backend().run(X, W, None, False, True, cluster)
+@pytest.mark.parametrize("spread", [(0, 0, 0), (2, 0, 0), (9, 0, 0), (1, -1, 0), (1, 0, -1)])
+def test_a_spread_that_cannot_be(spread):
+    with pytest.raises(ValueError, match="spread must be 1 to 8 blocks"):
+        backend().run(X, W, None, False, True, spread)
