@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hylo_ops import cubin
-from hylo_ops.mla_absorb.tickets import tickets
+from hylo_ops.common.tickets import tickets
 
 if TYPE_CHECKING:
     from hylo_ops._C import Kernel, MlaAbsorb

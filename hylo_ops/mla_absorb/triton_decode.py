@@ -17,10 +17,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import driver
 
+from hylo_ops.common.tickets import tickets
 from hylo_ops.common.triton_launch import ceil_div, launch, next_power_of_2
 from hylo_ops.common.triton_math import INTERPRETING, PRECISION, dot_type
 from hylo_ops.mla_absorb import fp8
-from hylo_ops.mla_absorb.tickets import tickets
 from hylo_ops.mla_absorb.triton_rows import latents_of, load_key_scales, load_keys, load_pages, load_tile, rows_at
 
 # Scales of latents are about so far below 1 that a weight times one would have few bits left in fp16.

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hylo_ops.mla_absorb import tickets as module
+from hylo_ops.common import tickets as module
 
 DEVICE = torch.device("cpu", 0)  # has an index, as CUDA devices have
 
