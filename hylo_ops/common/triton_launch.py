@@ -42,6 +42,7 @@ def launch(
     constants: tuple[Hashable, ...],
     num_warps: int,
     num_stages: int | None = None,
+    early: bool = False,
 ) -> None:
     """`kernel[grid](*tensors, *numbers, *constants, num_warps=num_warps)` on the current device and stream.
 
@@ -52,14 +53,20 @@ def launch(
         numbers: the other arguments that are no constants.
         constants: the kernel's `tl.constexpr` arguments.
         num_stages: of loops with products; Triton's default if None.
+        early: whether it may begin before the kernel ahead has ended, which it then waits for itself (NVIDIA, from
+            sm_90 on).
     """
-    options = {"num_warps": num_warps} if num_stages is None else {"num_warps": num_warps, "num_stages": num_stages}
+    options: dict[str, int | bool] = {"num_warps": num_warps}
+    if num_stages is not None:
+        options["num_stages"] = num_stages
+    if early:
+        options["launch_pdl"] = True
     if _ALWAYS_BIND:
         kernel[grid](*tensors, *numbers, *constants, **options)
         return
     kinds = [None if t is None else (t.dtype, t.data_ptr() % _ALIGNMENT == 0) for t in tensors]
     device = tensors[0].device  # type: ignore[union-attr]
-    key = (kernel, device, num_warps, num_stages, constants, *kinds, *map(_kind_of_number, numbers))
+    key = (kernel, device, num_warps, num_stages, early, constants, *kinds, *map(_kind_of_number, numbers))
     compiled = _compiled.get(key)
     if compiled is None:
         _compiled[key] = kernel[grid](*tensors, *numbers, *constants, **options)

@@ -18,7 +18,7 @@ class Kernel:
         self.compiled, self.launched = [], []
 
     def __getitem__(self, grid):
-        def compile_and_launch(*arguments, num_warps):
+        def compile_and_launch(*arguments, num_warps, launch_pdl=False):
             self.compiled.append(arguments)
             self.launched.append((grid, *arguments))
             return Compiled(self)
@@ -40,8 +40,9 @@ def kernel(monkeypatch):
     return Kernel()
 
 
-def launch(kernel, tensor=ALIGNED, second=None, number=32, constant=True, num_warps=4):
-    triton_launch.launch(kernel, GRID, (tensor, second), (number, (number, 5)), (constant,), num_warps)
+def launch(kernel, tensor=ALIGNED, second=None, number=32, constant=True, num_warps=4, early=False):
+    numbers = number, (number, 5)
+    triton_launch.launch(kernel, GRID, (tensor, second), numbers, (constant,), num_warps, early=early)
 
 
 def test_the_second_launch_is_not_bound(kernel):
@@ -64,6 +65,7 @@ def test_the_second_launch_is_not_bound(kernel):
         {"number": 32.0},
         {"constant": False},
         {"num_warps": 8},
+        {"early": True},
     ],
     ids=str,
 )
