@@ -20,6 +20,7 @@ STEMS = (
     "mla_attention",
     "mla_prefill",
     "rms_norm",
+    "skinny_linear",
     "ssd",
     "swiglu",
 )
