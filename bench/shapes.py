@@ -1,6 +1,7 @@
 """Named shapes: the published models at training and decode sizes, with the letters of the naming legend."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -492,3 +493,47 @@ L2_NORM = [
     HeadsCase("d128-8k", 1, 8 * _K, 16, 128, 4 * 16 * 128),
     HeadsCase("1b-8k-fp32", 1, 8 * _K, 6, 256, 4 * 6 * 256, torch.float32),
 ]
+
+
+@dataclass(frozen=True)
+class SkinnyCase:
+    """x [B, K] times weights [N, K]; added to a residual [B, N], or of weights [2 N, K] with SwiGLU behind it."""
+
+    name: str
+    B: int
+    N: int
+    K: int
+    kind: str = "plain"
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def shape(self) -> dict[str, int]:
+        return {"B": self.B, "N": self.N, "K": self.K}
+
+    @property
+    def rows(self) -> int:
+        """Of the weights."""
+        return 2 * self.N if self.kind == "swiglu" else self.N
+
+
+# N, K: what layers of Llama-4MLA12GDN (1B), 6MLA22M2 and 14MLA14GDN (3B) multiply by, packed as the engine has them.
+_PRODUCTS: dict[str, tuple[Any, ...]] = {
+    "1b-gdn-in": (9232, 2048),
+    "1b-gdn-out": (2048, 3072, "add"),
+    "1b-mla-down": (1504, 2048),
+    "1b-mla-q": (2048, 1344),
+    "1b-mla-out": (2048, 2048, "add"),
+    "1b-mlp-up": (8192, 2048, "swiglu"),
+    "1b-mlp-down": (2048, 8192, "add"),
+    "1b-head": (_LLAMA_VOCABULARY, 2048),
+    "3b-m2-in": (8216, 3072),
+    "3b-m2-out": (3072, 3072, "add"),  # of MLA as well
+    "3b-gdn-in": (13848, 3072),
+    "3b-gdn-out": (3072, 4608, "add"),
+    "3b-mla-down": (1728, 3072),
+    "3b-mla-q": (3072, 1536),
+    "3b-mlp-up": (8192, 3072, "swiglu"),
+    "3b-mlp-down": (3072, 8192, "add"),
+    "3b-head": (_LLAMA_VOCABULARY, 3072),
+}
+SKINNY_LINEAR = [SkinnyCase(f"{name}-{B}", B, *product) for name, product in _PRODUCTS.items() for B in (1, 16, 64)]
