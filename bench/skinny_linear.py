@@ -17,7 +17,7 @@ from bench.timing import Call, Rotation
 
 CASES = {case.name: case for case in SKINNY_LINEAR}
 PEERS = list(peers.FORMS)
-BACKENDS = ["triton"]
+BACKENDS = ["cuda", "triton"]
 SECONDS = 0.4  # of the clocks, a row
 MAX_ERROR = 2e-2  # further from float64 than this is another function
 COLD_BYTES = 256 << 20  # of copies of the weights, that calls take in turn; an H200's L2 has 50 MB

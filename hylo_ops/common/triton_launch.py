@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.runtime import driver
 
 from hylo_ops.common.triton_math import INTERPRETING
 
@@ -72,6 +73,14 @@ def launch(
         _compiled[key] = kernel[grid](*tensors, *numbers, *constants, **options)
     else:
         compiled[grid](*tensors, *numbers, *constants)
+
+
+def starts_early() -> bool:
+    """Whether a kernel on the current GPU can begin before the one ahead of it has ended."""
+    if INTERPRETING:
+        return False
+    target = driver.active.get_current_target()
+    return target.backend == "cuda" and target.arch >= 90
 
 
 @functools.lru_cache(_NUMBERS, typed=True)

@@ -43,10 +43,10 @@ def forward(
     Raises:
         NotImplementedError: the inputs are not for this backend; the message says why.
     """
-    y = _native(cubin_source).run(x, weight, residual, swiglu, constant, spread)
+    y = _native(cubin_source).run(*_matrices(x, weight, residual), swiglu, constant, spread)
     if isinstance(y, str):
         raise NotImplementedError(y)
-    return y
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def why_not(x: Tensor, weight: Tensor, residual: Tensor | None, swiglu: bool, *_: object) -> str | None:
@@ -55,7 +55,13 @@ def why_not(x: Tensor, weight: Tensor, residual: Tensor | None, swiglu: bool, *_
         return f"x is on {x.device}, not on a CUDA device"
     if (reason := cubin.why_not_native()) is not None:
         return reason
-    return _native(None).why_not(x, weight, residual, swiglu)
+    if residual is not None and not residual.is_contiguous():
+        return f"the residual is not contiguous: its strides are {residual.stride()}"
+    return _native(None).why_not(*_matrices(x, weight, residual), swiglu)
+
+
+def _matrices(x: Tensor, weight: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    return x.reshape(-1, x.shape[-1]), weight, None if residual is None else residual.view(-1, residual.shape[-1])
 
 
 @functools.cache

@@ -6,7 +6,7 @@ from torch import Tensor
 from hylo_ops import checks
 from hylo_ops.backend import Backend
 from hylo_ops.library import define_op
-from hylo_ops.skinny_linear import reference, triton
+from hylo_ops.skinny_linear import cuda, reference, triton
 
 MOST_ROWS = 64
 
@@ -94,6 +94,7 @@ def _refuse_gradient(name: str, tensor: Tensor) -> None:
 
 # Fastest first, of a product with a residual or None.
 _BACKENDS = [
+    Backend("cuda", cuda.why_not, cuda.forward),
     Backend("triton", triton.why_not, triton.forward),
     Backend("reference", lambda *_: None, reference.forward),
 ]

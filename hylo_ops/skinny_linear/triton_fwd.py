@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.runtime import driver
 
 from hylo_ops.common.tickets import tickets
-from hylo_ops.common.triton_launch import ceil_div, launch, next_power_of_2
+from hylo_ops.common.triton_launch import ceil_div, launch, next_power_of_2, starts_early
 from hylo_ops.common.triton_math import INTERPRETING, dot_type
 from hylo_ops.common.triton_rows import exp_of_minus
 
@@ -187,7 +187,7 @@ def _plan(
 ) -> _Plan:
     rows = 2 * N if swiglu else N
     c = config or config_for(B, rows, K, *_resources(device))
-    tiles, early = ceil_div(rows, c.BN), _starts_early()
+    tiles, early = ceil_div(rows, c.BN), starts_early()
     lines = _PREFETCHED // (_LINE * c.BN) if constant and early else 0
     return _Plan(
         tiles,
@@ -243,11 +243,3 @@ def _resources(device: torch.device) -> tuple[int, int]:
         return 8, _ROOMY
     properties = driver.active.utils.get_device_properties(device.index or 0)
     return properties["multiprocessor_count"], properties["max_shared_mem"]
-
-
-def _starts_early() -> bool:
-    """Whether a kernel on the current GPU can begin before the one ahead of it has ended."""
-    if INTERPRETING:
-        return False
-    target = driver.active.get_current_target()
-    return target.backend == "cuda" and target.arch >= 90
