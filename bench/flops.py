@@ -39,7 +39,7 @@ def forward_flop(config: Any, length: int) -> float:
         if mixer == "attention":
             attention += 2 * heads * config.head_dim
         elif mixer == "mla":
-            attention += heads * (config.qk_head_dim + config.v_head_dim)
+            attention += _mla_attention(config)
         elif mixer == "gated_deltanet":
             recurrence += 6 * config.linear_num_heads * config.linear_key_head_dim * config.linear_value_head_dim
         else:
@@ -70,11 +70,12 @@ def _again(job: Job, forward: float) -> float:
     if job.tile is not None and job.tiled:
         left_out = 3 * product * ((job.tokens - 1) % job.tile + 1)
     if job.checkpointing == "selective":
-        left_out += job.batch * _mla_attention(job.student) * job.length**2
+        attention = len(job.student.mla_layers) * _mla_attention(job.student)
+        left_out += 1.0 * job.batch * attention * job.length**2
     return forward - left_out + tiles
 
 
-def _mla_attention(config: Any) -> float:
-    """Of all MLA layers, for each token and each token of the sequence."""
-    widths = config.qk_head_dim + config.v_head_dim
-    return 1.0 * config.num_attention_heads * widths * len(config.mla_layers)
+def _mla_attention(config: Any) -> int:
+    """Of an MLA layer, for each token and each token of the sequence."""
+    heads: int = config.num_attention_heads
+    return heads * (config.qk_head_dim + config.v_head_dim)

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from triton.runtime import driver
 
+from hylo_ops.common.triton_gpu import is_nvidia_from
 from hylo_ops.common.triton_math import INTERPRETING
 
 Number = int | float
@@ -77,10 +77,7 @@ def launch(
 
 def starts_early() -> bool:
     """Whether a kernel on the current GPU can begin before the one ahead of it has ended."""
-    if INTERPRETING:
-        return False
-    target = driver.active.get_current_target()
-    return target.backend == "cuda" and target.arch >= 90
+    return is_nvidia_from(90)
 
 
 @functools.lru_cache(_NUMBERS, typed=True)

@@ -1,4 +1,4 @@
-"""What Triton kernels over rows of the last dim share: tiles of whole rows, where strided ones lie, the sigmoid."""
+"""What Triton kernels over rows of the last dim share: tiles of whole rows, where strided ones lie, activations."""
 
 import functools
 from typing import NamedTuple
@@ -47,6 +47,12 @@ def exp_of_minus(b_z, PRECISE: tl.constexpr):
 @triton.jit
 def sigmoid(b_z, PRECISE: tl.constexpr):
     return 1.0 / (1.0 + exp_of_minus(b_z, PRECISE))
+
+
+@triton.jit
+def silu(b_z, PRECISE: tl.constexpr):
+    b_divisor = 1.0 + exp_of_minus(b_z, PRECISE)
+    return tl.math.div_rn(b_z, b_divisor) if PRECISE else b_z / b_divisor
 
 
 @triton.jit

@@ -15,11 +15,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime import driver
 
 from hylo_ops.common.tickets import tickets
+from hylo_ops.common.triton_gpu import ROOMY, is_nvidia_from, resources
 from hylo_ops.common.triton_launch import ceil_div, launch, next_power_of_2
-from hylo_ops.common.triton_math import INTERPRETING, PRECISION, dot_type
+from hylo_ops.common.triton_math import PRECISION, dot_type
 from hylo_ops.mla_absorb import fp8
 from hylo_ops.mla_absorb.triton_rows import latents_of, load_key_scales, load_keys, load_pages, load_tile, rows_at
 
@@ -531,13 +531,12 @@ _LEAST_SIDE = 16  # of a product's operand
 _WIDEST = (
     16  # elements: strides are passed in units of their common divisor, which Triton needs to read 16 bytes at once
 )
-_ROOMY = 227 * 1024  # bytes of shared memory of a Hopper; others have 99 to 163 KiB
 _WIDEST_TILE = 128
 
 
 def config_for(R: int, E: int, rows: int, dtype: torch.dtype, is_fp8: bool, shared_bytes: int) -> Config:
     """By compiling for sm_90: tiles are not spilled, and up to R 256 two programs share a multiprocessor."""
-    if shared_bytes < _ROOMY and (R + E > 320 or dtype == torch.float32):
+    if shared_bytes < ROOMY and (R + E > 320 or dtype == torch.float32):
         return Config(_LEAST_SIDE, 16 if dtype == torch.float32 else 32, 8, 1, 1, 256, 16, 1)
     BM = min(max(next_power_of_2(rows), _LEAST_SIDE), 32)
     if dtype == torch.float32:
@@ -593,7 +592,7 @@ def _plan(
     B, T, H, HK, R, E, page, capacity = sizes
     dot, scales_dtype, cache_dtype = dtypes
     is_fp8 = cache_dtype == fp8.BYTES
-    multiprocessors, shared_bytes = _resources(device)
+    multiprocessors, shared_bytes = resources(device)
     c = config or config_for(R, E, T * H, dot, is_fp8, shared_bytes)
     BM, widths = c.rows, widths_for(R)
     tiles = ceil_div(T * H, BM)
@@ -708,17 +707,6 @@ def forward(
     return o, lse
 
 
-def _resources(device: torch.device) -> tuple[int, int]:
-    """Multiprocessors of a device, and bytes of shared memory that a program can have."""
-    if INTERPRETING:
-        return 8, _ROOMY
-    properties = driver.active.utils.get_device_properties(device.index or 0)
-    return properties["multiprocessor_count"], properties["max_shared_mem"]
-
-
 def _has_e4m3() -> bool:
     """Whether the current GPU converts from e4m3 itself."""
-    if INTERPRETING:
-        return False
-    target = driver.active.get_current_target()
-    return target.backend == "cuda" and target.arch >= 89
+    return is_nvidia_from(89)

@@ -12,12 +12,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime import driver
 
 from hylo_ops.common.tickets import tickets
+from hylo_ops.common.triton_gpu import resources
 from hylo_ops.common.triton_launch import ceil_div, launch, next_power_of_2, starts_early
-from hylo_ops.common.triton_math import INTERPRETING, dot_type
-from hylo_ops.common.triton_rows import exp_of_minus
+from hylo_ops.common.triton_math import dot_type
+from hylo_ops.common.triton_rows import silu
 
 
 @triton.jit
@@ -38,7 +38,7 @@ def store_result(
     COLUMNS: tl.constexpr = BN // 2 if SWIGLU else BN
     if SWIGLU:
         b_gate, b_up = tl.split(tl.permute(tl.reshape(b_acc, [2, COLUMNS, BB]), [1, 2, 0]))
-        b_y = b_gate / (1.0 + exp_of_minus(b_gate, False)) * b_up
+        b_y = silu(b_gate, False) * b_up
     else:
         b_y = b_acc
     o_n = i_tile * COLUMNS + tl.arange(0, COLUMNS)
@@ -127,7 +127,6 @@ _BEGINNING = 128  # what it takes until a program's first weights are there, in 
 _PREFETCHED = 1 << 16  # bytes that a program asks for before its turn
 _LINE = 128
 _RESERVED = 1 << 10  # bytes of shared memory of a program that are not its own
-_ROOMY = 227 * 1024  # bytes of shared memory of a Hopper; others have 64 to 163 KiB
 
 
 @dataclass(frozen=True)
@@ -186,7 +185,7 @@ def _plan(
     config: Config | None,
 ) -> _Plan:
     rows = 2 * N if swiglu else N
-    c = config or config_for(B, rows, K, *_resources(device))
+    c = config or config_for(B, rows, K, *resources(device))
     tiles, early = ceil_div(rows, c.BN), starts_early()
     lines = _PREFETCHED // (_LINE * c.BN) if constant and early else 0
     return _Plan(
@@ -235,11 +234,3 @@ def forward(
         plan.early,
     )
     return y
-
-
-def _resources(device: torch.device) -> tuple[int, int]:
-    """Multiprocessors of a device, and bytes of shared memory that a program can have."""
-    if INTERPRETING:
-        return 8, _ROOMY
-    properties = driver.active.utils.get_device_properties(device.index or 0)
-    return properties["multiprocessor_count"], properties["max_shared_mem"]

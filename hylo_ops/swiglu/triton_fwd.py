@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hylo_ops.common.triton_launch import ceil_div, launch
-from hylo_ops.common.triton_rows import Config, as_rows, config, exp_of_minus, load_rows, rows_of
+from hylo_ops.common.triton_rows import Config, as_rows, config, load_rows, rows_of, silu
 
 _ELEMENTS = 16  # of a thread
 _MOST_COLUMNS = 4 * 32 * _ELEMENTS  # of a tile
@@ -26,12 +26,6 @@ def place_of(i_tile, beside, rows, tokens, heads, N, BR: tl.constexpr, BN: tl.co
     m_row, o_row, place = rows_of(i_row, rows, tokens, heads, BR)
     o_n = (i_tile - i_row * beside) * BN + tl.arange(0, BN)
     return o_row, place, o_n, m_row[:, None] & (o_n < N)
-
-
-@triton.jit
-def silu(b_z, PRECISE: tl.constexpr):
-    b_divisor = 1.0 + exp_of_minus(b_z, PRECISE)
-    return tl.math.div_rn(b_z, b_divisor) if PRECISE else b_z / b_divisor
 
 
 @triton.jit

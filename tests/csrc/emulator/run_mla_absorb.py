@@ -13,7 +13,7 @@ from hylo_ops import cubin
 from hylo_ops.cubin import Spec
 from hylo_ops.mla_absorb import cuda
 from tests.csrc.emulator.build import kernel_name
-from tests.csrc.emulator.verdicts import report, torch_that_fills
+from tests.csrc.emulator.verdicts import report, spec_asked, torch_that_fills
 from tests.ops.mla_absorb_cuda_cases import EMULATED, GATHERED, NAMES, SCALE, Case, check, run_and_check
 
 CPU = 1  # DLPack's number
@@ -38,16 +38,9 @@ def specs() -> list[Spec]:
 
 
 def spec_of(case: Case) -> Spec:
-    asked: list[Spec] = []
-
-    def note(spec: Spec, *_: Any) -> str:
-        asked.append(spec)
-        return "there is no kernel yet"
-
     x = case.inputs("cpu")
-    answer = native(note).why_not(tuple(x[name] for name in NAMES))
-    assert answer == "there is no kernel yet", (case.name, answer)
-    return asked[0]
+    tensors = tuple(x[name] for name in NAMES)
+    return spec_asked(case.name, lambda find: native(find).why_not(tensors))
 
 
 TICKETS: list[Tensor] = []  # of all launches

@@ -10,7 +10,7 @@ from hylo_ops import cubin
 from hylo_ops.cubin import Spec
 from hylo_ops.skinny_linear import cuda
 from tests.csrc.emulator.build import kernel_name
-from tests.csrc.emulator.verdicts import report, torch_that_fills
+from tests.csrc.emulator.verdicts import report, spec_asked, torch_that_fills
 from tests.csrc.skinny_linear_cases import EMULATED, Case, run_and_check
 
 CPU = 1  # DLPack's number
@@ -23,16 +23,9 @@ def specs() -> list[Spec]:
 
 
 def spec_of(case: Case) -> Spec:
-    asked: list[Spec] = []
-
-    def note(spec: Spec, *_: Any) -> str:
-        asked.append(spec)
-        return "there is no kernel yet"
-
     x = case.inputs("cpu")
-    answer = native(note).why_not(x["x"], x["weight"], x["residual"], case.swiglu)
-    assert answer == "there is no kernel yet", (case.name, answer)
-    return asked[0]
+    inputs = x["x"], x["weight"], x["residual"], case.swiglu
+    return spec_asked(case.name, lambda find: native(find).why_not(*inputs))
 
 
 def native(find: Callable[..., Any]) -> Any:

@@ -11,11 +11,26 @@ from hylo_ops import cubin
 from hylo_ops.common import chunk_inputs
 from tests.csrc.emulator.build import kernel_name
 
+_NO_KERNEL = "there is no kernel yet"
+
 
 def report(cases: Iterable[Any], run_and_check: Callable[[Any, str], object]) -> None:
     """Prints what is wrong with each case, or nothing, as JSON."""
     torch.use_deterministic_algorithms(True)  # with it, new tensors are filled with NaN
     print(json.dumps({case.name: _verdict(case, run_and_check) for case in cases}))
+
+
+def spec_asked(name: str, ask: Callable[[Callable[..., str]], object]) -> cubin.Spec:
+    """Of the kernel that a case looks for. `ask(find)`: why what has its kernels from `find` refuses the case."""
+    asked: list[cubin.Spec] = []
+
+    def find(spec: cubin.Spec, *_: Any) -> str:
+        asked.append(spec)
+        return _NO_KERNEL
+
+    answer = ask(find)
+    assert answer == _NO_KERNEL, (name, answer)
+    return asked[0]
 
 
 def torch_that_fills() -> ModuleType:
