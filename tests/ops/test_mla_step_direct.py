@@ -9,8 +9,8 @@ import torch
 from hylo_ops import cubin
 from hylo_ops.fused import cuda_mla, mla_step
 from tests.csrc.emulator import run_mla_absorb
-from tests.csrc.emulator.run_mla_step import CPU, NO_KERNEL, step
-from tests.csrc.emulator.verdicts import torch_that_fills
+from tests.csrc.emulator.run_mla_step import CPU, step
+from tests.csrc.emulator.verdicts import NO_KERNEL, torch_that_fills
 from tests.ops.layouts import shifted, strided
 from tests.ops.mla_step_cases import SCALE, Case, arguments
 

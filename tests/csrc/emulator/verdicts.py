@@ -11,7 +11,7 @@ from hylo_ops import cubin
 from hylo_ops.common import chunk_inputs
 from tests.csrc.emulator.build import kernel_name
 
-_NO_KERNEL = "there is no kernel yet"
+NO_KERNEL = "there is no kernel yet"
 
 
 def report(cases: Iterable[Any], run_and_check: Callable[[Any, str], object]) -> None:
@@ -26,10 +26,10 @@ def spec_asked(name: str, ask: Callable[[Callable[..., str]], object]) -> cubin.
 
     def find(spec: cubin.Spec, *_: Any) -> str:
         asked.append(spec)
-        return _NO_KERNEL
+        return NO_KERNEL
 
     answer = ask(find)
-    assert answer == _NO_KERNEL, (name, answer)
+    assert answer == NO_KERNEL, (name, answer)
     return asked[0]
 
 
