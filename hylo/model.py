@@ -16,7 +16,7 @@ from transformers.utils.output_capturing import capture_outputs
 from hylo.config import HyloConfig
 from hylo.mixers import GatedDeltaNet, Mamba2, make_mixer
 from hylo.mixers.norm import RMSNorm
-from hylo.mixers.packing import add_product, pack_, project, project_at_once
+from hylo.mixers.packing import add_product, gated_at_once, pack_, product, project, project_at_once
 from hylo.mixers.rope import Rotary
 from hylo_ops import swiglu
 
@@ -44,6 +44,8 @@ class Mlp(nn.Module):
         """Both halves of one product, and one op of them; None where that is not for this activation or weights."""
         if not self._silu:
             return None
+        if (wide := gated_at_once(x, self.gate_proj, self.up_proj)) is not None:
+            return wide
         found = project_at_once(x, (self.gate_proj, self.up_proj))
         return None if found is None else swiglu(found[0])
 
@@ -227,7 +229,8 @@ class HyloForCausalLM(HyloPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        hidden = outputs.last_hidden_state[:, kept]
+        logits: Any = self.lm_head(hidden) if torch.is_grad_enabled() else product(hidden, self.lm_head)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)

@@ -153,7 +153,7 @@ def test_two_million_tokens():
 
 
 def test_one_step_is_few_launches():
-    """11 for a layer of Gated DeltaNet, 12 for one of MLA, some 20 around them; a product may be two."""
+    """9 for a layer of Gated DeltaNet, 10 for one of MLA, some 20 around them; each product is one, and the head's."""
     engine = Engine(model_of("gdn"), capacity=64)
     engine.generate([ids_of(9)], max_new_tokens=4)
     engine.prefill([ids_of(9)])
@@ -163,3 +163,4 @@ def test_one_step_is_few_launches():
     launches = [event.name for event in profile.events() if event.device_type.name == "CUDA"]
     assert len(launches) <= 100, launches
     assert sum("mla_step" in name for name in launches) == 2 * 2, launches
+    assert sum("skinny_linear" in name for name in launches) == 2 * (2 + 2) + 2 * (3 + 2) + 1, launches

@@ -4,6 +4,7 @@ import copy
 import gc
 import weakref
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from hylo.distill.tiling import tile_mlps
 from hylo.mixers import packing
 from hylo.mixers.packing import pack_, packed, project, stacked
-from hylo_ops import fused
+from hylo_ops import fused, skinny_linear, skinny_linear_add_
 from hylo_ops.testing import within_budget
 from tests.test_model import make_model, tokens
 
@@ -151,6 +152,89 @@ def test_gated_deltanet_decodes_in_one_fused_step(monkeypatch):
     last = model(ids[:, 7:], past_key_values=cache).logits
     assert len(calls) == 2
     torch.testing.assert_close(last, whole[:, 7:], rtol=0, atol=1e-9)
+
+
+# ---------------------------------------------------------------- few rows on a GPU
+
+
+@pytest.fixture
+def few_rows(monkeypatch):
+    """Tensors say that they are on a GPU, and products of few rows note how they are asked for."""
+    asked = []
+
+    def noted(op, *args, **options):
+        asked.append((op.__name__, options))
+        return op(*args, **options, backend="reference")
+
+    for op in (skinny_linear, skinny_linear_add_):
+        monkeypatch.setattr(packing, op.__name__, partial(noted, op))
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(packing, "autocast_dtype", lambda x: None)
+    return asked
+
+
+def half_layers(*rows, width=32):
+    layers = [layer.bfloat16() for layer in linears(*rows, width=width)]
+    pack_(weights(layers))
+    return layers
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("constant", [False, True])
+def test_few_rows_go_by_the_op_that_is_for_them(few_rows, constant):
+    gate, up = half_layers(24, 24)
+    x, residual, out = torch.randn(4, 1, 32).bfloat16(), torch.ones(4, 1, 24).bfloat16(), torch.ones(4, 24).bfloat16()
+
+    def all_of_them():
+        packing.write_product(x[:, 0], gate, out)
+        assert packing.add_product(x, gate, residual) is residual
+        return *project(x, (gate,), (up,)), packing.gated_at_once(x, gate, up), packing.product(x, up), residual, out
+
+    if constant:
+        with packing.constant_weights():
+            found = all_of_them()
+    else:
+        found = all_of_them()
+
+    def eager(x, gate, up):
+        return gate(x), up(x), nn.functional.silu(gate(x)) * up(x), up(x), 1 + gate(x), gate(x)[:, 0]
+
+    expected = eager(x.double(), *(copy.deepcopy(layer).double() for layer in (gate, up)))
+    for got, theirs, want in zip(found, eager(x, gate, up), expected, strict=True):
+        within_budget(got, theirs, want)
+    names = [name for name, _ in few_rows]
+    assert names == ["skinny_linear_add_", "skinny_linear_add_", "skinny_linear", "skinny_linear", "skinny_linear"]
+    assert all(options["constant_weight"] == constant for _, options in few_rows)
+    assert [options.get("swiglu") for _, options in few_rows] == [None, None, False, True, False]
+
+
+@pytest.mark.parametrize(
+    "what", ["rows", "none", "width", "wide", "gradient", "compiler", "autocast", "hook", "apart", "cpu"]
+)
+def test_other_products_are_pytorchs(monkeypatch, few_rows, what):
+    layers = gate, up = half_layers(24, 24, width=24 if what == "width" else 32)
+    x = torch.randn({"rows": 65, "none": 0}.get(what, 4), 24 if what == "width" else 32).bfloat16()
+    if what == "wide":
+        x = x.float()
+        for layer in layers:
+            layer.float()
+    elif what == "compiler":
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    elif what == "autocast":
+        monkeypatch.setattr(packing, "autocast_dtype", lambda x: torch.float16)
+    elif what == "hook":
+        for layer in layers:
+            layer.register_forward_hook(lambda *_: None)
+    elif what == "apart":
+        gate.weight, up.weight = (nn.Parameter(layer.weight.float()) for layer in layers)
+    elif what == "cpu":
+        monkeypatch.setattr(torch.Tensor, "is_cuda", False)
+    with torch.set_grad_enabled(what == "gradient"):
+        if what not in ("apart", "autocast"):
+            project(x, (gate,), (up,))
+            packing.product(x, up)
+        assert packing.gated_at_once(x, gate, up) is None
+    assert few_rows == []
 
 
 # ---------------------------------------------------------------- one product with a gradient

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hylo.errors import UserError
 from hylo.inference.pools import Pools
 from hylo.inference.sampling import GREEDY, Sampling, sample
+from hylo.mixers.packing import constant_weights, write_product
 from hylo.model import HyloForCausalLM
 
 Prompt = Sequence[int] | Tensor
@@ -236,7 +237,7 @@ class Engine:
 
     def _score(self, hidden: Tensor) -> None:
         """Logits of [B, D], without a copy."""
-        torch.mm(self.model.model.norm(hidden), self._head.T, out=self._logits[: len(hidden)])
+        write_product(self.model.model.norm(hidden), self.model.lm_head, self._logits[: len(hidden)])
 
     @torch.no_grad()
     def _choose(self, count: int, sampling: Sampling) -> None:
@@ -248,8 +249,9 @@ class Engine:
         cursor = self.pools.cursor
         cursor.decode(count)
         torch.add(cursor.position[:count], 1, out=cursor.lengths[:count])
-        hidden = self._through_layers(self._tokens[:count, None], cursor.position[:count, None], absorb=True)
-        self._score(hidden[:, 0])
+        with constant_weights():
+            hidden = self._through_layers(self._tokens[:count, None], cursor.position[:count, None], absorb=True)
+            self._score(hidden[:, 0])
         self._choose(count, sampling)
         cursor.position[:count].copy_(cursor.lengths[:count])
 

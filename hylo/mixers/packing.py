@@ -1,7 +1,9 @@
 """Products with weights in fewer launches: of several at once, and into what they are added to."""
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -10,7 +12,22 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from hylo_ops import skinny_linear, skinny_linear_add_
+
 _ROWS = 8  # what rows are filled up to: those of the product then begin at multiples of 16 bytes, as kernels ask
+_FEW, _DEPTH = 64, 16  # rows of x that `skinny_linear` takes, and what its kernels want the width to be a multiple of
+
+_constant: ContextVar[bool] = ContextVar("constant", default=False)
+
+
+@contextmanager
+def constant_weights() -> Iterator[None]:
+    """Inside, no work under way on the device writes weights: a product's may be read before the kernel ahead ends."""
+    token = _constant.set(True)
+    try:
+        yield
+    finally:
+        _constant.reset(token)
 
 
 @torch.no_grad()
@@ -185,18 +202,56 @@ def project_at_once(x: Tensor, *groups: Sequence[nn.Linear]) -> list[Tensor] | N
         parts = _products(x.reshape(-1, x.shape[-1]), dtype, sizes, weights)
         return [part.view(*x.shape[:-1], part.shape[-1]) for part in parts]
     whole = packed(weights)
-    return None if whole is None else list(F.linear(x, whole).split([*sizes, len(whole) - sum(sizes)], dim=-1)[:-1])
+    if whole is None:
+        return None
+    y = _few_rows(x, whole)
+    y = F.linear(x, whole) if y is None else y
+    return list(y.split([*sizes, len(whole) - sum(sizes)], dim=-1)[:-1])
+
+
+def gated_at_once(x: Tensor, gate: nn.Linear, up: nn.Linear) -> Tensor | None:
+    """SwiGLU of what both layers, without bias, make of x, in one op; None where that is not for these."""
+    whole = packed((gate.weight, up.weight)) if _is_plain(gate) and _is_plain(up) else None
+    return None if whole is None else _few_rows(x, whole[: gate.out_features + up.out_features], swiglu=True)
 
 
 def product(x: Tensor, layer: nn.Linear) -> Tensor:
     """What the layer, without bias, makes of x."""
-    found = project_at_once(x, (layer,)) if torch.is_grad_enabled() else None
-    return layer(x) if found is None else found[0]
+    found = None
+    if torch.is_grad_enabled():
+        found, *_ = project_at_once(x, (layer,)) or (None,)
+    elif _is_plain(layer):
+        found = _few_rows(x, layer.weight)
+    return layer(x) if found is None else found
 
 
 def add_product(x: Tensor, layer: nn.Linear, residual: Tensor | None) -> Tensor:
     """What the layer, without bias, makes of x [B, T, N]; or `residual` [B, T, D], contiguous, which gets it added."""
     if residual is None:
         return product(x, layer)
-    residual.view(-1, residual.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), layer.weight.T)
+    if _few_rows(x, layer.weight, residual) is None:
+        residual.view(-1, residual.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), layer.weight.T)
     return residual
+
+
+def write_product(x: Tensor, layer: nn.Linear, out: Tensor) -> None:
+    """What the layer, without bias, makes of x [B, N], into `out` [B, D], contiguous: no copy of it is made."""
+    if _few_rows(x, layer.weight, out.zero_()) is None:
+        torch.mm(x, layer.weight.T, out=out)
+
+
+def _few_rows(x: Tensor, weight: Tensor, residual: Tensor | None = None, *, swiglu: bool = False) -> Tensor | None:
+    """A product of a decode step on a GPU, which takes as long as its weights' bytes; None where it is no such one.
+
+    Then it is PyTorch's: so are those on a CPU, of wide numbers, and all that a gradient or a compiler looks at.
+    """
+    few = 0 < x.numel() <= _FEW * x.shape[-1] and x.shape[-1] % _DEPTH == 0
+    if not (x.is_cuda and few) or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    half = x.dtype == weight.dtype and x.dtype in (torch.bfloat16, torch.float16)
+    if not half or autocast_dtype(x) not in (None, x.dtype):
+        return None
+    constant = _constant.get()
+    if residual is not None:
+        return skinny_linear_add_(residual, x, weight, constant_weight=constant)
+    return skinny_linear(x, weight, swiglu=swiglu, constant_weight=constant)
