@@ -7,6 +7,7 @@
 // gives both. Normalised keys and queries are k / |k| and q / |q|, so their lengths are factors of the sums.
 
 #include "common/activation.cuh"
+#include "common/dependent.cuh"
 #include "common/dtype.cuh"
 #include "common/global_access.cuh"
 #include "common/packed.cuh"
@@ -146,5 +147,8 @@ constexpr int kStepBlocks =
 
 extern "C" __global__ void __launch_bounds__(HYLO_TEAM, hylo::gated_delta_rule::kStepBlocks)
     gated_delta_rule_fwd_kernel_step(const __grid_constant__ hylo::gated_delta_rule::StepParams p) {
+  hylo::start_next_kernel();
+  hylo::fetch_parameters(p);
+  hylo::await_kernel_before();
   hylo::gated_delta_rule::step<hylo::HYLO_T, hylo::HYLO_S, HYLO_K, HYLO_RAW, HYLO_TEAM>(p);
 }

@@ -8,7 +8,7 @@ from hylo_ops import rms_norm, rms_norm_of_stream
 
 
 class RMSNorm(nn.RMSNorm):
-    """PyTorch's; where a gradient is wanted, by one op with the sum before it and the cast after it."""
+    """PyTorch's; where a gradient is wanted or on a GPU by one op, with the sum before it and the cast after it."""
 
     def forward(  # type: ignore[override]
         self, x: Tensor, residual: Tensor | None = None, *, stream: bool = False, dtype: torch.dtype | None = None
@@ -19,7 +19,7 @@ class RMSNorm(nn.RMSNorm):
             stream: x comes with it as well, for whoever goes on with that.
             dtype: of the norm. If None, what products take it in: with a gradient autocast's where that is on.
         """
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if (torch.is_grad_enabled() or x.is_cuda) and not torch.compiler.is_compiling():
             return self._by_one_op(x, residual, stream, dtype)
         total = x if residual is None else residual + x
         # autocast leaves the weight wide

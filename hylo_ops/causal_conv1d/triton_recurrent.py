@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hylo_ops.causal_conv1d.triton_fwd import activate, load_channels
-from hylo_ops.common.triton_launch import ceil_div, launch, next_power_of_2
+from hylo_ops.common.triton_launch import ceil_div, launch, next_power_of_2, starts_early
 
 _BD = 128
 _NUM_WARPS = 4
@@ -30,8 +30,12 @@ def causal_conv1d_fwd_kernel_step(
     BD: tl.constexpr,
     SILU: tl.constexpr,
     PRECISE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One program per sequence and BD channels; the strides of a state are constants, so that it is read in rows."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     i_b = tl.program_id(0).to(tl.int64)
     o_d = tl.program_id(1) * BD + tl.arange(0, BD)
     m_d = o_d < D
@@ -69,13 +73,14 @@ def forward(
     y = x.new_empty(B, 1, D)
     bias = None if bias is None else bias.contiguous()
     indices = None if state_indices is None else state_indices.contiguous()
-    stride_p, stride_d, stride_w = state.stride()
+    (stride_p, stride_d, stride_w), early = state.stride(), starts_early()
     launch(
         causal_conv1d_fwd_kernel_step,
         (B, ceil_div(D, _BD), 1),
         (x, weight.contiguous(), bias, state, indices, y),
         (x.stride(0), stride_p),
-        (stride_d, stride_w, D, W, next_power_of_2(W), _BD, activation == "silu", x.dtype == torch.float32),
+        (stride_d, stride_w, D, W, next_power_of_2(W), _BD, activation == "silu", x.dtype == torch.float32, early),
         _NUM_WARPS,
+        early=early,
     )
     return y

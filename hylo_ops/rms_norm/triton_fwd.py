@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hylo_ops.common.triton_launch import ceil_div, launch
+from hylo_ops.common.triton_launch import ceil_div, launch, starts_early
 from hylo_ops.common.triton_rows import as_rows, config, load_rows, rows_of
 
 _ELEMENTS = 16  # of a thread
@@ -27,7 +27,11 @@ def rms_norm_fwd_kernel_y(
     D: tl.constexpr,
     BR: tl.constexpr,
     BD: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     m_row, o_row, place = rows_of(tl.program_id(0), rows, tokens, heads, BR)
     o_d = tl.arange(0, BD)
     mask = m_row[:, None] & (o_d < D)
@@ -59,13 +63,14 @@ def forward(
     if y.numel():
         x, (_, tokens, heads), strides = as_rows(x)
         rows = rstd.numel()
-        BR, BD, num_warps = config(D, _ELEMENTS)
+        (BR, BD, num_warps), early = config(D, _ELEMENTS), starts_early()
         launch(
             rms_norm_fwd_kernel_y,
             (ceil_div(rows, BR), 1, 1),
             (x, weight.contiguous(), residual, y, total, rstd),
             (strides, rows, tokens, heads, float(eps)),
-            (D, BR, BD),
+            (D, BR, BD, early),
             num_warps,
+            early=early,
         )
     return y, x.new_empty(0) if total is None else total, rstd
