@@ -220,10 +220,25 @@ def test_draws_follow_the_probabilities():
         assert ((drawn - expected).abs() <= 5 * (expected * (1 - expected) / len(logits)).sqrt()).all(), sampling
 
 
-def test_greedy_needs_no_luck():
+def check_greedy(device):
+    """The likeliest token, of several the first, in columns of any number."""
+    for vocabulary in (1, 33, 50, 384, 128256):
+        logits = torch.randn(7, vocabulary, device=device)
+        for ties in (1, 5):
+            likeliest = torch.randint(vocabulary, (7, ties), device=device)
+            logits.scatter_(1, likeliest, 9.0)
+            assert torch.equal(sample(logits, GREEDY, torch.Generator(device)), likeliest.amin(-1))
+            logits.scatter_(1, likeliest, -9.0)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(1.0, top_k=1)])
+def test_greedy_needs_no_luck(sampling):
     logits = torch.randn(7, 50)
-    assert torch.equal(sample(logits, GREEDY, torch.Generator()), logits.argmax(-1))
-    assert torch.equal(sample(logits, Sampling(1.0, top_k=1), torch.Generator()), logits.argmax(-1))
+    assert torch.equal(sample(logits, sampling, torch.Generator()), logits.argmax(-1))
+
+
+def test_greedy_takes_the_first_of_the_likeliest():
+    check_greedy("cpu")
 
 
 def test_filled_caches_decode():

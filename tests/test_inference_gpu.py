@@ -9,7 +9,7 @@ import torch
 import hylo
 from hylo.inference import GREEDY, Engine, Sampling
 from hylo_ops.testing import within_budget
-from tests.test_inference import LENGTHS, logits_over_steps, one_pass_logits, prompts
+from tests.test_inference import LENGTHS, check_greedy, logits_over_steps, one_pass_logits, prompts
 from tests.test_model import make_model
 
 pytestmark = [
@@ -109,6 +109,10 @@ def test_half_precision_errs_no_more_than_the_model(layout, qk_norm):
     expected, one_pass = one_pass_logits((exact, model), given, new)
     engine = Engine(copy.deepcopy(model), batch=3, capacity=400, chunk=128)
     within_budget(logits_over_steps(engine, given, new), one_pass, expected)
+
+
+def test_greedy_takes_the_first_of_the_likeliest():
+    check_greedy("cuda")
 
 
 def test_a_step_waits_for_nothing():

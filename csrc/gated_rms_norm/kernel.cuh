@@ -77,8 +77,8 @@ __device__ __forceinline__ void forward(const Params& p, float* s_partial) {
 
 extern "C" __global__ void __launch_bounds__(hylo::gated_rms_norm::block_threads(HYLO_V, HYLO_VEC))
     gated_rms_norm_fwd_kernel_y(const __grid_constant__ hylo::gated_rms_norm::Params p) {
-  hylo::await_kernel_before();
   hylo::start_next_kernel();
+  hylo::await_kernel_before();
   __shared__ float s_partial[hylo::gated_rms_norm::block_threads(HYLO_V, HYLO_VEC) / hylo::kWarpThreads];
   hylo::gated_rms_norm::forward<hylo::HYLO_T, hylo::HYLO_W, HYLO_V, HYLO_VEC>(p, s_partial);
 }

@@ -15,8 +15,10 @@ constexpr std::int64_t kUnit = 8;                              // outputs that r
 constexpr std::int64_t kMostOutputs = std::int64_t{65535} * kTile;
 constexpr std::int64_t kMaxStride = std::int64_t{1} << 39;     // elements
 
-// A few more than an H100's multiprocessors: there is room for two on each.
-constexpr int kManyBlocks = 150;
+// Blocks that share K are added while each of an H100's multiprocessors has one at most, and no more than pay for sending
+// their sums.
+constexpr int kManyBlocks = 132, kUsualCluster = 4;
+constexpr int kAnyTiles = 1 << 20;
 
 int number(std::int64_t size) { return static_cast<int>(size); }
 
@@ -118,7 +120,10 @@ Kind kind_of(const Inputs& x) {
 }
 
 Spread spread_of(const Inputs& x) {
-  return {std::clamp(kManyBlocks / std::max(tiles_of_outputs(x), 1), 1, most_blocks_of_cluster(x)), 0, 0};
+  const int most = std::min(most_blocks_of_cluster(x), kUsualCluster);
+  // Few rows of x leave room for blocks of the next product: its weights come while these add up.
+  const int rest = kind_of(x).B == kRowsOfKernel[0] ? kAnyTiles : 0;
+  return {std::clamp(kManyBlocks / std::max(tiles_of_outputs(x), 1), 1, most), 0, rest};
 }
 
 bool can_be(const Spread& spread, const Inputs& x) {

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hylo.errors import UserError
 from hylo.inference.pools import Pools
 from hylo.inference.sampling import GREEDY, Sampling, sample
-from hylo.mixers.packing import constant_weights, write_product
+from hylo.mixers.packing import constant_weights, product
 from hylo.model import HyloForCausalLM
 
 Prompt = Sequence[int] | Tensor
@@ -236,8 +236,8 @@ class Engine:
         return hidden
 
     def _score(self, hidden: Tensor) -> None:
-        """Logits of [B, D], without a copy."""
-        write_product(self.model.model.norm(hidden), self.model.lm_head, self._logits[: len(hidden)])
+        """Logits of [B, D]."""
+        self._logits[: len(hidden)] = product(self.model.model.norm(hidden), self.model.lm_head)
 
     @torch.no_grad()
     def _choose(self, count: int, sampling: Sampling) -> None:

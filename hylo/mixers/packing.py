@@ -217,12 +217,10 @@ def gated_at_once(x: Tensor, gate: nn.Linear, up: nn.Linear) -> Tensor | None:
 
 def product(x: Tensor, layer: nn.Linear) -> Tensor:
     """What the layer, without bias, makes of x."""
-    found = None
     if torch.is_grad_enabled():
-        found, *_ = project_at_once(x, (layer,)) or (None,)
-    elif _is_plain(layer):
-        found = _few_rows(x, layer.weight)
-    return layer(x) if found is None else found
+        return project(x, (layer,))[0]
+    y = _few_rows(x, layer.weight) if _is_plain(layer) else None
+    return layer(x) if y is None else y
 
 
 def add_product(x: Tensor, layer: nn.Linear, residual: Tensor | None) -> Tensor:
@@ -232,12 +230,6 @@ def add_product(x: Tensor, layer: nn.Linear, residual: Tensor | None) -> Tensor:
     if _few_rows(x, layer.weight, residual) is None:
         residual.view(-1, residual.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), layer.weight.T)
     return residual
-
-
-def write_product(x: Tensor, layer: nn.Linear, out: Tensor) -> None:
-    """What the layer, without bias, makes of x [B, N], into `out` [B, D], contiguous: no copy of it is made."""
-    if _few_rows(x, layer.weight, out.zero_()) is None:
-        torch.mm(x, layer.weight.T, out=out)
 
 
 def _few_rows(x: Tensor, weight: Tensor, residual: Tensor | None = None, *, swiglu: bool = False) -> Tensor | None:
