@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hylo_ops.common.tickets import tickets
 from hylo_ops.common.triton_gpu import ROOMY, is_nvidia_from, resources
-from hylo_ops.common.triton_launch import ceil_div, launch, next_power_of_2
+from hylo_ops.common.triton_launch import ceil_div, launch, next_power_of_2, starts_early
 from hylo_ops.common.triton_math import PRECISION, dot_type
 from hylo_ops.mla_absorb import fp8
 from hylo_ops.mla_absorb.triton_rows import latents_of, load_key_scales, load_keys, load_pages, load_tile, rows_at
@@ -367,8 +367,12 @@ def mla_absorb_fwd_kernel_decode(
     LATENT_SCALES_AT: tl.constexpr,
     ROPE_AT: tl.constexpr,
     HAS_E4M3: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One program per tile of query rows and share of all units; a share is cut into pieces where a sequence ends."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     rows = T * H
     tiles = tl.cdiv(rows, BM)
     i_tile = tl.program_id(0) % tiles
@@ -630,6 +634,7 @@ def _plan(
         dot_type(scales_dtype),
         *(fp8.offsets(R) if is_fp8 else (0, 0)),
         is_fp8 and _has_e4m3(),
+        starts_early(),
     )
     return _Plan(tiles, programs, slots, tiles * slots * (R + 2) * BM if is_cut else 0, constants, c.warps, c.stages)
 
@@ -703,6 +708,7 @@ def forward(
         plan.constants,
         plan.warps,
         plan.stages,
+        starts_early(),
     )
     return o, lse
 
