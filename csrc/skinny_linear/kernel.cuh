@@ -43,7 +43,7 @@ class Block {
  private:
   __device__ __forceinline__ void init() const {
     for (int i = 0; i < p_.stages; ++i) shared_.stages[i].init(1, kMultiplying);
-    if (p_.cluster > 1) shared_.sums.open(p_.cluster * part_.rows(p_) * kOutputs);
+    if (p_.cluster > 1) shared_.sums.open(p_.cluster * part_.pairs(p_) * kSlots * kQuad);
     fence_barrier_init();
   }
 

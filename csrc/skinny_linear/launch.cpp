@@ -15,10 +15,8 @@ constexpr std::int64_t kUnit = 8;                              // outputs that r
 constexpr std::int64_t kMostOutputs = std::int64_t{65535} * kTile;
 constexpr std::int64_t kMaxStride = std::int64_t{1} << 39;     // elements
 
-// Blocks that share K are added while each of an H100's multiprocessors has one at most, and no more than pay for sending
-// their sums.
-constexpr int kManyBlocks = 132, kUsualCluster = 4;
-constexpr int kAnyTiles = 1 << 20;
+// A few more than an H100's multiprocessors: there is room for two on each.
+constexpr int kManyBlocks = 150;
 
 int number(std::int64_t size) { return static_cast<int>(size); }
 
@@ -120,10 +118,7 @@ Kind kind_of(const Inputs& x) {
 }
 
 Spread spread_of(const Inputs& x) {
-  const int most = std::min(most_blocks_of_cluster(x), kUsualCluster);
-  // Few rows of x leave room for blocks of the next product: its weights come while these add up.
-  const int rest = kind_of(x).B == kRowsOfKernel[0] ? kAnyTiles : 0;
-  return {std::clamp(kManyBlocks / std::max(tiles_of_outputs(x), 1), 1, most), 0, rest};
+  return {std::clamp(kManyBlocks / std::max(tiles_of_outputs(x), 1), 1, most_blocks_of_cluster(x)), 0, 0};
 }
 
 bool can_be(const Spread& spread, const Inputs& x) {
@@ -139,7 +134,7 @@ void launch(const Kernel& kernel, const Inputs& x, const Spread& spread, bool co
   params.batch = B;
   params.columns = number(outputs_of(x));
   params.cluster = cluster;
-  params.share = ceil_div(B, cluster);
+  params.share = ceil_div(pairs_of(B), cluster);
   params.tiles = tiles_of_k(x) / cluster;
   params.more = tiles_of_k(x) % cluster;
   params.stages = stages_of(kind_of(x).B, cluster, params.share);

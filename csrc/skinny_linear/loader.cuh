@@ -26,9 +26,9 @@ struct Part {
         first(rank * p.tiles + (rank < p.more ? rank : p.more)),
         count(p.tiles + (rank < p.more ? 1 : 0)) {}
 
-  // Rows of y that it finishes.
-  __device__ __forceinline__ int rows(const Params& p) const {
-    const int left = p.batch - rank * p.share;
+  // Pairs of rows of y that it finishes.
+  __device__ __forceinline__ int pairs(const Params& p) const {
+    const int left = pairs_of(p.batch) - rank * p.share;
     return left < 0 ? 0 : left < p.share ? left : p.share;
   }
 };

@@ -12,7 +12,7 @@ struct Params {
   void* y;            // [B, N], contiguous; what it holds is added to where it is the residual
   int batch, columns;  // B, N
   int cluster;         // blocks that share K
-  int share;           // rows of y that each of them finishes
+  int share;           // pairs of rows of y that each of them finishes
   int tiles, more;     // of K, that each of them takes; how many of them take one more
   int stages;
   int ahead, rest;  // as Spread has them

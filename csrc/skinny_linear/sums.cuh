@@ -17,9 +17,9 @@ class Sums {
       : p_(p),
         part_(part),
         thread_(static_cast<int>(threadIdx.x)),
-        quads_shift_(p.swiglu ? 4 : 5),
+        slots_shift_(p.swiglu ? 5 : 6),
         first_column_(part.tile * (p.swiglu ? kTile : kOutputs)),
-        quads_(part.rows(p) << quads_shift_),
+        quads_(part.pairs(p) << slots_shift_),
         sums_(sums),
         shared_(shared) {}
 
@@ -30,13 +30,13 @@ class Sums {
   __device__ __forceinline__ void run(const float (&d)[kB / 2]) {
     if (p_.cluster == 1) {
       sync_threads(kSummed, kMultiplying);  // all have read the stages, where sums come to
-      each_sum(d, [&](int b, int output, float sum) { *place(0, b, output) = sum; });
+      each_quad(d, [&](int pair, const float (&quad)[kQuad]) { store(place(0, pair, own_slot()), quad); });
       sync_threads(kSummed, kMultiplying);
     } else {
       cluster_wait();
-      each_sum(d, [&](int b, int output, float sum) {
-        const int to = b / p_.by_share;
-        shared_.sums.send(place(part_.rank, b - to * p_.share, output), to, sum);
+      each_quad(d, [&](int pair, const float (&quad)[kQuad]) {
+        const int to = pair / p_.by_share;
+        shared_.sums.send(place(part_.rank, pair - to * p_.share, own_slot()), to, quad);
       });
       shared_.sums.await();
     }
@@ -46,85 +46,86 @@ class Sums {
  private:
   static constexpr int kSummed = 1;  // a barrier
 
-  // Calls f(row of x, output of the block, sum).
+  __device__ __forceinline__ int own_slot() const { return thread_ / 32 * 8 + thread_ % 32 / 4; }
+
+  // Calls f(pair of rows of x, sums of the thread's slot).
   template <class F>
-  __device__ __forceinline__ void each_sum(const float (&d)[kB / 2], const F& f) const {
-    const int row = 2 * (thread_ % 4), output = thread_ / 32 * 16 + thread_ % 32 / 4;
+  __device__ __forceinline__ void each_quad(const float (&d)[kB / 2], const F& f) const {
 #pragma unroll
     for (int j = 0; j < kB / 8; ++j) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int b = 8 * j + row + e;
-        if (b >= p_.batch) continue;
-#pragma unroll
-        for (int r = 0; r < 2; ++r) f(b, output + 8 * r, d[4 * j + 2 * r + e]);
-      }
+      const int pair = 4 * j + thread_ % 4;
+      const float quad[kQuad] = {d[4 * j], d[4 * j + 1], d[4 * j + 2], d[4 * j + 3]};
+      if (2 * pair < p_.batch) f(pair, quad);
     }
   }
 
-  // Of a block's sums, those of one of the rows that are finished here.
-  __device__ __forceinline__ float* place(int block, int row, int output) const {
-    return sums_ + (block * p_.share + row) * kRowStride + output;
+  // Of a block's sums, of one of the pairs that are finished here.
+  __device__ __forceinline__ float* place(int block, int pair, int slot) const {
+    return sums_ + ((block * p_.share + pair) * kSlots + slot) * kQuad;
   }
 
-  // Four neighbours of y, of which there are as many in a row as threads take at once.
-  __device__ __forceinline__ int row_of(int quad) const { return quad >> quads_shift_; }
-  __device__ __forceinline__ int output_of(int quad) const { return 4 * (quad & ((1 << quads_shift_) - 1)); }
-  __device__ __forceinline__ bool exists(int quad) const {
-    return quad < quads_ && first_column_ + output_of(quad) < p_.columns;
-  }
-  __device__ __forceinline__ T* address(int quad) const {
-    const long long row = part_.rank * p_.share + row_of(quad);
-    return static_cast<T*>(p_.y) + row * p_.columns + first_column_ + output_of(quad);
+  // Of the quads that are finished here, neighbours have neighbouring slots.
+  __device__ __forceinline__ int pair_of(int quad) const { return quad >> slots_shift_; }
+  __device__ __forceinline__ int slot_of(int quad) const { return quad & ((1 << slots_shift_) - 1); }
+
+  // Calls f(i, where number i of a quad is in y) for what is there of it.
+  template <class F>
+  __device__ __forceinline__ void each_number(int quad, const F& f) const {
+    if (quad >= quads_) return;
+    const int first_row = 2 * (part_.rank * p_.share + pair_of(quad)), slot = slot_of(quad);
+    const int column = first_column_ + slot / 8 * 16 + slot % 8;
+    T* const at = static_cast<T*>(p_.y) + static_cast<long long>(first_row) * p_.columns + column;
+#pragma unroll
+    for (int i = 0; i < kQuad; ++i) {
+      const int row = i % 2, right = i / 2 * 8;
+      if (first_row + row < p_.batch && column + right < p_.columns) f(i, at + row * p_.columns + right);
+    }
   }
 
   __device__ __forceinline__ void fetch(int quad) {
-    if (p_.adds && exists(quad)) load(r_residual_, address(quad));
+    if (p_.adds) each_number(quad, [&](int i, const T* y) { r_residual_[i] = to_float(*y); });
   }
 
   // All are on their way together.
-  __device__ __forceinline__ void add_up(float (&out)[4], int row, int output) const {
-    float parts[kMaxCluster][4];
+  __device__ __forceinline__ void add_up(float (&out)[kQuad], int pair, int slot) const {
+    float parts[kMaxCluster][kQuad];
 #pragma unroll
     for (int block = 0; block < kMaxCluster; ++block) {
-      if (block < p_.cluster) load(parts[block], place(block, row, output));
+      if (block < p_.cluster) load(parts[block], place(block, pair, slot));
     }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) out[i] = parts[0][i];
+    for (int i = 0; i < kQuad; ++i) out[i] = parts[0][i];
 #pragma unroll
     for (int block = 1; block < kMaxCluster; ++block) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) out[i] = block < p_.cluster ? out[i] + parts[block][i] : out[i];
+      for (int i = 0; i < kQuad; ++i) out[i] = block < p_.cluster ? out[i] + parts[block][i] : out[i];
     }
   }
 
   __device__ __forceinline__ void finish() {
 #pragma unroll 1
     for (int quad = thread_; quad < quads_; quad += kMultiplying) {
-      float out[4], residual[4];
+      float out[kQuad], residual[kQuad];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) residual[i] = r_residual_[i];
+      for (int i = 0; i < kQuad; ++i) residual[i] = r_residual_[i];
       fetch(quad + kMultiplying);
-      if (!exists(quad)) continue;
-      add_up(out, row_of(quad), output_of(quad));
+      add_up(out, pair_of(quad), slot_of(quad));
       if (p_.swiglu) {
-        float up[4];
-        add_up(up, row_of(quad), kTile + output_of(quad));
+        float up[kQuad];
+        add_up(up, pair_of(quad), slot_of(quad) + kSlots / 2);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) out[i] = silu(out[i]) * up[i];
+        for (int i = 0; i < kQuad; ++i) out[i] = silu(out[i]) * up[i];
       }
-#pragma unroll
-      for (int i = 0; i < 4; ++i) out[i] = p_.adds ? residual[i] + out[i] : out[i];
-      store(address(quad), out);
+      each_number(quad, [&](int i, T* y) { from_float(*y, p_.adds ? residual[i] + out[i] : out[i]); });
     }
   }
 
   const Params& p_;
   const Part part_;
-  const int thread_, quads_shift_, first_column_, quads_;
+  const int thread_, slots_shift_, first_column_, quads_;
   float* const sums_;
   Shared& shared_;
-  float r_residual_[4] = {};
+  float r_residual_[kQuad] = {};
 };
 
 }  // namespace hylo::skinny_linear

@@ -23,20 +23,22 @@ constexpr int kAlignment = 1024, kSmall = 512;  // bytes: lost to alignment; bar
 
 HYLO_HOST_DEVICE constexpr int stage_size(int B) { return kGroups * kTileSize + B * 128; }
 
-// Sums of a row of x that one block made, as they come to the block that finishes them. Four more numbers lie between rows,
-// so that a warp's sums of four rows fall into different banks.
-constexpr int kRowStride = kOutputs + 4;
+// Sums that one block made come four at a time to the block that finishes them: of two neighbouring rows of x and of outputs
+// that are 8 apart, as a thread of the tensor core has them. A pair of rows has so many of these.
+constexpr int kQuad = 4, kSlots = kOutputs / 2;
+HYLO_HOST_DEVICE constexpr int pairs_of(int rows) { return (rows + 1) / 2; }
 
 // Where such sums lie: behind the stages, or in their place where no other block sends any.
-HYLO_HOST_DEVICE constexpr int sums_size(int cluster, int share) {
-  return cluster == 1 ? 0 : cluster * share * kRowStride * static_cast<int>(sizeof(float));
+HYLO_HOST_DEVICE constexpr int sums_size(int cluster, int pairs) {
+  return cluster * pairs * kSlots * kQuad * static_cast<int>(sizeof(float));
 }
 
 HYLO_HOST_DEVICE constexpr int stages_of(int B, int cluster, int share) {
-  const int stages = (kSharedLimit - kAlignment - kSmall - sums_size(cluster, share)) / stage_size(B);
+  const int sums = cluster == 1 ? 0 : sums_size(cluster, share);
+  const int stages = (kSharedLimit - kAlignment - kSmall - sums) / stage_size(B);
   return stages < kMostStages ? stages : kMostStages;
 }
-static_assert(stages_of(kMostRows, kMaxCluster, kMostRows / kMaxCluster) >= 3, "too few to keep memory busy");
-static_assert(kMostRows * kRowStride * static_cast<int>(sizeof(float)) <= 3 * stage_size(kMostRows));
+static_assert(stages_of(kMostRows, kMaxCluster, pairs_of(kMostRows) / kMaxCluster) >= 3, "too few to keep memory busy");
+static_assert(sums_size(1, pairs_of(kMostRows)) <= 3 * stage_size(kMostRows));
 
 }  // namespace hylo::skinny_linear

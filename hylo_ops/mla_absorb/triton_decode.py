@@ -478,22 +478,23 @@ def mla_absorb_fwd_kernel_decode(
             p_first = p_partial + at_slot * size
             step = at_slot * 0 + 1
             level = 0
+            group = tl.where(pieces > GROUP * GROUP, 2 * GROUP, GROUP)
             while pieces > 1:
-                # Groups of GROUP pieces are merged, then groups of groups. A ticket of round `level` lies that far
-                # behind the group's first slot, where no other round has one, as GROUP is larger.
+                # Groups of pieces are merged, then groups of groups. A ticket of round `level` lies that far behind
+                # the group's first slot, where no other round has one, as a group is larger.
                 store_partial(p_first + i_piece * step * size, b_top, b_total, b_o, R, WIDTHS, BM)
-                leader = i_piece // GROUP * GROUP
-                members = tl.minimum(pieces - leader, GROUP)
+                leader = i_piece // group * group
+                members = tl.minimum(pieces - leader, group)
                 if is_last(p_tickets + at_slot + leader * step + level, members):
                     p_group = p_first + leader * step * size
                     b_top, b_total, b_o = merge(p_group, members, step * size, R, WIDTHS, BM, MERGE_STAGES)
                     tl.debug_barrier()  # what all threads have read may be overwritten
-                    pieces = tl.cdiv(pieces, GROUP)
+                    pieces = tl.cdiv(pieces, group)
                     is_whole = pieces == 1
                 else:
                     pieces = 0
-                i_piece = i_piece // GROUP
-                step *= GROUP
+                i_piece = i_piece // group
+                step *= group
                 level += 1
         if is_whole:
             store_result(p_ob, p_lb, o_m, m_m, b_top, b_total, b_o, R, WIDTHS)
@@ -512,7 +513,8 @@ class Config:
         tokens: cached tokens of a tile; tensor cores of Hopper take 64.
         programs: how many share a multiprocessor, so how the work is cut.
         least: tokens of a share at least: fewer cost more to merge than they save.
-        group: pieces that one program merges, a power of two from 4; more are merged in rounds.
+        group: pieces that one program merges, a power of two from 4; more are merged in rounds, and twice as many by
+            one where there would be three rounds.
         merge_stages: pieces on their way into shared memory while one is merged, and that one.
     """
 
@@ -541,22 +543,22 @@ _WIDEST_TILE = 128
 def config_for(R: int, E: int, rows: int, dtype: torch.dtype, is_fp8: bool, shared_bytes: int) -> Config:
     """By compiling for sm_90: tiles are not spilled, and up to R 256 two programs share a multiprocessor."""
     if shared_bytes < ROOMY and (R + E > 320 or dtype == torch.float32):
-        return Config(_LEAST_SIDE, 16 if dtype == torch.float32 else 32, 8, 1, 1, 256, 16, 1)
+        return Config(_LEAST_SIDE, 16 if dtype == torch.float32 else 32, 8, 1, 1, 128, 8, 1)
     BM = min(max(next_power_of_2(rows), _LEAST_SIDE), 32)
     if dtype == torch.float32:
-        return Config(_LEAST_SIDE, 32, 8 if R > 128 else 4, 2, 1, 256, 16, 2)
+        return Config(_LEAST_SIDE, 32, 8 if R > 128 else 4, 2, 1, 128, 8, 2)
     if is_fp8 and (R > 128 or (R > 32 and E > 0 and max(next_power_of_2(E), _LEAST_SIDE) != BM)):
         # A thread holds some of the next tile, too: small ones, two programs for all R. Up to 128 they keep clear of a
         # fault of ptxas 12.8, which comes with Triton 3.6 (12.9 has none): tiles of 64 tokens are multiplied by wgmma,
         # whose descriptors say where an operand lies and how. Weights lie where rope lay, and where they are not as
         # wide as rope the two descriptors differ in their upper halves alone; then ptxas loses the lower half of all
         # but the first of the weights'. Smaller tiles of rope need no descriptors.
-        return Config(BM if R <= 256 else _LEAST_SIDE, 32, 4, 1, 2, 256, 16, 2)
+        return Config(BM if R <= 256 else _LEAST_SIDE, 32, 4, 1, 2, 128, 8, 2)
     if R > 256:
-        return Config(BM, 64, 8, 2, 1, 256, 16, 4)
+        return Config(BM, 32, 4, 3, 2, 64, 8, 2) if BM == _LEAST_SIDE else Config(BM, 64, 8, 2, 1, 128, 8, 4)
     if R > 128:
-        return Config(BM, 64, 4, 2, 2, 256, 16, 2)
-    return Config(BM, 64, 4, 3, 2, 256, 16, 4)
+        return Config(BM, 64, 4, 2, 2, 128, 8, 4 if BM == _LEAST_SIDE else 2)
+    return Config(BM, 64, 4, 3, 2, 128, 8, 4)
 
 
 def widths_for(R: int) -> tuple[int, ...]:

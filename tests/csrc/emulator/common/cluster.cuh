@@ -20,6 +20,10 @@ class Inbox {
     --there(this, block)->missing_;
   }
 
+  void send(float* shared, int block, const float (&values)[4]) {
+    for (int i = 0; i < 4; ++i) send(shared + i, block, values[i]);
+  }
+
   void await() { emulated_await_zero(&missing_); }
 
  private:
