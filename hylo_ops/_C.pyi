@@ -29,6 +29,7 @@ class GatedDeltaRuleStep:
         scale: float | None,
         normalise: bool,
         most_strength: float,
+        settled_state: bool,
         direct: bool,
         /,
     ) -> Tensor | str: ...
@@ -141,6 +142,7 @@ class Mamba2Step:
         dt_limit: Sequence[float] | None,
         eps: float,
         norm_before_gate: bool,
+        settled_state: bool,
         /,
     ) -> Tensor | str: ...
     @property

@@ -16,7 +16,7 @@ GatedDeltaRuleStep::GatedDeltaRuleStep(const py::module_& torch, py::object load
     : torch_(torch, device_type), load_(std::move(load)), device_type_(device_type) {}
 
 py::object GatedDeltaRuleStep::run(const py::tuple& tensors, py::handle scale, bool normalise, float most_strength,
-                                   bool direct) {
+                                   bool settled_state, bool direct) {
   StepInputs inputs{};
   const std::string reason = view(tensors, direct, inputs);
   if (!reason.empty()) return py::str(reason);
@@ -28,7 +28,7 @@ py::object GatedDeltaRuleStep::run(const py::tuple& tensors, py::handle scale, b
   Tensor made;
   py::object o = torch_.empty_like(PyTuple_GET_ITEM(tensors.ptr(), 2), inputs.v);
   if (!torch_.view(o, made)) return py::str(TorchTensors::kNotAllocated);
-  step(*kind.kernel, inputs, {static_cast<float>(factor), normalise, most_strength}, made.data,
+  step(*kind.kernel, inputs, {static_cast<float>(factor), normalise, most_strength, settled_state}, made.data,
        torch_.stream(inputs.q));
   return o;
 }

@@ -19,9 +19,9 @@ class GatedDeltaRuleStep {
 
   // Gives o, or a str: the reason why these tensors are not taken. The state is updated in place.
   // tensors: q, k, v, gate, strength, state, a_log, dt_bias, indices; the last three may be None.
-  // scale: None is K ** -0.5. direct: as TorchTensors::view has it.
+  // scale: None is K ** -0.5. settled_state: as the op has it. direct: as TorchTensors::view has it.
   pybind11::object run(const pybind11::tuple& tensors, pybind11::handle scale, bool normalise, float most_strength,
-                       bool direct);
+                       bool settled_state, bool direct);
 
   // That reason, or None.
   pybind11::object why_not(const pybind11::tuple& tensors);

@@ -114,24 +114,25 @@ Mamba2Step::Mamba2Step(const py::module_& torch, py::object load, int device_typ
     : torch_(torch, device_type), load_(std::move(load)), device_type_(device_type) {}
 
 py::object Mamba2Step::run(const py::tuple& tensors, const py::tuple& dims, bool softplus, py::handle dt_limit,
-                           py::handle eps, bool norm_before_gate) {
-  const Options options{softplus, dt_limit, eps, norm_before_gate};
+                           py::handle eps, bool norm_before_gate, bool settled_state) {
+  const Options options{softplus, dt_limit, eps, norm_before_gate, settled_state};
   return launch(TorchTensors::items<kTensors>(tensors), TorchTensors::items<kDims>(dims), options, false);
 }
 
 py::object Mamba2Step::direct(PyObject* const* arguments, Py_ssize_t count) {
-  expect(count, kTensors + kDims + 4);
+  expect(count, kTensors + kDims + 5);
   PyObject* const* const dims = arguments + kTensors;
   PyObject* const* const options = dims + kDims;
-  const bool bools = PyBool_Check(options[0]) && PyBool_Check(options[3]);
-  if (!bools) return py::str("dt_softplus or norm_before_gate is no bool");
-  return launch(arguments, dims, {options[0] == Py_True, options[1], options[2], options[3] == Py_True}, true);
+  const auto is_true = [options](int i) { return options[i] == Py_True; };
+  const bool bools = PyBool_Check(options[0]) && PyBool_Check(options[3]) && PyBool_Check(options[4]);
+  if (!bools) return py::str("dt_softplus, norm_before_gate or settled_state is no bool");
+  return launch(arguments, dims, {is_true(0), options[1], options[2], is_true(3), is_true(4)}, true);
 }
 
 py::object Mamba2Step::launch(PyObject* const* tensors, PyObject* const* dims, const Options& asked, bool direct) {
   Mamba2Inputs inputs{};
   double epsilon = 0.0;
-  ssd::Mamba2Options options{{asked.softplus, 0.0f, 0.0f}, 0.0f, asked.norm_before_gate};
+  ssd::Mamba2Options options{{asked.softplus, 0.0f, 0.0f}, 0.0f, asked.norm_before_gate, asked.settled_state};
   const std::string reason = view(tensors, dims, direct, inputs);
   if (!reason.empty()) return py::str(reason);
   if (!read_limits(asked.dt_limit, options.step)) return py::str("dt_limit is not (least, greatest)");

@@ -53,9 +53,9 @@ class Mamba2Step {
   // Gives y, or a str. tensors: z, xbc, dt, conv_weight, a, norm_weight, conv_state, state, conv_bias, d, dt_bias,
   // indices; the last four may be None. dims: d_state, x_heads, b_heads.
   pybind11::object run(const pybind11::tuple& tensors, const pybind11::tuple& dims, bool softplus,
-                       pybind11::handle dt_limit, pybind11::handle eps, bool norm_before_gate);
+                       pybind11::handle dt_limit, pybind11::handle eps, bool norm_before_gate, bool settled_state);
 
-  // The same of the tensors, dims, softplus, dt_limit, eps and norm_before_gate side by side, as above.
+  // The same of the tensors, dims and what follows, side by side, as above.
   pybind11::object direct(PyObject* const* arguments, Py_ssize_t count);
 
   pybind11::object why_not(const pybind11::tuple& tensors, const pybind11::tuple& dims);
@@ -68,7 +68,7 @@ class Mamba2Step {
   struct Options {
     bool softplus;
     pybind11::handle dt_limit, eps;
-    bool norm_before_gate;
+    bool norm_before_gate, settled_state;
   };
 
   pybind11::object launch(PyObject* const* tensors, PyObject* const* dims, const Options& options, bool direct);

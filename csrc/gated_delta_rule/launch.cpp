@@ -93,6 +93,7 @@ void step(const Kernel& kernel, const StepInputs& x, const StepOptions& options,
   params.group = static_cast<int>(H / G);
   params.values = static_cast<int>(V);
   params.normalise = options.normalise;
+  params.settled_state = options.settled_state;
   params.scale = options.scale;
   params.most_strength = options.most_strength;
   const int team = step_kind(x).team;

@@ -22,6 +22,7 @@ struct StepOptions {
   float scale;
   bool normalise;       // q and k
   float most_strength;  // of raw gates: beta = most_strength sigmoid(b)
+  bool settled_state;   // no kernel that may still run writes the state or the indices
 };
 
 // What a kernel is compiled for.

@@ -5,6 +5,9 @@
 // Columns of the state are independent, so a team of threads takes a few of them and all K rows. With R = S^T k and
 // Q = S^T q of the state as it was, delta = beta (v - decay R) and o = scale (decay Q + (k.q) delta): one sum over rows
 // gives both. Normalised keys and queries are k / |k| and q / |q|, so their lengths are factors of the sums.
+//
+// The state comes from farthest away and is most of the bytes, so it is asked for first: before the kernel ahead has
+// ended, where that does not write it.
 
 #include "common/activation.cuh"
 #include "common/dependent.cuh"
@@ -66,14 +69,12 @@ __device__ __forceinline__ void step(const StepParams& p) {
   const bool inside = column < p.values;
   const int safe_column = inside ? column : 0;
 
+  if (!p.settled_state) await_kernel_before();
   const long long row = read_index(p.indices, p.indices_stride, p.wide_indices, batch);
-  T r_k[kRows], r_q[kRows], r_v[kWidth];
-  read(r_k, static_cast<const T*>(p.k) + batch * p.k_b + key_head * p.k_h + first_row);
-  read(r_q, static_cast<const T*>(p.q) + batch * p.q_b + key_head * p.q_h + first_row);
-  read(r_v, static_cast<const T*>(p.v) + batch * p.v_b + head * p.v_h + safe_column);
   T* o = static_cast<T*>(p.o) + (batch * gridDim.y + head) * p.values + column;
   const bool writes_o = first_row == 0 && inside;
   if (row < 0) {  // padding
+    await_kernel_before();
     const float zeros[kWidth] = {};
     if (writes_o) store(o, zeros);
     return;
@@ -84,7 +85,12 @@ __device__ __forceinline__ void step(const StepParams& p) {
   Words r_state[kRows];
 #pragma unroll
   for (int i = 0; i < kRows; ++i) r_state[i] = load_words(state + static_cast<long long>(i) * p.values);
+  await_kernel_before();
 
+  T r_k[kRows], r_q[kRows], r_v[kWidth];
+  read(r_k, static_cast<const T*>(p.k) + batch * p.k_b + key_head * p.k_h + first_row);
+  read(r_q, static_cast<const T*>(p.q) + batch * p.q_b + key_head * p.q_h + first_row);
+  read(r_v, static_cast<const T*>(p.v) + batch * p.v_b + head * p.v_h + safe_column);
   float gate = read_scalar(p.gate, batch, head), beta = read_scalar(p.strength, batch, head);
   if constexpr (kRaw) {
     const float step = softplus(gate + read_scalar(p.dt_bias, batch, head));
@@ -149,6 +155,5 @@ extern "C" __global__ void __launch_bounds__(HYLO_TEAM, hylo::gated_delta_rule::
     gated_delta_rule_fwd_kernel_step(const __grid_constant__ hylo::gated_delta_rule::StepParams p) {
   hylo::start_next_kernel();
   hylo::fetch_parameters(p);
-  hylo::await_kernel_before();
   hylo::gated_delta_rule::step<hylo::HYLO_T, hylo::HYLO_S, HYLO_K, HYLO_RAW, HYLO_TEAM>(p);
 }

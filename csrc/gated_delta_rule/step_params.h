@@ -19,10 +19,11 @@ struct StepParams {
   // Strides in elements: of the batch, of the heads. Widths are contiguous, as are the states of a head.
   long long q_b, q_h, k_b, k_h, v_b, v_h, state_b, state_h;
   long long indices_stride;
-  int group;         // H / G
-  int values;        // V
-  int wide_indices;  // int64, not int32
-  int normalise;     // q and k, to length 1
+  int group;          // H / G
+  int values;         // V
+  int wide_indices;   // int64, not int32
+  int normalise;      // q and k, to length 1
+  int settled_state;  // no kernel that may still run writes the state or the indices
   float scale;
   float most_strength;  // sigmoid(b) times this, of raw gates
 };

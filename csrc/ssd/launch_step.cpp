@@ -301,6 +301,7 @@ void mamba2_step(const Kernel& kernel, const Mamba2Inputs& x, const Mamba2Plan& 
   params.per_norm_width = 1.0f / static_cast<float>(params.norm_width);
   params.eps = options.eps;
   params.norm_before_gate = options.norm_before_gate;
+  params.settled_state = options.settled_state;
   const auto cluster = static_cast<unsigned>(plan.cluster);
   const Grid grid{cluster, static_cast<unsigned>(shape.heads / shape.set), static_cast<unsigned>(B)};
   kernel.launch_clusters(grid, cluster, static_cast<unsigned>(plan.passes.team.threads),

@@ -74,6 +74,7 @@ struct Mamba2Options {
   StepOptions step;
   float eps;
   bool norm_before_gate;
+  bool settled_state;  // no kernel that may still run writes the state or the indices
 };
 
 // What decides how such a step is spread over the GPU.

@@ -30,11 +30,13 @@ class Mamba2Block {
       : p_(p), shared_(shared), first_(blockIdx.x * p.rows), set_head_(blockIdx.y * p.set), batch_(blockIdx.z) {}
 
   __device__ __forceinline__ void run() {
+    if (!p_.settled_state) await_kernel_before();
     const long long pooled = read_index(p_.indices.data, p_.indices.stride, p_.indices.wide, batch_);
     if (pooled < 0) return clear();  // padding: all blocks of the cluster do
     C* conv_state = static_cast<C*>(p_.conv_state) + pooled * p_.conv_b;
     S* state = static_cast<S*>(p_.state) + pooled * p_.state_b;
-    // Each pass is fetched as soon as there is room, and the first ones before anything else.
+    // Each pass is fetched as soon as there is room, and the first ones before anything else: before the kernel ahead has
+    // ended, where that does not write the state.
     int slot = 0;
 #pragma unroll 1
     for (int next = 0; next < p_.passes + p_.held; ++next) {
@@ -82,12 +84,14 @@ class Mamba2Block {
   }
 
   __device__ __forceinline__ void clear() const {
+    await_kernel_before();
     for (int row = threadIdx.x; row < p_.rows; row += kTeam) from_float(output(row), 0.0f);
   }
 
   // All that the rows' update and the norm need, but for the state.
   __device__ __forceinline__ void prepare(const C* conv_state) {
     if (threadIdx.x == 0) inbox().open(p_.sums);
+    await_kernel_before();
     const int head = head_of(0) + threadIdx.x;
     const bool has_head = head <= head_of(p_.rows - 1);
     LoadedStep step = {};
@@ -286,7 +290,6 @@ extern "C" __global__ void __launch_bounds__(HYLO_TEAM, hylo::ssd::kMamba2Blocks
     ssd_fwd_kernel_mamba2_step(const __grid_constant__ hylo::ssd::Mamba2StepParams p) {
   hylo::start_next_kernel();
   hylo::fetch_parameters(p);
-  hylo::await_kernel_before();
   using hylo::bf16, hylo::fp16, hylo::fp32;
   using Block = hylo::ssd::Mamba2Block<HYLO_T, HYLO_C, HYLO_P, HYLO_S, HYLO_K, HYLO_W, HYLO_TEAM, HYLO_ROWS>;
   Block(p, hylo::dynamic_shared()).run();

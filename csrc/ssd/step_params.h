@@ -57,6 +57,7 @@ struct Mamba2StepParams {
   float per_norm_width;  // 1 / norm_width
   float eps;
   int norm_before_gate;
+  int settled_state;  // no kernel that may still run writes the state or the indices
 };
 
 }  // namespace hylo::ssd

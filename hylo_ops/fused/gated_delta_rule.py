@@ -31,6 +31,7 @@ def gated_delta_rule_step(
     state_indices: Tensor | None = None,
     qk_l2norm: bool = True,
     allow_neg_eigval: bool = False,
+    settled_state: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """`recurrent_gated_delta_rule` with its activations inside: one more token of each sequence.
@@ -52,6 +53,8 @@ def gated_delta_rule_step(
         state_indices: [B] int32 | int64. Row of the pool of each sequence; -1 is padding: zeros out, nothing written.
         qk_l2norm: divide q and k by sqrt(sum of squares + 1e-6); False takes them as they are.
         allow_neg_eigval: beta = 2 sigmoid(b), so that the state's transitions can have negative eigenvalues.
+        settled_state: that no kernel that may still run on the device writes `state` or `state_indices`. Kernels may
+            then read these before the one ahead has ended.
         backend: None picks the first that supports the inputs; a named one never falls back.
     Returns:
         o: [B, 1, H, V], dtype of v.
@@ -64,7 +67,7 @@ def gated_delta_rule_step(
     """
     if backend in (None, "cuda") and may_skip_dispatcher():
         activation = _activation(A_log, dt_bias, qk_l2norm, allow_neg_eigval)
-        o = cuda_recurrent.direct(q, k, v, a, b, state, scale, state_indices, activation)
+        o = cuda_recurrent.direct(q, k, v, a, b, state, scale, state_indices, activation, settled_state)
         if o is not None:
             return o
     check_step(q, k, v, state, state_indices, a=a, b=b)
@@ -74,7 +77,7 @@ def gated_delta_rule_step(
     checks.same_device("q", q, A_log=A_log, dt_bias=dt_bias)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     tensors = (q, k, v, a, b, A_log, dt_bias, state)
-    return _step(*tensors, scale, state_indices, qk_l2norm, allow_neg_eigval, backend)
+    return _step(*tensors, scale, state_indices, qk_l2norm, allow_neg_eigval, settled_state, backend)
 
 
 def _activation(A_log: Tensor, dt_bias: Tensor, qk_l2norm: bool, allow_neg_eigval: bool) -> Activation:
@@ -94,6 +97,7 @@ def _reference(
     state_indices: Tensor | None,
     qk_l2norm: bool,
     allow_neg_eigval: bool,
+    settled_state: bool,
 ) -> Tensor:
     compute = working_dtype(q, v, state)
     q, k, a, b, A_log, dt_bias = (t.to(compute) for t in (q, k, a, b, A_log, dt_bias))
@@ -117,16 +121,17 @@ def _plain(
     state_indices: Tensor | None,
     qk_l2norm: bool,
     allow_neg_eigval: bool,
+    settled_state: bool,
 ) -> tuple[Any, ...]:
     """The op's arguments in the form of the stem's own step."""
     activation = _activation(A_log, dt_bias, qk_l2norm, allow_neg_eigval)
-    return q, k, v, a, b, state, scale, state_indices, activation
+    return q, k, v, a, b, state, scale, state_indices, activation, settled_state
 
 
 _step = define_op(
     "gated_delta_rule_step",
     "(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, Tensor A_log, Tensor dt_bias, Tensor(a!) state, float scale, "
-    "Tensor? state_indices, bool qk_l2norm, bool allow_neg_eigval, str? backend) -> Tensor",
+    "Tensor? state_indices, bool qk_l2norm, bool allow_neg_eigval, bool settled_state, str? backend) -> Tensor",
     backends=[
         Backend(
             "cuda",
@@ -136,7 +141,7 @@ _step = define_op(
         Backend(
             "triton",
             lambda **args: triton.recurrent_why_not(*_plain(**args)[:6]),
-            lambda *args: triton.recurrent_forward(*_plain(*args)),
+            lambda *args: triton.recurrent_forward(*_plain(*args)[:-1]),  # its kernel does not begin early
         ),
         reference_backend(_reference),
     ],

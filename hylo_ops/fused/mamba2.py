@@ -129,6 +129,7 @@ def mamba2_step(
     eps: float,
     norm_before_gate: bool = False,
     state_indices: Tensor | None = None,
+    settled_state: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """One more token of each sequence through a Mamba2 block; `conv_state` and `state` are updated in place:
@@ -158,6 +159,8 @@ def mamba2_step(
         eps: added to the mean square.
         norm_before_gate: y = weight * o / rms(o) * silu(z) instead.
         state_indices: [B] int32 | int64. Row of the pools of each sequence; -1 is padding: zeros out, nothing written.
+        settled_state: that no kernel that may still run on the device writes `state` or `state_indices`. Kernels may
+            then read these before the one ahead has ended.
         backend: None picks the first that supports the inputs; a named one never falls back. "composed" is the three
             ops one after the other.
     Returns:
@@ -174,6 +177,7 @@ def mamba2_step(
         y = cuda_mamba2.direct()(
             z, xbc, dt, conv_weight, a, norm_weight, conv_state, state, conv_bias, d, dt_bias, state_indices,
             d_state, x_heads, b_heads, dt_softplus, dt_limit, eps, norm_before_gate,
+            settled_state,
         )
         # fmt: on
         if not isinstance(y, str):
@@ -181,7 +185,8 @@ def mamba2_step(
     _check(z, xbc, dt, conv_weight, conv_bias, a, norm_weight, d, dt_bias, d_state, x_heads, b_heads, dt_limit)
     _check_states(z, xbc, conv_weight, conv_state, state, state_indices, d_state)
     inputs = (z, xbc, dt, conv_weight, conv_bias, a, norm_weight, conv_state, state, d, dt_bias, state_indices)
-    return _step(*inputs, d_state, x_heads, b_heads, dt_softplus, dt_limit, eps, norm_before_gate, backend)
+    dims = (d_state, x_heads, b_heads)
+    return _step(*inputs, *dims, dt_softplus, dt_limit, eps, norm_before_gate, settled_state, backend)
 
 
 def _check(
@@ -275,6 +280,7 @@ def _reference(
     dt_limit: Sequence[float] | None,
     eps: float,
     norm_before_gate: bool,
+    settled_state: bool,
 ) -> Tensor:
     compute = working_dtype(z, state)
     mixed = convolution.recurrent_causal_conv1d(
@@ -306,6 +312,7 @@ def _composed(
     dt_limit: tuple[float, float] | None,
     eps: float,
     norm_before_gate: bool,
+    settled_state: bool,
 ) -> Tensor:
     mixed = recurrent_causal_conv1d(
         xbc, conv_weight, conv_bias, conv_state, activation="silu", state_indices=state_indices
@@ -326,8 +333,8 @@ _step = define_op(
     "mamba2_step",
     "(Tensor z, Tensor xbc, Tensor dt, Tensor conv_weight, Tensor? conv_bias, Tensor a, Tensor norm_weight, "
     "Tensor(a!) conv_state, Tensor(b!) state, Tensor? d, Tensor? dt_bias, Tensor? state_indices, int d_state, "
-    "int x_heads, int b_heads, bool dt_softplus, float[]? dt_limit, float eps, bool norm_before_gate, str? backend) "
-    "-> Tensor",
+    "int x_heads, int b_heads, bool dt_softplus, float[]? dt_limit, float eps, bool norm_before_gate, "
+    "bool settled_state, str? backend) -> Tensor",
     backends=[
         Backend("cuda", cuda_mamba2.why_not, cuda_mamba2.forward),
         Backend("composed", _composed_why_not, _composed),

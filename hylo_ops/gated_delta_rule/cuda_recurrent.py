@@ -29,6 +29,7 @@ def forward(
     scale: float | None,
     state_indices: Tensor | None,
     activation: Activation | None = None,
+    settled_state: bool = False,
     *,
     cubin_source: str | None = None,
 ) -> Tensor:
@@ -37,11 +38,13 @@ def forward(
     The first call of a shape loads its kernel, which a CUDA graph cannot capture.
 
     Args:
+        settled_state: as the fused op has it.
         cubin_source: None | "packaged" | "nvrtc", as `hylo_ops.cubin.device_code` has it.
     Raises:
         NotImplementedError: the inputs are not for this backend; the message says why.
     """
-    o = _run(_native(cubin_source), q, k, v, g, beta, state, scale, state_indices, activation, False)
+    native = _native(cubin_source)
+    o = _run(native, q, k, v, g, beta, state, scale, state_indices, activation, settled_state, False)
     if isinstance(o, str):
         raise NotImplementedError(o)
     return o
@@ -57,11 +60,12 @@ def direct(
     scale: float | None,
     state_indices: Tensor | None,
     activation: Activation | None = None,
+    settled_state: bool = False,
 ) -> Tensor | None:
     """The same without torch's dispatcher, or None: these arguments need it, are wrong or are not for this backend."""
     if (native := _native_or_none()) is None:
         return None
-    o = _run(native, q, k, v, g, beta, state, scale, state_indices, activation, True)
+    o = _run(native, q, k, v, g, beta, state, scale, state_indices, activation, settled_state, True)
     return None if isinstance(o, str) else o
 
 
@@ -75,6 +79,7 @@ def why_not(
     scale: float | None,
     state_indices: Tensor | None,
     activation: Activation | None = None,
+    *_: object,
 ) -> str | None:
     """The reason why `forward` cannot take these inputs, or None."""
     if not q.is_cuda:
@@ -96,12 +101,12 @@ def _run(
     scale: float | None,
     state_indices: Tensor | None,
     activation: Activation | None,
+    settled_state: bool,
     direct: bool,
 ) -> Tensor | str:
-    if activation is None:
-        return native.run((q, k, v, g, beta, state, None, None, state_indices), scale, False, 1.0, direct)
-    a_log, dt_bias, norm, most_strength = activation
-    return native.run((q, k, v, g, beta, state, a_log, dt_bias, state_indices), scale, norm, most_strength, direct)
+    a_log, dt_bias, norm, most_strength = activation or (None, None, False, 1.0)
+    tensors = (q, k, v, g, beta, state, a_log, dt_bias, state_indices)
+    return native.run(tensors, scale, norm, most_strength, settled_state, direct)
 
 
 @functools.cache

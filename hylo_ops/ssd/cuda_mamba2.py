@@ -38,6 +38,7 @@ def forward(
     dt_limit: Sequence[float] | None,
     eps: float,
     norm_before_gate: bool,
+    settled_state: bool,
     *,
     cubin_source: str | None = None,
 ) -> Tensor:
@@ -52,7 +53,7 @@ def forward(
     """
     tensors = (z, xbc, dt, conv_weight, a, norm_weight, conv_state, state, conv_bias, d, dt_bias, state_indices)
     dims = (d_state, x_heads, b_heads)
-    y = _native(cubin_source).run(tensors, dims, dt_softplus, dt_limit, eps, norm_before_gate)
+    y = _native(cubin_source).run(tensors, dims, dt_softplus, dt_limit, eps, norm_before_gate, settled_state)
     if isinstance(y, str):
         raise NotImplementedError(y)
     return y

@@ -70,6 +70,14 @@ def test_a_pool_with_padding(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_settled_state_changes_nothing(backend):
+    x, other = make(), make()
+    o = gated_delta_rule_step(**x, backend=backend, settled_state=True)
+    assert torch.equal(o, gated_delta_rule_step(**other, backend=backend))
+    assert torch.equal(x["state"], other["state"])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_error_budget(backend, dtype):
     """Against a layer that activates in the inputs' dtype first."""
@@ -85,8 +93,8 @@ def test_error_budget(backend, dtype):
 
 def test_registration():
     x = make(torch.float32)
-    for indices in (None, torch.tensor([2, -1, 0], dtype=torch.int32)):
-        arguments = (*x.values(), SCALE, indices, True, False, None)
+    for indices, settled in ((None, False), (torch.tensor([2, -1, 0], dtype=torch.int32), True)):
+        arguments = (*x.values(), SCALE, indices, True, False, settled, None)
         torch.library.opcheck(torch.ops.hylo_ops.gated_delta_rule_step, arguments)
 
 

@@ -9,6 +9,7 @@ import torch
 from hylo_ops import fused, recurrent_gated_delta_rule
 from hylo_ops.gated_delta_rule import cuda_recurrent
 from tests.ops.gated_delta_rule_step_cases import BF16, CASES, FP16, FP32, Case, run_and_check
+from tests.ops.step_chains import check_chain, check_one_state
 
 pytestmark = [
     pytest.mark.gpu,
@@ -92,6 +93,32 @@ def test_it_runs_on_the_callers_stream_without_synchronising(raw):
     stream.synchronize()
     assert torch.equal(o, o_expected)
     assert torch.equal(state, state_expected)
+
+
+@pytest.mark.parametrize("settled", [False, True])
+@pytest.mark.parametrize("B", [1, 40])
+def test_waits_for_what_kernels_ahead_write(B, settled):
+    """Each step's tensors, but for the state and its indices, are what the product ahead of it gives."""
+    case = Case(128, 128, raw=True, B=B, G=8, H=8)
+    inputs, sizes = case.inputs("cuda"), [1024, 1024, 1024, 8, 8]
+    options = {name: inputs[name] for name in ("A_log", "dt_bias", "state_indices")}
+
+    def step(projected, states, settled):
+        q, k, v, a, b = projected.split(sizes, dim=-1)
+        q, k, v = (t.unflatten(-1, (8, 128)) for t in (q, k, v))
+        gates = {"a": a, "b": b, "scale": 1.0}
+        o = fused.gated_delta_rule_step(q, k, v, **gates, **states, **options, settled_state=settled, backend="cuda")
+        return o.flatten(2)
+
+    weights = [torch.randn(sum(sizes), 1024, device="cuda", dtype=BF16) / 32 for _ in range(12)]
+    states = [{"state": inputs["state"].clone()} for _ in weights]
+    check_chain(step, torch.randn(B, 1, 1024, device="cuda", dtype=BF16), weights, states, settled)
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_a_state_that_the_kernel_ahead_writes_is_read_after_it(raw):
+    call, state, _ = call_of(raw)
+    check_one_state(call, [state])
 
 
 def test_another_thread_may_call_it():

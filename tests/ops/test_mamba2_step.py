@@ -70,11 +70,19 @@ def test_a_pool_with_padding():
         assert torch.equal(x[name][[0, 1, 3, 4]], t[[0, 1, 3, 4]])
 
 
+def test_a_settled_state_changes_nothing():
+    x, other = step_inputs(), step_inputs()
+    assert torch.equal(mamba2_step(**x, settled_state=True), mamba2_step(**other))
+    for name in ("conv_state", "state"):
+        assert torch.equal(x[name], other[name])
+
+
 def composed(**x):
     """The three ops one after the other, as other GPUs have it."""
     names = ("z", "xbc", "dt", "conv_weight", "conv_bias", "a", "norm_weight", "conv_state", "state", "d", "dt_bias")
     dims = (x["d_state"], x["x_heads"], x["b_heads"])
-    return mamba2._composed(*(x[name] for name in names), x.get("state_indices"), *dims, True, None, x["eps"], False)
+    options = (True, None, x["eps"], False, False)
+    return mamba2._composed(*(x[name] for name in names), x.get("state_indices"), *dims, *options)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -111,8 +119,8 @@ def test_registration():
     x = step_inputs(dtype=torch.float32)
     names = ("z", "xbc", "dt", "conv_weight", "conv_bias", "a", "norm_weight", "conv_state", "state", "d", "dt_bias")
     dims = (x["d_state"], x["x_heads"], x["b_heads"])
-    for indices in (None, torch.tensor([2, -1, 0], dtype=torch.int32)):
-        arguments = (*(x[name] for name in names), indices, *dims, True, [0.0, 1.0], EPS, False, None)
+    for indices, settled in ((None, False), (torch.tensor([2, -1, 0], dtype=torch.int32), True)):
+        arguments = (*(x[name] for name in names), indices, *dims, True, [0.0, 1.0], EPS, False, settled, None)
         torch.library.opcheck(torch.ops.hylo_ops.mamba2_step, arguments)
 
 

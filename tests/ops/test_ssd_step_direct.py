@@ -134,8 +134,14 @@ def test_what_is_no_bool_is_left_to_the_op(direct, case):
         call(case, dt_softplus="yes")
 
 
+def test_whether_a_state_is_settled_is_a_bool(direct):
+    call(BLOCK, settled_state=1)
+    call(BLOCK, settled_state=True)
+    assert direct == ["dt_softplus, norm_before_gate or settled_state is no bool", NO_KERNEL]
+
+
 def test_the_native_functions_count_their_arguments(both):
-    for native, wanted in zip(both, (11, 19), strict=True):
+    for native, wanted in zip(both, (11, 20), strict=True):
         with pytest.raises(TypeError, match=f"{wanted} arguments are expected"):
             native.direct(*range(wanted - 1))
 

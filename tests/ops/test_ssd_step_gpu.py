@@ -23,6 +23,7 @@ from tests.ops.ssd_step_cases import (
     Mamba2Case,
     run_and_check,
 )
+from tests.ops.step_chains import check_chain, check_one_state
 
 pytestmark = [
     pytest.mark.gpu,
@@ -222,6 +223,35 @@ def test_it_runs_on_the_callers_stream_without_synchronising(case):
     assert call.is_as_expected(o)
 
 
+@pytest.mark.parametrize("settled", [False, True])
+@pytest.mark.parametrize("B", [1, 40])
+@pytest.mark.parametrize("case", [MAMBA2, HYLO], ids=["mamba2", "hylo"])
+def test_waits_for_what_kernels_ahead_write(case, B, settled):
+    """Each step's z, xbc and dt are what the product ahead of it gives."""
+    inputs = replace(case, B=B, index=torch.int32).inputs("cuda")
+    parts = {name: inputs.pop(name).flatten(2) for name in ("z", "xbc", "dt")}
+    first = {name: inputs.pop(name) for name in STATES}
+
+    def step(projected, states, settled):
+        z, xbc, dt = projected.split([t.shape[-1] for t in parts.values()], dim=-1)
+        z = z.unflatten(-1, (case.H, case.V))
+        y = fused.mamba2_step(z, xbc, dt, **inputs, **states, settled_state=settled, backend="cuda")
+        return y.flatten(2)
+
+    x = parts["z"]
+    rows = sum(t.shape[-1] for t in parts.values())
+    weights = [torch.randn(rows, x.shape[-1], device="cuda", dtype=BF16) / x.shape[-1] ** 0.5 for _ in range(12)]
+    states = [{name: t.clone() for name, t in first.items()} for _ in weights]
+    check_chain(step, x, weights, states, settled)
+
+
+@EACH
+@pytest.mark.parametrize("B", [1, 40])
+def test_a_state_that_the_kernel_ahead_writes_is_read_after_it(case, B):
+    call = Call(replace(case, B=B))
+    check_one_state(call, list(call.states.values()))
+
+
 @EACH
 def test_another_thread_may_call_it(case):
     call, results = Call(case), []
@@ -242,14 +272,15 @@ def test_a_compiled_call_equals_the_direct_one(case):
 @pytest.mark.parametrize("cubin_source", ["packaged", "nvrtc"])
 def test_both_sources_of_device_code(case, cubin_source):
     call = Call(case)
-    x = {"d": None, "dt_bias": None, "state_indices": None, "norm_before_gate": False} | call.inputs
+    x = {"d": None, "dt_bias": None, "state_indices": None, "norm_before_gate": False, "settled_state": False}
+    x |= call.inputs
     gates = ("d", "dt_bias", "state_indices")
     if case is STEP:
         names, module = ("x", "dt", "a", "b", "c", "state", *gates, "dt_softplus", "dt_limit"), cuda_recurrent
     else:
         tensors = ("z", "xbc", "dt", "conv_weight", "conv_bias", "a", "norm_weight", "conv_state", "state", *gates)
         options = ("d_state", "x_heads", "b_heads", "dt_softplus", "dt_limit", "eps", "norm_before_gate")
-        names, module = (*tensors, *options), cuda_mamba2
+        names, module = (*tensors, *options, "settled_state"), cuda_mamba2
     assert call.is_as_expected(module.forward(*(x[name] for name in names), cubin_source=cubin_source))
 
 
