@@ -8,6 +8,7 @@ import torch
 from hylo.errors import UserError
 from hylo.inference import GREEDY, Engine, Sampling
 from hylo.inference.sampling import sample
+from hylo_ops import fused
 from hylo_ops.testing import within_budget
 from tests.test_model import make_config, make_model, tokens
 
@@ -122,6 +123,25 @@ def test_a_graph_is_captured_at_the_second_step(monkeypatch):
     assert engine.generate(prompts(*LENGTHS), max_new_tokens=8) == expected
     assert captured == [(3, GREEDY), (1, GREEDY)]
     assert replayed[6:] == [(1, GREEDY)] * 6 + [(3, GREEDY)] * 7
+
+
+@pytest.mark.parametrize(("layout", "name"), [("gdn", "gated_delta_rule_step"), ("mamba2", "mamba2_step")])
+def test_states_are_settled_in_the_engines_steps_alone(monkeypatch, layout, name):
+    """`generate` of transformers runs the same layers and promises nothing."""
+    model, said, original = make_model(layout), [], getattr(fused, name)
+
+    def noted(*args, **options):
+        said.append(options["settled_state"])
+        return original(*args, **options)
+
+    monkeypatch.setattr(fused, name, noted)
+    for promised in (False, True):
+        said.clear()
+        if promised:
+            engine_of(model).generate(prompts(5), max_new_tokens=3)
+        else:
+            generated(model, prompts(5)[0], new=3)
+        assert set(said) == {promised}
 
 
 def test_logits_are_made_for_the_last_token_alone(monkeypatch):

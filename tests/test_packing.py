@@ -143,7 +143,7 @@ def test_a_packed_model_is_the_same_model(tmp_path, layout):
 @torch.no_grad()
 def test_gated_deltanet_decodes_in_one_fused_step(monkeypatch):
     model, calls, original = make_model("gdn"), [], fused.gated_delta_rule_step
-    monkeypatch.setattr(fused, "gated_delta_rule_step", lambda *a: (calls.append(a), original(*a))[1])
+    monkeypatch.setattr(fused, "gated_delta_rule_step", lambda *a, **k: (calls.append(a), original(*a, **k))[1])
     ids = tokens(2, 8)
     whole = model(ids, use_cache=False).logits
     assert calls == []
@@ -190,7 +190,7 @@ def test_few_rows_go_by_the_op_that_is_for_them(few_rows, constant):
         return *project(x, (gate,), (up,)), packing.gated_at_once(x, gate, up), packing.product(x, up), residual
 
     if constant:
-        with packing.constant_weights():
+        with packing.settled():
             found = all_of_them()
     else:
         found = all_of_them()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hylo.errors import UserError
 from hylo.inference.pools import Pools
 from hylo.inference.sampling import GREEDY, Sampling, sample
-from hylo.mixers.packing import constant_weights, product
+from hylo.mixers.packing import product, settled
 from hylo.model import HyloForCausalLM
 
 Prompt = Sequence[int] | Tensor
@@ -249,7 +249,7 @@ class Engine:
         cursor = self.pools.cursor
         cursor.decode(count)
         torch.add(cursor.position[:count], 1, out=cursor.lengths[:count])
-        with constant_weights():
+        with settled():
             hidden = self._through_layers(self._tokens[:count, None], cursor.position[:count, None], absorb=True)
             self._score(hidden[:, 0])
         self._choose(count, sampling)

@@ -17,17 +17,24 @@ from hylo_ops import skinny_linear, skinny_linear_add_
 _ROWS = 8  # what rows are filled up to: those of the product then begin at multiples of 16 bytes, as kernels ask
 _FEW, _DEPTH = 64, 16  # rows of x that `skinny_linear` takes, and what its kernels want the width to be a multiple of
 
-_constant: ContextVar[bool] = ContextVar("constant", default=False)
+_settled: ContextVar[bool] = ContextVar("settled", default=False)
 
 
 @contextmanager
-def constant_weights() -> Iterator[None]:
-    """Inside, no work under way on the device writes weights: a product's may be read before the kernel ahead ends."""
-    token = _constant.set(True)
+def settled() -> Iterator[None]:
+    """Inside, no work under way on the device writes weights or recurrent states: they may be read before the kernel
+    ahead ends. So each layer takes one step inside, since that writes its state.
+    """
+    token = _settled.set(True)
     try:
         yield
     finally:
-        _constant.reset(token)
+        _settled.reset(token)
+
+
+def is_settled() -> bool:
+    """Whether this is inside of `settled()`."""
+    return _settled.get()
 
 
 @torch.no_grad()
@@ -243,7 +250,7 @@ def _few_rows(x: Tensor, weight: Tensor, residual: Tensor | None = None, *, swig
     half = x.dtype == weight.dtype and x.dtype in (torch.bfloat16, torch.float16)
     if not half or autocast_dtype(x) not in (None, x.dtype):
         return None
-    constant = _constant.get()
+    constant = is_settled()
     if residual is not None:
         return skinny_linear_add_(residual, x, weight, constant_weight=constant)
     return skinny_linear(x, weight, swiglu=swiglu, constant_weight=constant)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers import initialization as init
 
+from hylo.mixers.packing import is_settled
 from hylo_ops import causal_conv1d, gated_rms_norm, recurrent_causal_conv1d
 
 
@@ -115,17 +116,17 @@ class LayerState:
         return o
 
     def step(self, step: Callable[..., Tensor], *args: Tensor) -> Tensor:
-        """`step(*args, state)`, which updates the state in place; when decoding."""
-        return step(*args, self.recurrent)
+        """`step(*args, state, settled_state=...)`, which updates the state in place; when decoding."""
+        return step(*args, self.recurrent, settled_state=is_settled())
 
     def mix(self, scan: Callable[..., Any], step: Callable[..., Any], *args: Tensor | None, **options: Any) -> Tensor:
         """A whole mixer between its projections, both states with it.
 
-        `step(*args, conv_state, state, **options)` in place when decoding, else `scan(*args, conv_state=...,
-        initial_state=..., **options)`, whose states are kept.
+        `step(*args, conv_state, state, **options, settled_state=...)` in place when decoding, else `scan(*args,
+        conv_state=..., initial_state=..., **options)`, whose states are kept.
         """
         if self.decoding:
-            return step(*args, self.conv, self.recurrent, **options)
+            return step(*args, self.conv, self.recurrent, **options, settled_state=is_settled())
         y, conv, final = scan(*args, conv_state=self.conv, initial_state=self.recurrent, **options)
         self.keep_conv(conv)
         self.keep_recurrent(final)
