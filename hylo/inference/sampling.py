@@ -39,7 +39,7 @@ class Sampling:
 
 GREEDY = Sampling()
 
-_COLUMNS = 128
+_PARTS = 128
 
 
 def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
@@ -62,9 +62,8 @@ def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Te
 
 
 def _likeliest(logits: Tensor) -> Tensor:
-    """`logits.argmax(-1)`, of columns of the vocabulary first: PyTorch gives each row of what it reduces to one block."""
-    columns = math.gcd(logits.shape[-1], _COLUMNS)
-    most, places = logits.unflatten(-1, (columns, -1)).max(-1)
-    column = most.argmax(-1, keepdim=True)
-    width = logits.shape[-1] // columns
-    return (column * width + places.gather(-1, column))[:, 0]
+    """`logits.argmax(-1)`, of parts of the vocabulary first: PyTorch gives each row of what it reduces to one block."""
+    parts = math.gcd(logits.shape[-1], _PARTS)
+    most, places = logits.unflatten(-1, (parts, -1)).max(-1)
+    part = most.argmax(-1, keepdim=True)
+    return (part * (logits.shape[-1] // parts) + places.gather(-1, part))[:, 0]
