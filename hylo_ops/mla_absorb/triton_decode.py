@@ -541,7 +541,7 @@ _WIDEST_TILE = 128
 
 
 def config_for(R: int, E: int, rows: int, dtype: torch.dtype, is_fp8: bool, shared_bytes: int) -> Config:
-    """By compiling for sm_90: tiles are not spilled, and up to R 256 two programs share a multiprocessor."""
+    """By compiling for sm_90: no tile is spilled; up to R 256, or with 16 rows, two programs share a multiprocessor."""
     if shared_bytes < ROOMY and (R + E > 320 or dtype == torch.float32):
         return Config(_LEAST_SIDE, 16 if dtype == torch.float32 else 32, 8, 1, 1, 128, 8, 1)
     BM = min(max(next_power_of_2(rows), _LEAST_SIDE), 32)
