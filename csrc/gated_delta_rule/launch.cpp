@@ -99,7 +99,8 @@ void step(const Kernel& kernel, const StepInputs& x, const StepOptions& options,
   const int team = step_kind(x).team;
   const auto columns = step_columns(team, static_cast<int>(x.state.bytes()));
   const auto blocks = static_cast<unsigned>((V + columns - 1) / columns);
-  kernel.launch_early({blocks, static_cast<unsigned>(H), static_cast<unsigned>(B)}, static_cast<unsigned>(team), &params, stream);
+  const Grid grid{blocks, static_cast<unsigned>(H), static_cast<unsigned>(B)};
+  kernel.launch_early(grid, static_cast<unsigned>(team), &params, stream);
 }
 
 }  // namespace hylo::gated_delta_rule

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hylo_ops.causal_conv1d.triton_fwd import activate, load_channels
 from hylo_ops.common.triton_launch import ceil_div, launch, next_power_of_2, starts_early
+from hylo_ops.common.triton_math import begin_early
 
 _BD = 128
 _NUM_WARPS = 4
@@ -33,9 +34,7 @@ def causal_conv1d_fwd_kernel_step(
     EARLY: tl.constexpr,
 ):
     """One program per sequence and BD channels; the strides of a state are constants, so that it is read in rows."""
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    begin_early(EARLY)
     i_b = tl.program_id(0).to(tl.int64)
     o_d = tl.program_id(1) * BD + tl.arange(0, BD)
     m_d = o_d < D

@@ -1,4 +1,4 @@
-"""What the Triton kernels of several stems share: types of products, softplus, decays, and where chunks are."""
+"""What the Triton kernels of several stems share: types of products, how they begin, softplus, decays, and chunks."""
 
 import torch
 import triton
@@ -21,6 +21,14 @@ def dot_type(dtype: torch.dtype) -> tl.dtype:
     The interpreter adds and multiplies the bits of bf16 as if they were integers, so it gets float32.
     """
     return tl.float32 if INTERPRETING else _TYPES[dtype]
+
+
+@triton.jit
+def begin_early(EARLY: tl.constexpr):
+    """Where `launch` was asked for it: lets the next kernel begin as well, and waits until the one ahead has ended."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit

@@ -19,7 +19,7 @@ from torch import Tensor
 from hylo_ops.common.tickets import tickets
 from hylo_ops.common.triton_gpu import ROOMY, is_nvidia_from, resources
 from hylo_ops.common.triton_launch import ceil_div, launch, next_power_of_2, starts_early
-from hylo_ops.common.triton_math import PRECISION, dot_type
+from hylo_ops.common.triton_math import PRECISION, begin_early, dot_type
 from hylo_ops.mla_absorb import fp8
 from hylo_ops.mla_absorb.triton_rows import latents_of, load_key_scales, load_keys, load_pages, load_tile, rows_at
 
@@ -370,9 +370,7 @@ def mla_absorb_fwd_kernel_decode(
     EARLY: tl.constexpr,
 ):
     """One program per tile of query rows and share of all units; a share is cut into pieces where a sequence ends."""
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    begin_early(EARLY)
     rows = T * H
     tiles = tl.cdiv(rows, BM)
     i_tile = tl.program_id(0) % tiles
@@ -512,10 +510,10 @@ class Config:
         rows: query rows (tokens times heads) of a tile at most, a power of two from 16.
         tokens: cached tokens of a tile; tensor cores of Hopper take 64.
         programs: how many share a multiprocessor, so how the work is cut.
+        merge_stages: pieces on their way into shared memory while one is merged, and that one.
         least: tokens of a share at least: fewer cost more to merge than they save.
         group: pieces that one program merges, a power of two from 4; more are merged in rounds, and twice as many by
             one where there would be three rounds.
-        merge_stages: pieces on their way into shared memory while one is merged, and that one.
     """
 
     rows: int
@@ -523,9 +521,9 @@ class Config:
     warps: int
     stages: int
     programs: int
-    least: int
-    group: int
     merge_stages: int
+    least: int = 128
+    group: int = 8
 
 
 # Fixed split: a sequence is cut by its own length alone.
@@ -543,22 +541,22 @@ _WIDEST_TILE = 128
 def config_for(R: int, E: int, rows: int, dtype: torch.dtype, is_fp8: bool, shared_bytes: int) -> Config:
     """By compiling for sm_90: no tile is spilled; up to R 256, or with 16 rows, two programs share a multiprocessor."""
     if shared_bytes < ROOMY and (R + E > 320 or dtype == torch.float32):
-        return Config(_LEAST_SIDE, 16 if dtype == torch.float32 else 32, 8, 1, 1, 128, 8, 1)
+        return Config(_LEAST_SIDE, 16 if dtype == torch.float32 else 32, 8, 1, 1, 1)
     BM = min(max(next_power_of_2(rows), _LEAST_SIDE), 32)
     if dtype == torch.float32:
-        return Config(_LEAST_SIDE, 32, 8 if R > 128 else 4, 2, 1, 128, 8, 2)
+        return Config(_LEAST_SIDE, 32, 8 if R > 128 else 4, 2, 1, 2)
     if is_fp8 and (R > 128 or (R > 32 and E > 0 and max(next_power_of_2(E), _LEAST_SIDE) != BM)):
         # A thread holds some of the next tile, too: small ones, two programs for all R. Up to 128 they keep clear of a
         # fault of ptxas 12.8, which comes with Triton 3.6 (12.9 has none): tiles of 64 tokens are multiplied by wgmma,
         # whose descriptors say where an operand lies and how. Weights lie where rope lay, and where they are not as
         # wide as rope the two descriptors differ in their upper halves alone; then ptxas loses the lower half of all
         # but the first of the weights'. Smaller tiles of rope need no descriptors.
-        return Config(BM if R <= 256 else _LEAST_SIDE, 32, 4, 1, 2, 128, 8, 2)
+        return Config(BM if R <= 256 else _LEAST_SIDE, 32, 4, 1, 2, 2)
     if R > 256:
-        return Config(BM, 32, 4, 2, 2, 128, 8, 1) if BM == _LEAST_SIDE else Config(BM, 64, 8, 2, 1, 128, 8, 4)
+        return Config(BM, 32, 4, 2, 2, 1) if BM == _LEAST_SIDE else Config(BM, 64, 8, 2, 1, 4)
     if R > 128:
-        return Config(BM, 64, 4, 2, 2, 128, 8, 4 if BM == _LEAST_SIDE else 2)
-    return Config(BM, 64, 4, 3, 2, 128, 8, 4)
+        return Config(BM, 64, 4, 2, 2, 4 if BM == _LEAST_SIDE else 2)
+    return Config(BM, 64, 4, 3, 2, 4)
 
 
 def widths_for(R: int) -> tuple[int, ...]:
@@ -583,6 +581,7 @@ class _Plan:
     constants: tuple[Hashable, ...]
     warps: int
     stages: int
+    early: bool
 
 
 @functools.lru_cache(4096)
@@ -598,7 +597,7 @@ def _plan(
     B, T, H, HK, R, E, page, capacity = sizes
     dot, scales_dtype, cache_dtype = dtypes
     is_fp8 = cache_dtype == fp8.BYTES
-    multiprocessors, shared_bytes = resources(device)
+    (multiprocessors, shared_bytes), early = resources(device), starts_early()
     c = config or config_for(R, E, T * H, dot, is_fp8, shared_bytes)
     BM, widths = c.rows, widths_for(R)
     tiles = ceil_div(T * H, BM)
@@ -636,9 +635,10 @@ def _plan(
         dot_type(scales_dtype),
         *(fp8.offsets(R) if is_fp8 else (0, 0)),
         is_fp8 and _has_e4m3(),
-        starts_early(),
+        early,
     )
-    return _Plan(tiles, programs, slots, tiles * slots * (R + 2) * BM if is_cut else 0, constants, c.warps, c.stages)
+    workspace = tiles * slots * (R + 2) * BM if is_cut else 0
+    return _Plan(tiles, programs, slots, workspace, constants, c.warps, c.stages, early)
 
 
 def forward(
@@ -710,7 +710,7 @@ def forward(
         plan.constants,
         plan.warps,
         plan.stages,
-        starts_early(),
+        plan.early,
     )
     return o, lse
 

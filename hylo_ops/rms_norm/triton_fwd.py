@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hylo_ops.common.triton_launch import ceil_div, launch, starts_early
+from hylo_ops.common.triton_math import begin_early
 from hylo_ops.common.triton_rows import as_rows, config, load_rows, rows_of
 
 _ELEMENTS = 16  # of a thread
@@ -29,9 +30,7 @@ def rms_norm_fwd_kernel_y(
     BD: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    begin_early(EARLY)
     m_row, o_row, place = rows_of(tl.program_id(0), rows, tokens, heads, BR)
     o_d = tl.arange(0, BD)
     mask = m_row[:, None] & (o_d < D)

@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -57,6 +58,14 @@ def cuobjdump() -> str | None:
         return found
     bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     return found or (str(bundled) if bundled.exists() else None)
+
+
+def packaged(files: str, listed: list[Spec]) -> Iterator[tuple[Spec, bytes]]:
+    """What the build packaged of each, which is all that there is under such names."""
+    paths = {spec: cubin.packaged_path(spec) for spec in listed}
+    assert set(paths[listed[0]].parent.glob(files)) == set(paths.values())
+    for spec, path in paths.items():
+        yield spec, path.read_bytes()
 
 
 def resources(code: bytes, folder: Path, kernel: str = KERNEL) -> dict[str, int]:
@@ -294,12 +303,9 @@ def test_nvrtc_compiles_the_chunked_kernels_of_ssd(unit, tmp_path):
 
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not installed, so no cubin is packaged")
 def test_the_build_packaged_the_chunked_kernels_of_ssd(tmp_path):
-    packaged = cubin.packaged_path(SSD_CHUNKED[0]).parent
     for unit in SSD_KERNELS:
-        listed = [spec for spec in SSD_CHUNKED if spec.unit == unit]
-        assert {f.name for f in packaged.glob(f"ssd-{unit}-*")} == {cubin.packaged_path(s).name for s in listed}
-        for spec in listed:
-            check_ssd_chunked(spec, cubin.packaged_path(spec).read_bytes(), tmp_path)
+        for spec, code in packaged(f"ssd-{unit}-*", [spec for spec in SSD_CHUNKED if spec.unit == unit]):
+            check_ssd_chunked(spec, code, tmp_path)
 
 
 def check_ssd_plain(spec: Spec, code: bytes, folder: Path) -> None:
@@ -318,10 +324,8 @@ def test_nvrtc_compiles_the_plain_kernels_of_ssd(unit, tmp_path):
 
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not installed, so no cubin is packaged")
 def test_the_build_packaged_the_plain_kernels_of_ssd(tmp_path):
-    packaged = cubin.packaged_path(SSD_PLAIN[0]).parent
-    assert {f.name for f in packaged.glob("ssd-plain_*")} == {cubin.packaged_path(s).name for s in SSD_PLAIN}
-    for spec in SSD_PLAIN:
-        check_ssd_plain(spec, cubin.packaged_path(spec).read_bytes(), tmp_path)
+    for spec, code in packaged("ssd-plain_*", SSD_PLAIN):
+        check_ssd_plain(spec, code, tmp_path)
 
 
 def check_ssd_step(spec: Spec, code: bytes, folder: Path) -> None:
@@ -355,11 +359,9 @@ def test_published_models_ask_for_listed_steps(block, state_dtype, B):
 
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not installed, so no cubin is packaged")
 def test_the_build_packaged_the_decode_steps_of_ssd(tmp_path):
-    packaged = cubin.packaged_path(SSD_STEPS[0]).parent
     for unit, listed in (("step", SSD_STEPS), ("mamba2_step", MAMBA2_STEPS)):
-        assert {f.name for f in packaged.glob(f"ssd-{unit}-*")} == {cubin.packaged_path(s).name for s in listed}
-        for spec in listed:
-            check_ssd_step(spec, cubin.packaged_path(spec).read_bytes(), tmp_path)
+        for spec, code in packaged(f"ssd-{unit}-*", listed):
+            check_ssd_step(spec, code, tmp_path)
 
 
 def check_mla_absorb(spec: Spec, code: bytes, folder: Path) -> None:
@@ -377,10 +379,8 @@ def test_nvrtc_compiles_mla_absorb(listed, tmp_path):
 
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not installed, so no cubin is packaged")
 def test_the_build_packaged_mla_absorb(tmp_path):
-    packaged = cubin.packaged_path(MLA_ABSORB[0]).parent
-    assert {f.name for f in packaged.glob("mla_absorb-*")} == {cubin.packaged_path(s).name for s in MLA_ABSORB}
-    for spec in MLA_ABSORB:
-        check_mla_absorb(spec, cubin.packaged_path(spec).read_bytes(), tmp_path)
+    for spec, code in packaged("mla_absorb-*", MLA_ABSORB):
+        check_mla_absorb(spec, code, tmp_path)
 
 
 def check_mla_step(code: bytes, folder: Path) -> None:
@@ -397,10 +397,8 @@ def test_nvrtc_compiles_mla_step(tmp_path):
 
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not installed, so no cubin is packaged")
 def test_the_build_packaged_mla_step(tmp_path):
-    packaged = cubin.packaged_path(MLA_STEP[0]).parent
-    assert {f.name for f in packaged.glob("mla_step-*")} == {cubin.packaged_path(s).name for s in MLA_STEP}
-    for spec in MLA_STEP:
-        check_mla_step(cubin.packaged_path(spec).read_bytes(), tmp_path)
+    for _, code in packaged("mla_step-*", MLA_STEP):
+        check_mla_step(code, tmp_path)
 
 
 def check_skinny_linear(code: bytes, folder: Path) -> None:
@@ -417,23 +415,19 @@ def test_nvrtc_compiles_skinny_linear(listed, tmp_path):
 
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not installed, so no cubin is packaged")
 def test_the_build_packaged_skinny_linear(tmp_path):
-    packaged = cubin.packaged_path(SKINNY_LINEAR[0]).parent
-    assert {f.name for f in packaged.glob("skinny_linear-*")} == {cubin.packaged_path(s).name for s in SKINNY_LINEAR}
-    for spec in SKINNY_LINEAR:
-        check_skinny_linear(cubin.packaged_path(spec).read_bytes(), tmp_path)
+    for _, code in packaged("skinny_linear-*", SKINNY_LINEAR):
+        check_skinny_linear(code, tmp_path)
 
 
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not installed, so no cubin is packaged")
 def test_the_build_packaged_gated_delta_rule(tmp_path):
-    listed = CHUNKED + FP32_CHUNKED + STEPS
-    packaged = cubin.packaged_path(listed[0]).parent
-    assert {f.name for f in packaged.glob("gated_delta_rule-*")} == {cubin.packaged_path(s).name for s in listed}
+    codes = dict(packaged("gated_delta_rule-*", CHUNKED + FP32_CHUNKED + STEPS))
     for spec in CHUNKED:
-        check_chunked(spec, cubin.packaged_path(spec).read_bytes(), tmp_path)
+        check_chunked(spec, codes[spec], tmp_path)
     for spec in FP32_CHUNKED:
-        check_fp32(spec, cubin.packaged_path(spec).read_bytes(), tmp_path)
+        check_fp32(spec, codes[spec], tmp_path)
     for spec in STEPS:
-        check_step(cubin.packaged_path(spec).read_bytes(), tmp_path)
+        check_step(codes[spec], tmp_path)
 
 
 @needs_nvrtc
@@ -471,12 +465,9 @@ def test_wider_rows_do_not_compile():
 
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not installed, so no cubin is packaged")
 def test_the_list_here_is_the_builds(tmp_path):
-    packaged = cubin.packaged_path(LISTED[0]).parent
-    assert {f.name for f in packaged.glob("gated_rms_norm-*")} == {
-        cubin.packaged_path(s).name for s in LISTED + BACKWARD
-    }
+    codes = dict(packaged("gated_rms_norm-*", LISTED + BACKWARD))
     for spec in BACKWARD:
-        check_backward(spec, cubin.packaged_path(spec).read_bytes(), tmp_path)
+        check_backward(spec, codes[spec], tmp_path)
 
 
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not installed, so no cubin is packaged")

@@ -30,9 +30,8 @@ def check_chain(step: Step, x: Tensor, weights: list[Tensor], states: list[dict[
 
     def run(settled: bool, between: Between) -> list[Tensor]:
         reset()
-        y = stream.copy_(
-            x
-        )  # no kernel begins early here, so those that restore the states end before the first product
+        # No kernel begins early here, so those that restore the states end before the first product.
+        y = stream.copy_(x)
         for weight, layer in zip(weights, states, strict=True):
             projected = skinny_linear(y, weight, constant_weight=True)
             between()
@@ -40,7 +39,7 @@ def check_chain(step: Step, x: Tensor, weights: list[Tensor], states: list[dict[
             between()
         return [y.clone(), *(state.clone() for state in every)]
 
-    _check(partial(run, False, torch.cuda.synchronize), partial(run, settled, _nothing))
+    check_runs(partial(run, False, torch.cuda.synchronize), partial(run, settled, _nothing))
 
 
 def check_one_state(step: Callable[[], Tensor], states: list[Tensor]) -> None:
@@ -55,7 +54,7 @@ def check_one_state(step: Callable[[], Tensor], states: list[Tensor]) -> None:
             between()
         return [*results, *(state.clone() for state in states)]
 
-    _check(partial(run, torch.cuda.synchronize), partial(run, _nothing))
+    check_runs(partial(run, torch.cuda.synchronize), partial(run, _nothing))
 
 
 def _restoring(states: list[Tensor]) -> Callable[[], None]:
@@ -73,7 +72,8 @@ def _nothing() -> None:
     pass
 
 
-def _check(one_by_one: Run, at_once: Run) -> None:
+def check_runs(one_by_one: Run, at_once: Run) -> None:
+    """`at_once` gives the bits of `one_by_one`, eagerly and in a graph."""
     expected = one_by_one()
     assert all(t.isfinite().all() for t in expected)
     graph = torch.cuda.CUDAGraph()

@@ -17,7 +17,7 @@ from hylo_ops.testing import gradients, within_budget
 from tests.triton.mla_absorb_cases import BF16, FP16, FP32, SMALL, SMALL_FP8, Case, dequantized, make
 
 NAMES = ("q_nope", "q_rope", "kv_cache", "cache_seqlens", "cache_starts", "block_table", "key_scale")
-CUT = Config(16, 32, 4, 1, 1, 32, 4, 2)  # small shares, merged four by four
+CUT = Config(16, 32, 4, 1, 1, 2, least=32, group=4)  # small shares, merged four by four
 
 
 @pytest.fixture(autouse=True)
