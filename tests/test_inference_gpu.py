@@ -71,7 +71,7 @@ def test_a_graph_gives_what_eager_steps_give(layout, batch):
         assert graphed == eager
         assert torch.equal(*(engine.logits for engine in engines))
         assert torch.equal(*(engine.pools.recurrent for engine in engines))
-    assert [type(graph) for graph in engines[1]._graphs.values()] == [torch.cuda.CUDAGraph]
+    assert [type(step.graph) for step in engines[1]._graphs.values()] == [torch.cuda.CUDAGraph]
 
 
 def test_one_engine_keeps_graphs_of_several_batches():

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -65,11 +66,11 @@ class Engine:
                 pack()
         with _room(f"The caches of {batch} sequences of {capacity} tokens need", "a smaller batch or capacity"):
             self.pools = Pools([layer.mixer for layer in model.model.layers], batch, capacity, self._head)
-            self._logits = self._head.new_zeros(batch, len(self._head))
+        self._logits = self._head.new_empty(0, len(self._head))
         self._tokens = torch.zeros(batch, dtype=torch.long, device=self._device)
         self._mailbox = torch.zeros(batch, dtype=torch.long, pin_memory=on_gpu)
         self._generator = torch.Generator(self._device)
-        self._graphs: dict[tuple[int, Sampling], Any] = {}
+        self._graphs: dict[tuple[int, Sampling], _CapturedStep | None] = {}
         self._pool: Any = torch.cuda.graph_pool_handle() if self.graph else None
         self._lengths: list[int] = []
 
@@ -81,7 +82,7 @@ class Engine:
     @property
     def logits(self) -> Tensor:
         """[sequences, vocabulary] that the next token is chosen from, or was; overwritten by the next step."""
-        return self._logits[: len(self._lengths)]
+        return self._logits
 
     def generate(self, prompts: Sequence[Prompt], *, max_new_tokens: int, **options: Any) -> list[list[int]]:
         """The new tokens of each prompt, the one that ends a sequence included. The arguments are `stream`'s."""
@@ -137,7 +138,7 @@ class Engine:
                     if progress is not None:
                         self._wait()
                         progress(done, total)
-            self._score(last)
+            self._logits = self._score(last)
 
     @torch.no_grad()
     def fill(self, length: int, *, sequences: int = 1, seed: int = 0) -> None:
@@ -153,7 +154,7 @@ class Engine:
                 sequence[:length].normal_(generator=generator)
         self.pools.conv.normal_(generator=generator)
         self.pools.recurrent.normal_(std=0.01, generator=generator)
-        self._logits.zero_()
+        self._logits = self._head.new_zeros(sequences, len(self._head))
 
     def decode(
         self,
@@ -183,7 +184,7 @@ class Engine:
         count = len(self._lengths)
         ended = [False] * count
         self._generator.manual_seed(seed)
-        self._choose(count, sampling)
+        self._choose(self._logits, sampling)
         for i in range(max_new_tokens):
             collect = self._send(count)
             if i + 1 < max_new_tokens:
@@ -235,45 +236,48 @@ class Engine:
             hidden = layer(hidden, state=state, in_place=True, **how)
         return hidden
 
-    def _score(self, hidden: Tensor) -> None:
-        """Logits of [B, D]."""
-        self._logits[: len(hidden)] = product(self.model.model.norm(hidden), self.model.lm_head)
+    def _score(self, hidden: Tensor) -> Tensor:
+        """[B, D] -> logits [B, vocabulary]."""
+        return product(self.model.model.norm(hidden), self.model.lm_head)
 
     @torch.no_grad()
-    def _choose(self, count: int, sampling: Sampling) -> None:
-        self._tokens[:count].copy_(sample(self._logits[:count], sampling, self._generator))
+    def _choose(self, logits: Tensor, sampling: Sampling) -> None:
+        self._tokens[: len(logits)].copy_(sample(logits, sampling, self._generator))
 
     @torch.no_grad()
-    def _step(self, count: int, sampling: Sampling) -> None:
-        """One more token of each sequence; nothing here depends on a number that only the device has."""
+    def _step(self, count: int, sampling: Sampling) -> Tensor:
+        """One more token of each sequence, and the logits that it is chosen from.
+
+        Nothing here depends on a number that only the device has.
+        """
         cursor = self.pools.cursor
         cursor.decode(count)
         torch.add(cursor.position[:count], 1, out=cursor.lengths[:count])
         with settled():
             hidden = self._through_layers(self._tokens[:count, None], cursor.position[:count, None], absorb=True)
-            self._score(hidden[:, 0])
-        self._choose(count, sampling)
+            logits = self._score(hidden[:, 0])
+        self._choose(logits, sampling)
         cursor.position[:count].copy_(cursor.lengths[:count])
+        return logits
 
     def _advance(self, count: int, sampling: Sampling) -> None:
         """`_step`, as a graph from the second time on: the first one loads kernels, which no graph can capture."""
         key = count, sampling
         if not self.graph or key not in self._graphs:
-            self._step(count, sampling)
+            self._logits = self._step(count, sampling)
             self._graphs[key] = None
         else:
-            if self._graphs[key] is None:
-                self._graphs[key] = self._captured(count, sampling)
-            self._graphs[key].replay()
+            captured = self._graphs[key] = self._graphs[key] or self._captured(count, sampling)
+            self._logits = captured.replay()
         self._lengths = [length + 1 for length in self._lengths]
 
-    def _captured(self, count: int, sampling: Sampling) -> Any:
+    def _captured(self, count: int, sampling: Sampling) -> "_CapturedStep":
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self._generator)
         # one pool for all: what a replay leaves behind lies outside it
         with torch.cuda.graph(graph, pool=self._pool):
-            self._step(count, sampling)
-        return graph
+            logits = self._step(count, sampling)
+        return _CapturedStep(graph, logits)
 
     def _send(self, count: int) -> Callable[[], list[int]]:
         """Copies the tokens to the host as soon as they are there; what is returned waits for that alone."""
@@ -293,6 +297,18 @@ class Engine:
     def _wait(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.current_stream().synchronize()
+
+
+@dataclass(frozen=True)
+class _CapturedStep:
+    """A step as a graph, and where it leaves its logits: no other graph of the pool writes there."""
+
+    graph: Any
+    logits: Tensor
+
+    def replay(self) -> Tensor:
+        self.graph.replay()
+        return self.logits
 
 
 def _check_plain(model: HyloForCausalLM) -> None:

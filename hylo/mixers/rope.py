@@ -36,10 +36,12 @@ class Rotary(nn.Module):
         """position_ids [B or 1, T] -> cos, sin [B or 1, T, E], half-split as `rotate` takes them."""
         if self._inverse is None or self._inverse.device != position_ids.device:
             inverse, self._factor = frequencies(self.config)
-            self._inverse = inverse.to(position_ids.device)
-        angles = position_ids[..., None].float() * self._inverse
-        angles = torch.cat([angles, angles], dim=-1)
-        return (angles.cos() * self._factor).to(dtype), (angles.sin() * self._factor).to(dtype)
+            self._inverse = torch.cat([inverse, inverse]).to(position_ids.device)
+        angles = position_ids[..., None] * self._inverse  # in fp32
+        cos, sin = angles.cos(), angles.sin()
+        if self._factor != 1:  # a launch each, in a step
+            cos, sin = cos * self._factor, sin * self._factor
+        return cos.to(dtype), sin.to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
