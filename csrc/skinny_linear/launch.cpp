@@ -15,8 +15,7 @@ constexpr std::int64_t kUnit = 8;                              // outputs that r
 constexpr std::int64_t kMostOutputs = std::int64_t{65535} * kTile;
 constexpr std::int64_t kMaxStride = std::int64_t{1} << 39;     // elements
 
-// A few more than an H100's multiprocessors: there is room for two on each.
-constexpr int kManyBlocks = 150;
+constexpr int kManyBlocks = 264;  // an H100's 132 multiprocessors have room for two on each
 
 int number(std::int64_t size) { return static_cast<int>(size); }
 
