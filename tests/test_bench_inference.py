@@ -89,8 +89,8 @@ def test_the_opening_is_read_before_the_clock_starts(monkeypatch, kind, make, op
     read, original = [], kind.prefill
     monkeypatch.setattr(kind, "prefill", lambda self, ids: (read.append(ids.shape[1]), original(self, ids))[1])
     monkeypatch.setattr(inference, "_SLICE", 16)
-    inference.row_of(make(), options_of(), 100, filled=False)
-    assert read == [opening, 100]
+    row = inference.row_of(make(), options_of(), 100, filled=False)
+    assert read == [opening, *[100] * row["rounds"]]
 
 
 def test_what_does_not_fit_is_a_row(tiny_models, monkeypatch):
@@ -180,6 +180,18 @@ def test_times_are_of_what_they_say(monkeypatch):
     assert row["ttft_s"] == 4.0
     assert row["tpot_ms"] == 500.0
     assert row["tokens_per_second"] == 4.0
+    assert row["rounds"] == 1  # one that takes so long is enough
+
+
+def test_times_of_short_rounds_are_medians(monkeypatch):
+    rounds = [(0.1, 0.01), (0.3, 0.02), (0.2, 0.06), (0.1, 0.01), (0.25, 0.01)]
+    clock = iter([tick for first, each in rounds for tick in (0.0, *(first + each * n for n in range(4)))])
+    monkeypatch.setattr(inference.time, "perf_counter", lambda: next(clock))
+    model = tiny.hylo()
+    row = measure(Hybrid(model, 2, 50, 8), prompt(model, 2, 9), 9, 4, False)
+    assert row["rounds"] == 4  # 0.13, 0.36, 0.38 and 0.13 are a second
+    assert row["ttft_s"] == pytest.approx(0.15)
+    assert row["tpot_ms"] == pytest.approx(15.0)
 
 
 def test_rejected_options(capsys):
