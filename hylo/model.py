@@ -16,7 +16,7 @@ from transformers.utils.output_capturing import capture_outputs
 from hylo.config import HyloConfig
 from hylo.mixers import GatedDeltaNet, Mamba2, make_mixer
 from hylo.mixers.norm import RMSNorm
-from hylo.mixers.packing import add_product, gated_at_once, pack_, product, project, project_at_once
+from hylo.mixers.packing import Input, Normed, add_product, gated_at_once, pack_, product, project, project_at_once
 from hylo.mixers.rope import Rotary
 from hylo_ops import swiglu
 
@@ -32,7 +32,7 @@ class Mlp(nn.Module):
         self.activation = ACT2FN[config.hidden_act]
         self._silu = config.hidden_act == "silu"
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, x: Input, residual: Tensor | None = None) -> Tensor:
         """[B, T, D] -> [B, T, D], added in place to `residual` if given."""
         wide = self._gated_at_once(x)
         if wide is None:
@@ -40,7 +40,7 @@ class Mlp(nn.Module):
             wide = self.activation(gate) * up
         return add_product(wide, self.down_proj, residual)
 
-    def _gated_at_once(self, x: Tensor) -> Tensor | None:
+    def _gated_at_once(self, x: Input) -> Tensor | None:
         """Both halves of one product, and one op of them; None where that is not for this activation or weights."""
         if not self._silu:
             return None
@@ -67,8 +67,8 @@ class HyloDecoderLayer(GradientCheckpointingLayer):
     def forward(self, hidden_states: Tensor, in_place: bool = False, **kwargs: Any) -> Tensor:
         """[B, T, D] -> [B, T, D]; `in_place` adds to the given tensor, for whoever wants neither it nor a gradient."""
         if in_place:
-            self.mixer(self.input_layernorm(hidden_states), residual=hidden_states, **kwargs)
-            return self.mlp(self.post_attention_layernorm(hidden_states), residual=hidden_states)
+            self.mixer(Normed(hidden_states, self.input_layernorm), residual=hidden_states, **kwargs)
+            return self.mlp(Normed(hidden_states, self.post_attention_layernorm), residual=hidden_states)
         normed, hidden_states = self.input_layernorm(hidden_states, stream=True)
         normed, hidden_states = self.post_attention_layernorm(self.mixer(normed, **kwargs), hidden_states)
         return hidden_states + self.mlp(normed)

@@ -100,10 +100,24 @@ class SkinnyLinear:
         swiglu: bool,
         constant: bool,
         spread: tuple[int, int, int] | None = None,
+        norm: Tensor | None = None,
+        eps: float = 0.0,
+        conv_weight: Tensor | None = None,
+        conv_state: Tensor | None = None,
+        silu: bool = False,
     ) -> Tensor | str:
-        """The residual is updated in place, and given back."""
+        """The residual is updated in place, and given back; so is `conv_state`, but for the latter."""
 
-    def why_not(self, x: Tensor, weight: Tensor, residual: Tensor | None, swiglu: bool, /) -> str | None: ...
+    def why_not(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        residual: Tensor | None,
+        swiglu: bool,
+        norm: Tensor | None = None,
+        conv_weight: Tensor | None = None,
+        conv_state: Tensor | None = None,
+    ) -> str | None: ...
 
 class SsdStep:
     """The decode step of the scan, from tensors to its result. What it does not take it answers with the reason.

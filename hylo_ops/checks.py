@@ -89,3 +89,12 @@ def latent_cache(
         if bound is not None:
             shape(name, bound, batch)
             dtype(name, bound, integers)
+
+
+def no_gradient(name: str, tensor: Tensor) -> None:
+    """Of ops without a backward."""
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name} must not require a gradient, which this op has none of, got one that does: "
+            "call it under torch.no_grad()"
+        )

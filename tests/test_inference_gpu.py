@@ -157,7 +157,7 @@ def test_two_million_tokens():
 
 
 def test_one_step_is_few_launches():
-    """9 for a layer of Gated DeltaNet, 10 for one of MLA, some 20 around them; each product is one, and the head's."""
+    """6 for a layer of Gated DeltaNet, 8 for one of MLA, some 15 around them; each product is one, and the head's."""
     engine = Engine(model_of("gdn"), capacity=64)
     engine.generate([ids_of(9)], max_new_tokens=4)
     engine.prefill([ids_of(9)])
@@ -165,6 +165,7 @@ def test_one_step_is_few_launches():
         engine._step(1, GREEDY)
         torch.cuda.synchronize()
     launches = [event.name for event in profile.events() if event.device_type.name == "CUDA"]
-    assert len(launches) <= 100, launches
+    assert len(launches) <= 85, launches
+    assert not any("causal_conv1d" in name or name.startswith("rms_norm") for name in launches), launches
     assert sum("mla_step" in name for name in launches) == 2 * 2, launches
     assert sum("skinny_linear" in name for name in launches) == 2 * (2 + 2) + 2 * (3 + 2) + 1, launches

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from hylo.distill.tiling import tile_mlps
 from hylo.mixers import packing
-from hylo.mixers.packing import pack_, packed, project, stacked
-from hylo_ops import fused, skinny_linear, skinny_linear_add_
+from hylo.mixers.packing import Normed, pack_, packed, project, stacked
+from hylo_ops import fused, recurrent_causal_conv1d, skinny_linear, skinny_linear_add_
 from hylo_ops.testing import within_budget
 from tests.test_model import make_model, tokens
 
@@ -168,6 +168,7 @@ def few_rows(monkeypatch):
 
     for op in (skinny_linear, skinny_linear_add_):
         monkeypatch.setattr(packing, op.__name__, partial(noted, op))
+    monkeypatch.setattr(fused, "linear_step", partial(noted, fused.linear_step))
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     monkeypatch.setattr(packing, "autocast_dtype", lambda x: None)
     return asked
@@ -205,6 +206,61 @@ def test_few_rows_go_by_the_op_that_is_for_them(few_rows, constant):
     assert names == ["skinny_linear_add_", "skinny_linear", "skinny_linear", "skinny_linear"]
     assert all(options["constant_weight"] == constant for _, options in few_rows)
     assert [options.get("swiglu") for _, options in few_rows] == [None, False, True, False]
+
+
+@torch.no_grad()
+def test_a_first_group_is_convolved_in_the_same_op(few_rows):
+    q, k, gate = layers = half_layers(8, 12, 16)
+    x, conv_weight, state = (
+        torch.randn(4, 1, 32).bfloat16(),
+        torch.randn(20, 4).bfloat16(),
+        torch.randn(4, 20, 4).bfloat16(),
+    )
+    want_state = state.clone()
+    mixed, other = packing.project_convolved(x, conv_weight, state, (q, k), (gate,))
+    assert [name for name, _ in few_rows] == ["linear_step"]
+    assert (few_rows[0][1]["activation"], few_rows[0][1]["constant_weight"]) == ("silu", False)
+    first, want = project(x, (q, k), (gate,))
+    torch.testing.assert_close(other, want, rtol=0, atol=0)
+    want = recurrent_causal_conv1d(first, conv_weight, None, want_state, activation="silu", backend="reference")
+    torch.testing.assert_close(mixed, want, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(state, want_state, rtol=0, atol=0)
+    layers[0].register_forward_hook(lambda *_: None)
+    assert packing.project_convolved(x, conv_weight, state, (q, k), (gate,)) is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("hooked", [False, True])
+def test_a_norm_is_made_on_the_way_into_the_product(few_rows, hooked):
+    gate, up = half_layers(24, 24)
+    norm, x = nn.RMSNorm(32, eps=1e-5).bfloat16(), torch.randn(4, 1, 32).bfloat16()
+    norm.weight.copy_(torch.randn(32))
+    if hooked:
+        norm.register_forward_hook(lambda *_: None)
+    found = *project(Normed(x, norm), (gate,), (up,)), packing.gated_at_once(Normed(x, norm), gate, up)
+    found = *found, packing.product(Normed(x, norm), up)
+    assert [name for name, _ in few_rows] == ["linear_step"] * 3
+    assert all(options.get("norm_weight") is (None if hooked else norm.weight) for _, options in few_rows)
+
+    def eager(x, norm, gate, up):
+        x = norm(x)
+        return gate(x), up(x), nn.functional.silu(gate(x)) * up(x), up(x)
+
+    expected = eager(x.double(), *(copy.deepcopy(layer).double() for layer in (norm, gate, up)))
+    for got, theirs, want in zip(found, eager(x, norm, gate, up), expected, strict=True):
+        within_budget(got, theirs, want)
+
+
+@torch.no_grad()
+def test_elsewhere_a_norm_is_made_once():
+    gate, up = half_layers(24, 24)
+    norm, made = nn.RMSNorm(32), []
+    norm.register_forward_hook(lambda *_: made.append(None))
+    x = Normed(torch.randn(4, 1, 32).bfloat16(), norm.bfloat16())
+    for got, layer in zip(project(x, (gate,), (up,)), (gate, up), strict=True):
+        torch.testing.assert_close(got, layer(x.tensor()))
+    torch.testing.assert_close(packing.product(x, up), up(x.tensor()))
+    assert len(made) == 1
 
 
 @pytest.mark.parametrize(

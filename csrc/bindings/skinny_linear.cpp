@@ -29,10 +29,14 @@ SkinnyLinear::SkinnyLinear(const py::module_& torch, py::object load, int device
     : torch_(torch, device_type), load_(std::move(load)), device_type_(device_type) {}
 
 py::object SkinnyLinear::run(py::handle x, py::handle weight, py::handle residual, bool swiglu, bool constant,
-                             py::handle spread) {
+                             py::handle spread, py::handle norm, float eps, py::handle conv_weight, py::handle conv_state,
+                             bool silu) {
   Inputs inputs{};
   inputs.swiglu = swiglu;
-  const std::string reason = view(x, weight, residual, inputs);
+  inputs.silu = silu;
+  inputs.eps = eps;
+  const std::string reason =
+      view({x.ptr(), weight.ptr(), residual.ptr(), norm.ptr(), conv_weight.ptr(), conv_state.ptr()}, inputs);
   if (!reason.empty()) return py::str(reason);
   const Spread wanted = read_spread(spread, inputs);
   const Kernels::Loaded& found = loaded(kind_of(inputs));
@@ -48,22 +52,26 @@ py::object SkinnyLinear::run(py::handle x, py::handle weight, py::handle residua
   return made;
 }
 
-py::object SkinnyLinear::why_not(py::handle x, py::handle weight, py::handle residual, bool swiglu) {
+py::object SkinnyLinear::why_not(py::handle x, py::handle weight, py::handle residual, bool swiglu,
+                                 py::handle norm, py::handle conv_weight, py::handle conv_state) {
   Inputs inputs{};
   inputs.swiglu = swiglu;
-  const std::string reason = view(x, weight, residual, inputs);
+  const std::string reason =
+      view({x.ptr(), weight.ptr(), residual.ptr(), norm.ptr(), conv_weight.ptr(), conv_state.ptr()}, inputs);
   if (!reason.empty()) return py::str(reason);
   const Kernels::Loaded& found = loaded(kind_of(inputs));
   return found.kernel == nullptr ? found.found : py::none();
 }
 
-std::string SkinnyLinear::view(py::handle x, py::handle weight, py::handle residual, Inputs& inputs) const {
-  PyObject* const tensors[] = {x.ptr(), weight.ptr(), residual.ptr()};
-  Tensor* const views[] = {&inputs.x, &inputs.weight, &inputs.residual};
+std::string SkinnyLinear::view(PyObject* const (&tensors)[6], Inputs& inputs) const {
+  Tensor* const views[] = {&inputs.x,    &inputs.weight,      &inputs.residual,
+                           &inputs.norm, &inputs.conv_weight, &inputs.conv_state};
   constexpr int kAlways = 2;
-  bool there[3];
+  bool there[6];
   if (!torch_.view(tensors, false, kAlways, views, there)) return TorchTensors::kUnseen;
   inputs.has_residual = there[2];
+  inputs.has_norm = there[3];
+  inputs.has_conv = there[4] && there[5];
   return skinny_linear::why_not(inputs, device_type_);
 }
 
@@ -78,8 +86,10 @@ void define_skinny_linear(py::module_& m) {
       .def(py::init<const py::module_&, py::object, int>(), py::arg("torch"), py::arg("load"),
            py::arg("device_type") = kCuda)
       .def("run", &SkinnyLinear::run, py::arg("x"), py::arg("weight"), py::arg("residual"), py::arg("swiglu"),
-           py::arg("constant"), py::arg("spread") = py::none())
-      .def("why_not", &SkinnyLinear::why_not);
+           py::arg("constant"), py::arg("spread") = py::none(), py::arg("norm") = py::none(), py::arg("eps") = 0.0f,
+           py::arg("conv_weight") = py::none(), py::arg("conv_state") = py::none(), py::arg("silu") = false)
+      .def("why_not", &SkinnyLinear::why_not, py::arg("x"), py::arg("weight"), py::arg("residual"), py::arg("swiglu"),
+           py::arg("norm") = py::none(), py::arg("conv_weight") = py::none(), py::arg("conv_state") = py::none());
 }
 
 }  // namespace hylo

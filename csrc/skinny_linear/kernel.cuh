@@ -5,6 +5,7 @@
 // are outputs, so that few rows of x cost little.
 #include "common/wgmma.cuh"
 #include "skinny_linear/loader.cuh"
+#include "skinny_linear/norm.cuh"
 #include "skinny_linear/sums.cuh"
 
 namespace hylo::skinny_linear {
@@ -43,23 +44,27 @@ class Block {
  private:
   __device__ __forceinline__ void init() const {
     for (int i = 0; i < p_.stages; ++i) shared_.stages[i].init(1, kMultiplying);
-    if (p_.cluster > 1) shared_.sums.open(p_.cluster * part_.pairs(p_) * kSlots * kQuad);
+    const int of_pair = kSlots * kQuad + (p_.norm == nullptr ? 0 : 2);
+    if (p_.cluster > 1) shared_.sums.open(p_.cluster * part_.pairs(p_) * of_pair);
     fence_barrier_init();
   }
 
   __device__ __forceinline__ void multiply(int group) const {
     Sums<T, kB> sums(p_, part_, sums_, shared_);
-    sums.fetch_residual();
+    sums.fetch_beside();
+    Norm<T, kB> norm;
     float d[kB / 2] = {};
     Turn turn;
 #pragma unroll 1
     for (int i = 0; i < part_.count; ++i, turn.next(p_.stages)) {
       Handover& stage = shared_.stages[turn.at];
+      unsigned char* const tiles = stages_ + turn.at * stage_size(kB);
       stage.full.wait(turn.phase);
-      add_product(d, shared_address(stages_ + turn.at * stage_size(kB)), group);
+      if (p_.norm != nullptr) norm.weigh(tiles + kGroups * kTileSize, shared_.norms[turn.at]);
+      add_product(d, shared_address(tiles), group);
       stage.empty.arrive();
     }
-    sums.run(d);
+    sums.run(d, norm);
   }
 
   // [64, 64] @ [64, B] -> [64, B]

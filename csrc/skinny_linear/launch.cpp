@@ -27,14 +27,21 @@ int tiles_of_outputs(const Inputs& x) { return ceil_div(number(outputs_of(x)), x
 bool has_shapes(const Inputs& x) {
   if (x.x.dims != 2 || x.weight.dims != 2 || x.weight.shape[1] != x.x.shape[1]) return false;
   if (x.weight.shape[0] % halves_of(x) != 0) return false;
-  return !x.has_residual || has_shape(x.residual, x.x.shape[0], outputs_of(x));
+  if (x.has_residual && !has_shape(x.residual, x.x.shape[0], outputs_of(x))) return false;
+  if (x.has_norm && !has_shape(x.norm, x.x.shape[1])) return false;
+  if (!x.has_conv) return true;
+  const Tensor& weight = x.conv_weight;
+  return weight.dims == 2 && weight.shape[0] <= outputs_of(x) &&
+         has_shape(x.conv_state, x.x.shape[0], weight.shape[0], weight.shape[1]);
 }
 
 std::string wrong_types(const Inputs& x) {
   const ElementType& type = x.x.type;
-  const bool one = x.weight.type == type && (!x.has_residual || x.residual.type == type);
+  const auto is_one = [&type](bool there, const Tensor& tensor) { return !there || tensor.type == type; };
+  const bool one = is_one(true, x.weight) && is_one(x.has_residual, x.residual) && is_one(x.has_norm, x.norm) &&
+                   is_one(x.has_conv, x.conv_weight) && is_one(x.has_conv, x.conv_state);
   if ((type == kBf16 || type == kFp16) && one) return "";
-  return "x, weight and residual are not of one dtype, bfloat16 or float16";
+  return "x, weight and what comes with them are not of one dtype, bfloat16 or float16";
 }
 
 std::string wrong_sizes(const Inputs& x) {
@@ -78,6 +85,30 @@ std::string wrong_layout(const Inputs& x) {
   return "";
 }
 
+// Whether the last two dims are side by side, each kTaps numbers at a multiple of their size.
+bool has_windows(const Tensor& tensor) {
+  const int last = tensor.dims - 1;
+  const bool between = reinterpret_cast<std::uintptr_t>(tensor.data) % (kTaps * tensor.bytes()) != 0;
+  const bool inner = tensor.strides[last] == 1 && (tensor.shape[last - 1] <= 1 || tensor.strides[last - 1] == kTaps);
+  return inner && !between && (last < 2 || tensor.shape[0] <= 1 || tensor.strides[0] % kTaps == 0);
+}
+
+std::string wrong_norm(const Inputs& x) {
+  if (!x.has_norm) return "";
+  // what is weighed but not yet divided by the root may be beyond what fp16 holds
+  if (x.x.type == kFp16) return "a norm of float16 is not made on the way";
+  return has_aligned_rows(x.norm) ? "" : "norm_weight is not contiguous, or does not start at a 16-byte multiple";
+}
+
+std::string wrong_conv(const Inputs& x) {
+  if (!x.has_conv) return "";
+  if (x.has_residual || x.swiglu) return "what goes through a convolution is neither added to nor gated";
+  const auto taps = x.conv_weight.shape[1];
+  if (taps != kTaps) return "the convolution is over " + std::to_string(taps) + " tokens, not over 4";
+  if (has_windows(x.conv_weight) && has_windows(x.conv_state)) return "";
+  return "the last two dims of conv_weight or conv_state are not contiguous, or do not start at 8-byte multiples";
+}
+
 TensorMap weight_map(const Inputs& x) {
   const Tensor& w = x.weight;
   const auto N = outputs_of(x), stride = w.shape[0] == 1 ? w.shape[1] : w.strides[0];
@@ -101,11 +132,13 @@ std::int64_t outputs_of(const Inputs& x) { return x.weight.shape[0] / halves_of(
 
 std::string why_not(const Inputs& x, int device_type) {
   if (x.x.device_type != device_type) return "x is not on a CUDA device";
-  if (!are_on_one_device({&x.x, &x.weight, if_there(x.has_residual, x.residual)}, device_type)) {
+  if (!are_on_one_device({&x.x, &x.weight, if_there(x.has_residual, x.residual), if_there(x.has_norm, x.norm),
+                          if_there(x.has_conv, x.conv_weight), if_there(x.has_conv, x.conv_state)},
+                         device_type)) {
     return "the tensors are not on one device";
   }
   if (!has_shapes(x)) return kWrongShapes;
-  for (const auto& wrong : {&wrong_types, &wrong_sizes, &wrong_layout}) {
+  for (const auto& wrong : {&wrong_types, &wrong_sizes, &wrong_layout, &wrong_norm, &wrong_conv}) {
     if (std::string reason = wrong(x); !reason.empty()) return reason;
   }
   return "";
@@ -142,6 +175,18 @@ void launch(const Kernel& kernel, const Inputs& x, const Spread& spread, bool co
   params.constant = constant;
   params.swiglu = x.swiglu;
   params.adds = x.has_residual;
+  if (x.has_norm) {
+    params.norm = x.norm.data;
+    params.eps = x.eps;
+    params.per_width = 1.0f / static_cast<float>(x.x.shape[1]);
+  }
+  if (x.has_conv) {
+    params.conv_weight = x.conv_weight.data;
+    params.conv_state = x.conv_state.data;
+    params.conv_b = x.conv_state.strides[0];
+    params.channels = number(x.conv_weight.shape[0]);
+    params.silu = x.silu;
+  }
   params.by_share = divider(static_cast<Word>(params.share));
   const auto blocks = static_cast<unsigned>(cluster);
   const Grid grid{blocks, static_cast<unsigned>(tiles_of_outputs(x)), 1};

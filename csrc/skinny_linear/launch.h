@@ -12,7 +12,13 @@ struct Inputs {
   Tensor x;         // [B, K]
   Tensor weight;    // [N, K]; with `swiglu` [2 N, K], gate rows first
   Tensor residual;  // [B, N]
-  bool has_residual = false, swiglu = false;
+  Tensor norm;      // [K]. Weights of an RMS norm that x goes through first; `eps` is added to its mean square
+  // What the first D outputs go through: one token of a causal convolution, whose last inputs are updated in place.
+  Tensor conv_weight;  // [D, 4]
+  Tensor conv_state;   // [B, D, 4]
+  bool has_residual = false, has_norm = false, has_conv = false;
+  bool swiglu = false, silu = false;  // the latter is of the convolution
+  float eps = 0.0f;
 };
 
 // What a kernel is compiled for.

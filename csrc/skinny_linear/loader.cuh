@@ -13,6 +13,8 @@ namespace hylo::skinny_linear {
 struct Shared {
   Handover stages[kMostStages];
   Inbox sums;  // of the cluster's blocks
+  alignas(16) unsigned char norms[kMostStages][kNormSize];  // the norm's weights of a stage's columns
+  float squares[kMostShared];                               // of rows of x, from the cluster's blocks
 };
 static_assert(sizeof(Shared) <= kSmall, "more than is kept free");
 
@@ -92,7 +94,11 @@ class Loader {
   // and have nothing more to ask for when this kernel ends.
   __device__ __forceinline__ void begin(int i, int at) const {
     Barrier& full = shared_.stages[at].full;
-    full.arrive_expecting(stage_size(kB));
+    full.arrive_expecting(stage_size(kB) + (p_.norm == nullptr ? 0 : kNormSize));
+    if (p_.norm != nullptr) {
+      const auto* weights = static_cast<const unsigned char*>(p_.norm) + static_cast<long long>(column(i)) * kBytes;
+      copy_in(shared_.norms[at], weights, kNormSize, full);
+    }
     each_tile([&](int group, int row, int half) {
       copy_box(stages_ + at * stage_size(kB) + group * kTileSize, p_.weights, full, column(i), row, half, 0);
     });

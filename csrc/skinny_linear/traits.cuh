@@ -6,7 +6,9 @@
 namespace hylo::skinny_linear {
 
 constexpr int kTile = 64;                // rows and columns of a tile of weights, and columns of one of x
-constexpr int kTileSize = kTile * 128;   // bytes
+constexpr int kBytes = 2;                // of a number
+constexpr int kTileSize = kTile * kTile * kBytes;
+constexpr int kNormSize = kTile * kBytes;
 constexpr int kGroups = 2;               // warpgroups, each with its tile of weights
 constexpr int kOutputs = kGroups * kTile;  // rows of weights that a block has
 constexpr int kMultiplying = 128 * kGroups;
@@ -19,9 +21,14 @@ constexpr int kLeastTiles = 2;  // of K, of a block
 // So that blocks of the next launch are resident beside this one's: they bring their weights while these still run.
 constexpr int kSharedLimit = 113 * 1024;
 constexpr int kMostStages = 6;
-constexpr int kAlignment = 1024, kSmall = 512;  // bytes: lost to alignment; barriers
+constexpr int kAlignment = 1024, kSmall = 1408;  // bytes: lost to alignment; what lies beside stages and sums
 
 HYLO_HOST_DEVICE constexpr int stage_size(int B) { return kGroups * kTileSize + B * 128; }
+
+// Rows of x that the blocks of a cluster finish together, shared out in pairs that not all may have.
+constexpr int kMostShared = kMostRows + 2 * kMaxCluster;
+
+constexpr int kTaps = 4;  // tokens that outputs' convolution sees
 
 // Sums that one block made come four at a time to the block that finishes them: of two neighbouring rows of x and of outputs
 // that are 8 apart, as a thread of the tensor core has them. A pair of rows has so many of these.

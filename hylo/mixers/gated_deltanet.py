@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from hylo.config import HyloConfig
-from hylo.mixers.packing import add_product, pack_, project, stacked
+from hylo.mixers.packing import Input, add_product, pack_, stacked
 from hylo.mixers.recurrent import (
     GatedRMSNorm,
     LayerState,
@@ -54,7 +54,7 @@ class GatedDeltaNet(nn.Module):
 
     def forward(
         self,
-        hidden_states: Tensor,
+        hidden_states: Input,
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         state: LayerState | None = None,
@@ -71,8 +71,8 @@ class GatedDeltaNet(nn.Module):
         x = without_padding(hidden_states, attention_mask)
         if state is None:
             state = LayerState(past_key_values, self.layer_idx, x.shape[1])
-        qkv, gate, a, b = project(x, *self._projections())
-        q, k, v = self._heads(state.convolve(qkv, stacked(self._conv_weights()), None))
+        qkv, gate, a, b = state.project_and_convolve(x, stacked(self._conv_weights()), *self._projections())
+        q, k, v = self._heads(qkv)
         if state.decoding:
             o = state.step(fused.gated_delta_rule_step, q, k, v, a, b, self.A_log, self.dt_bias)
         else:

@@ -8,7 +8,7 @@ from transformers import Cache
 from transformers import initialization as init
 
 from hylo.config import HyloConfig
-from hylo.mixers.packing import add_product, product
+from hylo.mixers.packing import Input, add_product, product
 from hylo.mixers.recurrent import (
     GatedRMSNorm,
     LayerState,
@@ -52,7 +52,7 @@ class Mamba2(nn.Module):
 
     def forward(
         self,
-        hidden_states: Tensor,
+        hidden_states: Input,
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         state: LayerState | None = None,

@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from hylo.config import HyloConfig
 from hylo.mixers.norm import RMSNorm
-from hylo.mixers.packing import add_product, pack_, product, project
+from hylo.mixers.packing import Input, add_product, pack_, product, project
 from hylo.mixers.recurrent import widened
 from hylo.mixers.rope import rotate
 from hylo_ops import mla_absorb, mla_attention, mla_prefill
@@ -78,7 +78,7 @@ class MultiHeadLatentAttention(nn.Module):
 
     def forward(
         self,
-        hidden_states: Tensor,
+        hidden_states: Input,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -126,7 +126,7 @@ class MultiHeadLatentAttention(nn.Module):
         """Lets both down-projections be one product, where no gradient is wanted."""
         pack_([self.q_a_proj.weight, self.kv_a_proj_with_mqa.weight])
 
-    def _projected(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+    def _projected(self, hidden_states: Input) -> tuple[Tensor, Tensor]:
         """Queries [B, T, H, nope + E], not rotated, and rows as `_with_scales` has them."""
         q_latent, row = project(hidden_states, (self.q_a_proj,), (self.kv_a_proj_with_mqa,))
         q = product(q_latent, self.q_b_proj).unflatten(-1, (self.heads, -1))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from hylo_ops import skinny_linear, skinny_linear_add_
+from hylo_ops import fused, skinny_linear, skinny_linear_add_
 
 _ROWS = 8  # what rows are filled up to: those of the product then begin at multiples of 16 bytes, as kernels ask
 _FEW, _DEPTH = 64, 16  # rows of x that `skinny_linear` takes, and what its kernels want the width to be a multiple of
@@ -176,25 +176,53 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return None if x.dtype == torch.float64 else torch.get_autocast_dtype(device)  # which leaves that as it is
 
 
+class Normed:
+    """x [..., D] that goes through a norm first: on its way into a product of few rows, else when `tensor` asks for it.
+
+    Asked for twice, it is the same: so x may change once it has been asked for.
+    """
+
+    def __init__(self, x: Tensor, norm: nn.RMSNorm) -> None:
+        self.x, self.norm, self.shape = x, norm, x.shape
+        self._tensor: Tensor | None = None
+
+    def tensor(self) -> Tensor:
+        if self._tensor is None:
+            self._tensor = self.norm(self.x)
+        return self._tensor
+
+
+Input = Tensor | Normed
+
+
+def tensor_of(x: Input) -> Tensor:
+    return x.tensor() if isinstance(x, Normed) else x
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks)
+
+
 def _is_plain(layer: nn.Module) -> bool:
     """No more than a weight: an adapter, weights of fewer bits or cut up, and hooks are to be asked themselves."""
-    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    return type(layer) is nn.Linear and not hooks and not is_traceable_wrapper_subclass(layer.weight)
+    return type(layer) is nn.Linear and not _has_hooks(layer) and not is_traceable_wrapper_subclass(layer.weight)
 
 
-def project(x: Tensor, *groups: Iterable[nn.Linear]) -> list[Tensor]:
+def project(x: Input, *groups: Iterable[nn.Linear]) -> list[Tensor]:
     """For each group what its layers, without bias, make of x [..., D], side by side."""
     layers = [list(group) for group in groups]
     found = project_at_once(x, *layers)
     if found is not None:
         return found
+    x = tensor_of(x)
     if all(_is_plain(layer) for group in layers for layer in group):
         x = x.to(autocast_dtype(x) or x.dtype)  # once for all of them
     together = ([layer(x) for layer in group] for group in layers)
     return [part[0] if len(part) == 1 else torch.cat(part, dim=-1) for part in together]
 
 
-def project_at_once(x: Tensor, *groups: Sequence[nn.Linear]) -> list[Tensor] | None:
+def project_at_once(x: Input, *groups: Sequence[nn.Linear]) -> list[Tensor] | None:
     """`project` as columns of one product; None where each layer is better asked by itself.
 
     With a gradient under autocast, which casts all weights in any case; without one of weights that are packed.
@@ -204,53 +232,90 @@ def project_at_once(x: Tensor, *groups: Sequence[nn.Linear]) -> list[Tensor] | N
         return None
     weights = [layer.weight for layer in every]
     sizes = [sum(layer.out_features for layer in group) for group in groups]
-    dtype = autocast_dtype(x)
-    if dtype is not None and torch.is_grad_enabled():
-        parts = _products(x.reshape(-1, x.shape[-1]), dtype, sizes, weights)
-        return [part.view(*x.shape[:-1], part.shape[-1]) for part in parts]
     whole = packed(weights)
-    if whole is None:
+    if whole is not None:
+        y = _few_rows(x, whole)
+        return _columns(F.linear(tensor_of(x), whole) if y is None else y, sizes)
+    x = tensor_of(x)
+    dtype = autocast_dtype(x)
+    if dtype is None or not torch.is_grad_enabled():
         return None
-    y = _few_rows(x, whole)
-    y = F.linear(x, whole) if y is None else y
-    return list(y.split([*sizes, len(whole) - sum(sizes)], dim=-1)[:-1])
+    parts = _products(x.reshape(-1, x.shape[-1]), dtype, sizes, weights)
+    return [part.view(*x.shape[:-1], part.shape[-1]) for part in parts]
 
 
-def gated_at_once(x: Tensor, gate: nn.Linear, up: nn.Linear) -> Tensor | None:
+def project_convolved(
+    x: Input, conv_weight: Tensor, conv_state: Tensor, *groups: Sequence[nn.Linear]
+) -> list[Tensor] | None:
+    """`project` of one token of each sequence, the first group through a short convolution and SiLU.
+
+    In one op, which updates `conv_state`; None where that is not for these.
+    """
+    every = [layer for group in groups for layer in group]
+    whole = packed([layer.weight for layer in every]) if all(map(_is_plain, every)) else None
+    if whole is None or not _is_few(x, whole):
+        return None
+    y = _step(x, whole, conv_weight=conv_weight, conv_state=conv_state, activation="silu")
+    return _columns(y, [sum(layer.out_features for layer in group) for group in groups])
+
+
+def _columns(y: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """The columns of y side by side, but for the last ones, which `pack_` filled up."""
+    return list(y.split([*sizes, y.shape[-1] - sum(sizes)], dim=-1)[:-1])
+
+
+def gated_at_once(x: Input, gate: nn.Linear, up: nn.Linear) -> Tensor | None:
     """SwiGLU of what both layers, without bias, make of x, in one op; None where that is not for these."""
     whole = packed((gate.weight, up.weight)) if _is_plain(gate) and _is_plain(up) else None
     return None if whole is None else _few_rows(x, whole[: gate.out_features + up.out_features], swiglu=True)
 
 
-def product(x: Tensor, layer: nn.Linear) -> Tensor:
+def product(x: Input, layer: nn.Linear) -> Tensor:
     """What the layer, without bias, makes of x."""
     if torch.is_grad_enabled():
         return project(x, (layer,))[0]
     y = _few_rows(x, layer.weight) if _is_plain(layer) else None
-    return layer(x) if y is None else y
+    return layer(tensor_of(x)) if y is None else y
 
 
 def add_product(x: Tensor, layer: nn.Linear, residual: Tensor | None) -> Tensor:
     """What the layer, without bias, makes of x [B, T, N]; or `residual` [B, T, D], contiguous, which gets it added."""
     if residual is None:
         return product(x, layer)
-    if _few_rows(x, layer.weight, residual) is None:
+    if not _is_few(x, layer.weight):
         residual.view(-1, residual.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), layer.weight.T)
-    return residual
+        return residual
+    return skinny_linear_add_(residual, x, layer.weight, constant_weight=is_settled())
 
 
-def _few_rows(x: Tensor, weight: Tensor, residual: Tensor | None = None, *, swiglu: bool = False) -> Tensor | None:
-    """A product of a decode step on a GPU, which takes as long as its weights' bytes; None where it is no such one.
+def _few_rows(x: Input, weight: Tensor, *, swiglu: bool = False) -> Tensor | None:
+    """A product of a decode step on a GPU, which takes as long as its weights' bytes; None where it is no such one."""
+    if not _is_few(x, weight):
+        return None
+    if isinstance(x, Normed):
+        return _step(x, weight, swiglu=swiglu)
+    return skinny_linear(x, weight, swiglu=swiglu, constant_weight=is_settled())
 
-    Then it is PyTorch's: so are those on a CPU, of wide numbers, and all that a gradient or a compiler looks at.
+
+def _step(x: Input, weight: Tensor, **options: Any) -> Tensor:
+    """Such a product, x normed on the way into it."""
+    if isinstance(x, Normed) and not _has_hooks(x.norm):
+        options |= {"norm_weight": x.norm.weight, "eps": x.norm.eps}
+        rows = x.x
+    else:
+        rows = tensor_of(x)
+    y = fused.linear_step(rows.reshape(-1, 1, rows.shape[-1]), weight, constant_weight=is_settled(), **options)
+    return y.view(*rows.shape[:-1], y.shape[-1])
+
+
+def _is_few(x: Input, weight: Tensor) -> bool:
+    """Whether x has few rows, on a GPU.
+
+    Not on a CPU, of wide numbers, nor where a gradient or a compiler looks: such products are PyTorch's.
     """
+    x = x.x if isinstance(x, Normed) else x
     few = 0 < x.numel() <= _FEW * x.shape[-1] and x.shape[-1] % _DEPTH == 0
     if not (x.is_cuda and few) or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return None
+        return False
     half = x.dtype == weight.dtype and x.dtype in (torch.bfloat16, torch.float16)
-    if not half or autocast_dtype(x) not in (None, x.dtype):
-        return None
-    constant = is_settled()
-    if residual is not None:
-        return skinny_linear_add_(residual, x, weight, constant_weight=constant)
-    return skinny_linear(x, weight, swiglu=swiglu, constant_weight=constant)
+    return half and autocast_dtype(x) in (None, x.dtype)

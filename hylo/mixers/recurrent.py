@@ -1,7 +1,7 @@
 """What the two recurrent mixers share: their parameters' first values, and the cache of one layer."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers import initialization as init
 
-from hylo.mixers.packing import is_settled
+from hylo.mixers.packing import Input, is_settled, project, project_convolved, tensor_of
 from hylo_ops import causal_conv1d, gated_rms_norm, recurrent_causal_conv1d
 
 
@@ -109,6 +109,15 @@ class LayerState:
         self.keep_conv(final)
         return y
 
+    def project_and_convolve(self, x: Input, weight: Tensor, *groups: Sequence[nn.Linear]) -> list[Tensor]:
+        """For each group what its layers make of x [B, T, D], side by side; the first one's through `convolve`."""
+        if self.decoding and self.conv is not None:
+            found = project_convolved(x, weight, self.conv, *groups)
+            if found is not None:
+                return found
+        first, *others = project(x, *groups)
+        return [self.convolve(first, weight, None), *others]
+
     def scan(self, chunk: Callable[..., Any], *args: Tensor) -> Tensor:
         """`chunk(*args, initial_state=...)`, whose state is kept."""
         o, final = chunk(*args, initial_state=self.recurrent)
@@ -138,6 +147,9 @@ def widened(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def without_padding(x: Tensor, padding_mask: Tensor | None) -> Tensor:
+def without_padding(x: Input, padding_mask: Tensor | None) -> Input:
     """Zero where `padding_mask` [B, T] is 0, so that padding writes nothing into a state."""
-    return x if padding_mask is None else x * padding_mask[..., None].to(x.dtype)
+    if padding_mask is None:
+        return x
+    x = tensor_of(x)
+    return x * padding_mask[..., None].to(x.dtype)

@@ -24,6 +24,11 @@ def forward(
     swiglu: bool,
     constant: bool,
     *,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    conv_weight: Tensor | None = None,
+    conv_state: Tensor | None = None,
+    silu: bool = False,
     spread: tuple[int, int, int] | None = None,
     cubin_source: str | None = None,
 ) -> Tensor:
@@ -34,7 +39,10 @@ def forward(
 
     Args:
         residual: is added to in place, and given back.
-        constant: no kernel that may still run writes `weight`; it is read before they have ended.
+        constant: no kernel that may still run writes `weight` or `norm`; they are read before it has ended.
+        norm: [K]. Weights of an RMS norm that x goes through first, `eps` added to its mean square.
+        conv_weight: [D, 4]. The first D outputs go through a causal convolution of a token, and through SiLU if `silu`.
+        conv_state: [B, D, 4]. Their last inputs, updated in place.
         spread: thread blocks that share K, up to 8, with 128 columns for each at least: y depends on it in its last
             bits; tiles of 64 columns that a block fetches into the second cache while the kernel ahead still runs,
             beside those it has room for; and those it has yet to fetch when the next kernel may begin. What suits the
@@ -43,13 +51,23 @@ def forward(
     Raises:
         NotImplementedError: the inputs are not for this backend; the message says why.
     """
-    y = _native(cubin_source).run(*_matrices(x, weight, residual), swiglu, constant, spread)
+    matrices = _matrices(x, weight, residual)
+    y = _native(cubin_source).run(*matrices, swiglu, constant, spread, norm, eps, conv_weight, conv_state, silu)
     if isinstance(y, str):
         raise NotImplementedError(y)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
-def why_not(x: Tensor, weight: Tensor, residual: Tensor | None, swiglu: bool, *_: object) -> str | None:
+def why_not(
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor | None,
+    swiglu: bool,
+    constant: bool = False,
+    norm: Tensor | None = None,
+    conv_weight: Tensor | None = None,
+    conv_state: Tensor | None = None,
+) -> str | None:
     """The reason why `forward` cannot take these inputs, or None."""
     if not x.is_cuda:
         return f"x is on {x.device}, not on a CUDA device"
@@ -57,7 +75,7 @@ def why_not(x: Tensor, weight: Tensor, residual: Tensor | None, swiglu: bool, *_
         return reason
     if residual is not None and not residual.is_contiguous():
         return f"the residual is not contiguous: its strides are {residual.stride()}"
-    return _native(None).why_not(*_matrices(x, weight, residual), swiglu)
+    return _native(None).why_not(*_matrices(x, weight, residual), swiglu, norm, conv_weight, conv_state)
 
 
 def _matrices(x: Tensor, weight: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

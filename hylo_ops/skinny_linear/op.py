@@ -1,6 +1,5 @@
 """Public functions of products of few rows."""
 
-import torch
 from torch import Tensor
 
 from hylo_ops import checks
@@ -63,7 +62,7 @@ def skinny_linear_add_(
     checks.shape("residual", residual, *x.shape[:-1], weight.shape[0])
     checks.dtype("residual", residual, (x.dtype,))
     checks.same_device("x", x, residual=residual)
-    _refuse_gradient("residual", residual)
+    checks.no_gradient("residual", residual)
     _sum(x, weight, residual, constant_weight, backend)
     return residual
 
@@ -80,16 +79,8 @@ def _check(x: Tensor, weight: Tensor, halves: int) -> None:
         raise ValueError(f"weight must have shape [2 N, K] with swiglu, got {list(weight.shape)}")
     checks.dtype("weight", weight, (x.dtype,))
     checks.same_device("x", x, weight=weight)
-    _refuse_gradient("x", x)
-    _refuse_gradient("weight", weight)
-
-
-def _refuse_gradient(name: str, tensor: Tensor) -> None:
-    if tensor.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            f"{name} must not require a gradient, which this op has none of, got one that does: "
-            "call it under torch.no_grad()"
-        )
+    checks.no_gradient("x", x)
+    checks.no_gradient("weight", weight)
 
 
 # Fastest first, of a product with a residual or None.

@@ -18,8 +18,10 @@ MANY_ROWS = [Case(2048, 2048, B, swiglu=True) for B in (15, 16, 17, 31, 32, 33, 
 
 
 def forward_from(source):
-    def forward(x, weight, residual, swiglu, constant, spread):
-        return cuda.forward(x, weight, residual, swiglu, constant, spread=spread, cubin_source=source)
+    def forward(x, weight, residual, swiglu, constant, spread, norm, eps, conv_weight, conv_state, silu):
+        conv = {"conv_weight": conv_weight, "conv_state": conv_state, "silu": silu}
+        options = {"norm": norm, "eps": eps, **conv, "spread": spread, "cubin_source": source}
+        return cuda.forward(x, weight, residual, swiglu, constant, **options)
 
     return forward
 

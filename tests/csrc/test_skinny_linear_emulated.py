@@ -24,9 +24,9 @@ def backend():
     return native().SkinnyLinear(torch, lambda *_: "any kernel", device_type=CPU)
 
 
-def why_not(x, weight, residual=None, swiglu=False):
+def why_not(x, weight, residual=None, swiglu=False, norm=None, *conv):
     """Where any kernel can be had."""
-    return backend().why_not(x, weight, residual, swiglu)
+    return backend().why_not(x, weight, residual, swiglu, norm, *conv)
 
 
 def zeros(*shape, dtype=BF16):
@@ -43,7 +43,9 @@ def shifted(tensor):
 def test_whole_models_are_taken(case):
     outputs = case.N * (2 if case.swiglu else 1)
     residual = zeros(case.B, case.N) if case.residual else None
-    assert why_not(zeros(case.B, case.K), zeros(outputs, case.K), residual, case.swiglu) == "any kernel"
+    conv = (zeros(case.channels, 4), zeros(case.B, case.channels, 4)) if case.channels else ()
+    norm = zeros(case.K) if case.norm else None
+    assert why_not(zeros(case.B, case.K), zeros(outputs, case.K), residual, case.swiglu, norm, *conv) == "any kernel"
 
 
 def test_nothing_to_multiply():
@@ -72,6 +74,11 @@ REFUSED = {
     "a residual in wider rows": (X, W, zeros(3, 64)[:, :32]),
     "a residual that starts between": (X, W, shifted(zeros(1, 96)).view(3, 32)),
     "x as residual": (X, zeros(128, 128), X, False, "residual overlaps x or weight"),
+    "a norm of other columns": (X, W, None, False, zeros(64)),
+    "a norm in fp32": (X, W, None, False, torch.zeros(128)),
+    "a norm that starts between": (X, W, None, False, zeros(129)[1:]),
+    "a norm of every second number": (X, W, None, False, zeros(256)[::2]),
+    "a norm of fp16": (X.half(), W.half(), None, False, zeros(128).half(), "a norm of float16 is not made on the way"),
     "weights as residual": (X, W, W.view(-1)[32:128].view(3, 32), False, "residual overlaps x or weight"),
     "x that starts between": (shifted(X), W),
     "weights that start between": (X, shifted(W)),
@@ -86,8 +93,32 @@ REFUSED = {
 
 @pytest.mark.parametrize("inputs", REFUSED.values(), ids=REFUSED.keys())
 def test_what_is_refused(inputs):
-    *tensors, reason = inputs if len(inputs) == 5 else (*inputs, None)
+    *tensors, reason = inputs if isinstance(inputs[-1], str) else (*inputs, None)
     answer = why_not(*tensors)
+    assert isinstance(answer, str)
+    assert answer != "any kernel"
+    assert reason is None or answer == reason
+
+
+CONV, STATES = zeros(16, 4), zeros(3, 16, 4)
+REFUSED_CONV = {
+    "a residual": (zeros(3, 32), False, CONV, STATES, "what goes through a convolution is neither added to nor gated"),
+    "swiglu": (None, True, CONV, STATES, "what goes through a convolution is neither added to nor gated"),
+    "three taps": (None, False, CONV[:, 1:], STATES[..., 1:], "the convolution is over 3 tokens, not over 4"),
+    "weights in wider rows": (None, False, zeros(16, 8)[:, :4], STATES),
+    "states transposed": (None, False, CONV, zeros(3, 4, 16).mT),
+    "states that start between": (None, False, CONV, zeros(3 * 16 * 4 + 1)[1:].view(3, 16, 4)),
+    "states 2 bytes further apart": (None, False, CONV, zeros(3, 65)[:, :64].unflatten(1, (16, 4))),
+    "fewer states": (None, False, CONV, STATES[:2]),
+    "more channels than outputs": (None, False, zeros(40, 4), zeros(3, 40, 4)),
+    "states in fp32": (None, False, CONV, STATES.float()),
+}
+
+
+@pytest.mark.parametrize("inputs", REFUSED_CONV.values(), ids=REFUSED_CONV.keys())
+def test_a_convolution_that_is_refused(inputs):
+    (residual, swiglu, *conv), reason = (inputs[:4], inputs[4]) if len(inputs) == 5 else (inputs, None)
+    answer = why_not(X, W, residual, swiglu, None, *conv)
     assert isinstance(answer, str)
     assert answer != "any kernel"
     assert reason is None or answer == reason

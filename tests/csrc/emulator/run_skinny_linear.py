@@ -24,7 +24,7 @@ def specs() -> list[Spec]:
 
 def spec_of(case: Case) -> Spec:
     x = case.inputs("cpu")
-    inputs = x["x"], x["weight"], x["residual"], case.swiglu
+    inputs = x["x"], x["weight"], x["residual"], case.swiglu, x["norm"], x["conv_weight"], x["conv_state"]
     return spec_asked(case.name, lambda find: native(find).why_not(*inputs))
 
 

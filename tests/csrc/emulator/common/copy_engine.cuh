@@ -137,6 +137,14 @@ inline void copy_box(void* shared, const TensorMap& map, Barrier& done, int x, i
   emulated_reverse ? done.later(run) : run();
 }
 
+inline void copy_in(void* shared, const void* global, int bytes, Barrier& done) {
+  const auto run = [=, &done] {
+    memcpy(shared, global, bytes);
+    done.complete(bytes);
+  };
+  emulated_reverse ? done.later(run) : run();
+}
+
 // The other way, at once: what lies past the tensor's end is left out.
 inline void copy_box_out(const TensorMap& map, const void* shared, int x, int y, int z, int w) {
   EmulatedMap seen;
