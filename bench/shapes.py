@@ -497,23 +497,31 @@ L2_NORM = [
 
 @dataclass(frozen=True)
 class SkinnyCase:
-    """x [B, K] times weights [N, K]; added to a residual [B, N], or of weights [2 N, K] with SwiGLU behind it."""
+    """x [B, K] times weights [N, K]; added to a residual [B, N], or of weights [2 N, K] with SwiGLU behind it.
+
+    With a norm before it and SwiGLU or the convolution of the first `channels` outputs behind, it is a `linear_step`.
+    """
 
     name: str
     B: int
     N: int
     K: int
     kind: str = "plain"
+    channels: int = 0
     dtype: torch.dtype = torch.bfloat16
 
     @property
     def shape(self) -> dict[str, int]:
-        return {"B": self.B, "N": self.N, "K": self.K}
+        return {"B": self.B, "N": self.N, "K": self.K} | ({"D": self.channels} if self.channels else {})
+
+    @property
+    def has_norm(self) -> bool:
+        return self.kind.startswith("norm")
 
     @property
     def rows(self) -> int:
         """Of the weights."""
-        return 2 * self.N if self.kind == "swiglu" else self.N
+        return 2 * self.N if "swiglu" in self.kind else self.N
 
 
 # N, K: what layers of Llama-4MLA12GDN (1B), 6MLA22M2 and 14MLA14GDN (3B) multiply by, packed as the engine has them.
@@ -535,5 +543,13 @@ _PRODUCTS: dict[str, tuple[Any, ...]] = {
     "3b-mlp-up": (8192, 3072, "swiglu"),
     "3b-mlp-down": (3072, 8192, "add"),
     "3b-head": (_LLAMA_VOCABULARY, 3072),
+}
+# The same with what a step has before and behind them.
+_PRODUCTS |= {
+    "1b-gdn-in-step": (9232, 2048, "norm conv", 6144),
+    "1b-mlp-up-step": (8192, 2048, "norm swiglu"),
+    "1b-head-step": (_LLAMA_VOCABULARY, 2048, "norm"),
+    "3b-m2-in-step": (8216, 3072, "norm"),
+    "3b-mlp-up-step": (8192, 3072, "norm swiglu"),
 }
 SKINNY_LINEAR = [SkinnyCase(f"{name}-{B}", B, *product) for name, product in _PRODUCTS.items() for B in (1, 16, 64)]

@@ -16,8 +16,16 @@ from hylo.mixers import GatedDeltaNet, Mamba2
 ROOFS = Roofs(bytes_per_second=1e12, flop_per_second=1e15)
 SMALL = {
     kind: replace(skinny_linear.CASES[f"{name}-16"], B=3, N=24, K=32)
-    for kind, name in (("plain", "1b-gdn-in"), ("swiglu", "1b-mlp-up"), ("add", "1b-mlp-down"))
+    for kind, name in (
+        ("plain", "1b-gdn-in"),
+        ("swiglu", "1b-mlp-up"),
+        ("add", "1b-mlp-down"),
+        ("norm", "1b-head-step"),
+        ("norm swiglu", "1b-mlp-up-step"),
+        ("norm conv", "1b-gdn-in-step"),
+    )
 }
+SMALL["norm conv"] = replace(SMALL["norm conv"], channels=16)
 
 
 @pytest.fixture
@@ -48,7 +56,8 @@ def rows(case, backends):
 def test_everybody_computes_the_same_on_weights_in_turn(on_cpu, kind):
     case = SMALL[kind]
     (row,) = rows(case, ["reference"])
-    assert (row["pass"], row["kind"], row["shape"]) == ("decode", kind, {"B": 3, "N": 24, "K": 32})
+    shape = {"B": 3, "N": 24, "K": 32} | ({"D": 16} if kind == "norm conv" else {})
+    assert (row["pass"], row["kind"], row["shape"]) == ("decode", kind, shape)
     assert (row["mode"], row["ratio"], row["host_us"]) == ("graph", pytest.approx(2.0), None)
     assert row["peers"]["torch"]["error"] < 1e-2
     assert row["bytes_per_second"] == pytest.approx(1e5 * row["bytes"])
@@ -63,6 +72,11 @@ def test_a_call_of_one_row_is_timed_on_the_host_too(on_cpu):
 def test_a_backend_that_cannot_run_says_why(on_cpu):
     (row,) = rows(SMALL["add"], ["triton"])
     assert "on cpu, not on a CUDA device" in row["missing"]
+
+
+def test_a_step_has_other_backends(on_cpu):
+    found = {kind: [row["backend"] for row in rows(SMALL[kind], skinny_linear.BACKENDS)] for kind in ("plain", "norm")}
+    assert found == {"plain": ["cuda", "triton"], "norm": ["cuda", "composed"]}
 
 
 def test_work_by_hand():
