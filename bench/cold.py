@@ -1,4 +1,4 @@
-"""python -m bench.cold STEM [--out FILE]: how long a user waits for the first forward and backward.
+"""python -m bench.cold STEM [--out FILE]: how long a user waits for the first forward, and backward where there is one.
 
 Each start runs in a process of its own with empty disk caches, over short sequences, so that kernels are looked up,
 compiled and loaded and little else. `import torch`, `import hylo_ops` and the CUDA context come before the clock.
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from bench import record
-from bench.shapes import ConvCase, DeltaCase, ScanCase
+from bench.shapes import ConvCase, DeltaCase, LatentCase, ScanCase
 from hylo_ops import cubin
 from hylo_ops.testing import DTYPE_NAMES
 
@@ -36,7 +36,7 @@ class Start:
         limit: seconds of forward and backward together that are thought bearable.
     """
 
-    case: ConvCase | DeltaCase | ScanCase
+    case: ConvCase | DeltaCase | LatentCase | ScanCase
     backend: str
     packaged: bool
     limit: float
@@ -49,6 +49,8 @@ _MAMBA2 = ScanCase("mamba2-1k", 1, 1024, 1, 32, 128, 64, 32, 1)
 _SSD_UNLISTED = ScanCase("k112-v80-1k", 1, 1024, 2, 6, 112, 80, 6, 2)
 _CONV = ConvCase("d2304-1k", 1, 1024, 2304)
 _CONV_UNLISTED = ConvCase("d1000-w3-1k", 1, 1024, 1000, 3)
+_LATENT = LatentCase("hylo-1b-1k", 1, 1024, 32, 128, 32, 32, 64)
+_LATENT_UNLISTED = LatentCase("h12-r160-e64-1k", 1, 1024, 12, 160, 64, 64, 128)
 STARTS = {
     "gated_delta_rule": {
         "packaged": Start(_DELTA, "cuda", packaged=True, limit=0.3),
@@ -65,6 +67,12 @@ STARTS = {
         "unlisted-nvrtc": Start(_SSD_UNLISTED, "cuda", packaged=False, limit=5.0),
         "triton": Start(_HYLO, "triton", packaged=True, limit=30.0),
         "triton-mamba2": Start(_MAMBA2, "triton", packaged=True, limit=30.0),
+    },
+    "mla_absorb": {
+        "packaged": Start(_LATENT, "cuda", packaged=True, limit=0.3),
+        "unlisted": Start(_LATENT_UNLISTED, "cuda", packaged=True, limit=5.0),
+        "nvrtc": Start(_LATENT, "cuda", packaged=False, limit=5.0),
+        "triton": Start(_LATENT, "triton", packaged=True, limit=30.0),
     },
     "causal_conv1d": {
         "triton": Start(_CONV, "triton", packaged=True, limit=30.0),

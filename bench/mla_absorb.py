@@ -115,6 +115,20 @@ def our_attention(backend: str, cache: LatentCache) -> Attention:
     return Attention(cache.fp8_copies or cache.copies, cache.slots, lambda *queries: queries, attend)
 
 
+def first_call(case: LatentCase, backend: str, device: str) -> Callable[[], Callable[[], object]]:
+    """Draws inputs; what is returned attends, and returns what does nothing: decoding has no backward."""
+    generator = seeded(device)
+    cache, normal = draw_cache(case, generator), normal_numbers(case, generator)
+    queries = normal(case.B, 1, case.H, case.R), normal(case.B, 1, case.H, case.E)
+
+    def forward() -> Callable[[], object]:
+        attention = our_attention(backend, cache)
+        attention.attend(queries, attention.copies[0])
+        return lambda: None
+
+    return forward
+
+
 def our_step(backend: str, inputs: StepInputs) -> Step:
     i, cache = inputs, inputs.cache
     options: dict[str, Any] = {"cache_seqlens": cache.cache_seqlens, "block_table": cache.block_table}

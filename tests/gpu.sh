@@ -41,7 +41,7 @@ step pytest "$python" -m pytest -m gpu -ra -q tests/compat tests/csrc tests/ops 
 for tool in memcheck racecheck initcheck; do
   step "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -m tests.csrc.sanitizer_run
 done
-for stem in gated_delta_rule ssd causal_conv1d; do
+for stem in gated_delta_rule ssd causal_conv1d mla_absorb; do
   step "cold_$stem" "$python" -m bench.cold "$stem" --out "$out/cold_$stem.json" --commit "$commit"
 done
 for stem in gated_rms_norm gated_delta_rule causal_conv1d ssd mamba2 mla_absorb linear_kl mla_prefill mla_attention rms_norm \

@@ -18,6 +18,7 @@ from bench import (
     forms,
     gated_delta_rule,
     gated_rms_norm,
+    mla_absorb,
     peers,
     record,
     shapes,
@@ -434,8 +435,9 @@ def test_cold_starts_without_a_gpu_are_one_sentence(capsys):
         ("gated_delta_rule", replace(TINY, B=1)),
         ("ssd", replace(ssd.CASES["hylo-1b-8k"], T=70, G=4, H=4, K=16, V=32, HX=2, GB=1)),
         ("causal_conv1d", replace(causal_conv1d.CASES["d2304-8k"], T=9, D=12)),
+        ("mla_absorb", replace(mla_absorb.CASES["hylo-1b-1x4k"], S=70, H=4, R=32)),
     ],
-    ids=["gated_delta_rule", "ssd", "causal_conv1d"],
+    ids=["gated_delta_rule", "ssd", "causal_conv1d", "mla_absorb"],
 )
 def test_a_cold_start_is_a_forward_and_a_backward(stem, case):
     start = cold.Start(case, "reference", packaged=True, limit=1.0)
