@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 import hylo
-from bench import record
+from bench import record, timing
 from bench.flops import forward_flop
 from bench.models import on_device
 from hylo.errors import UserError
@@ -346,7 +346,8 @@ def line(row: dict[str, Any]) -> str:
 
 def run(options: argparse.Namespace, device: torch.device) -> None:
     """Every row is printed and written at once: a run that is stopped keeps what it has."""
-    result: dict[str, Any] = {"meta": record.meta(options.commit), "rows": []}
+    meta = record.meta(options.commit) | {"copy_bytes_per_second": timing.copy_bandwidth()}
+    result: dict[str, Any] = {"meta": meta, "rows": []}
     for name in options.models:
         for row in rows_of(name, options, device):
             result["rows"].append(row)

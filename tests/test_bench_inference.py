@@ -108,13 +108,14 @@ def test_a_stopped_run_keeps_its_rows(tiny_models, monkeypatch, tmp_path, capsys
         raise KeyboardInterrupt
 
     monkeypatch.setattr(inference.record, "meta", lambda commit: {"commit": commit})
+    monkeypatch.setattr(inference.timing, "copy_bandwidth", lambda: 3e12)
     monkeypatch.setattr(Dense, "fill", stopped)
     file = tmp_path / "inference.json"
     options = options_of("--models", "Llama-6MLA22M2", "Llama-3.2-1B", "--commit", "abc", "--out", str(file))
     with pytest.raises(KeyboardInterrupt):
         inference.run(options, torch.device("cpu"))
     result = json.loads(file.read_text())
-    assert result["meta"] == {"commit": "abc"}
+    assert result["meta"] == {"commit": "abc", "copy_bytes_per_second": 3e12}
     found = [(row["model"], row["length"], row["context"]) for row in result["rows"]]
     assert found == [("Llama-6MLA22M2", 20, "read"), ("Llama-6MLA22M2", 40, "filled"), ("Llama-3.2-1B", 20, "read")]
     assert capsys.readouterr().out.splitlines() == [inference.line(row) for row in result["rows"]]

@@ -225,6 +225,8 @@ def test_a_first_group_is_convolved_in_the_same_op(few_rows):
     want = recurrent_causal_conv1d(first, conv_weight, None, want_state, activation="silu", backend="reference")
     torch.testing.assert_close(mixed, want, rtol=0.02, atol=0.02)
     torch.testing.assert_close(state, want_state, rtol=0, atol=0)
+    many = torch.randn(17, 1, 32).bfloat16(), conv_weight, torch.randn(17, 20, 4).bfloat16()
+    assert packing.project_convolved(*many, (q, k), (gate,)) is None
     layers[0].register_forward_hook(lambda *_: None)
     assert packing.project_convolved(x, conv_weight, state, (q, k), (gate,)) is None
 

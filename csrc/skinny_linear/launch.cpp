@@ -15,7 +15,14 @@ constexpr std::int64_t kUnit = 8;                              // outputs that r
 constexpr std::int64_t kMostOutputs = std::int64_t{65535} * kTile;
 constexpr std::int64_t kMaxStride = std::int64_t{1} << 39;     // elements
 
-constexpr int kManyBlocks = 264;  // an H100's 132 multiprocessors have room for two on each
+// An H100's 132 multiprocessors have room for 264. Clusters of more than a pair do not fill it to the last: at 260 blocks
+// some wait for others to end.
+constexpr int kManyBlocks = 264, kManyInClusters = 224;
+constexpr int kPair = 2;
+
+// Tiles of K that are yet to come when the next kernel may begin. Earlier it would fill its stages while memory is busy
+// anyway, and many rows leave it room for few.
+constexpr int kRestOfFew = 4, kRestOfMany = 2;
 
 int number(std::int64_t size) { return static_cast<int>(size); }
 
@@ -150,7 +157,10 @@ Kind kind_of(const Inputs& x) {
 }
 
 Spread spread_of(const Inputs& x) {
-  return {std::clamp(kManyBlocks / std::max(tiles_of_outputs(x), 1), 1, most_blocks_of_cluster(x)), 0, 0};
+  const int tiles = std::max(tiles_of_outputs(x), 1);
+  const int pair = std::min(kManyBlocks / tiles, kPair), more = kManyInClusters / tiles;
+  const int rest = kind_of(x).B == kMostRows ? kRestOfMany : kRestOfFew;
+  return {std::clamp(std::max(pair, more), 1, most_blocks_of_cluster(x)), 0, rest};
 }
 
 bool can_be(const Spread& spread, const Inputs& x) {

@@ -89,9 +89,8 @@ class Loader {
     each_tile([&](int, int row, int half) { prefetch_box(p_.weights, column(i), row, half, 0); });
   }
 
-  // Announces all that comes into a stage, x included, and asks for the weights. The next kernel may begin once all of these
-  // are asked for, or nearly: from then on it keeps memory busy. Sooner it would fill its stages while that is busy anyway,
-  // and have nothing more to ask for when this kernel ends.
+  // Announces all that comes into a stage, x included, and asks for the weights. The next kernel may begin once nearly
+  // all of these are asked for: from then on it keeps memory busy.
   __device__ __forceinline__ void begin(int i, int at) const {
     Barrier& full = shared_.stages[at].full;
     full.arrive_expecting(stage_size(kB) + (p_.norm == nullptr ? 0 : kNormSize));

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hylo.errors import UserError
 from hylo.inference.pools import Pools
 from hylo.inference.sampling import GREEDY, Sampling, sample
-from hylo.mixers.packing import Normed, product, settled
+from hylo.mixers.packing import product, settled
 from hylo.model import HyloForCausalLM
 
 Prompt = Sequence[int] | Tensor
@@ -238,7 +238,8 @@ class Engine:
 
     def _score(self, hidden: Tensor) -> Tensor:
         """[B, D] -> logits [B, vocabulary]."""
-        return product(Normed(hidden, self.model.model.norm), self.model.lm_head)
+        # not on the way into the product: each of its many blocks would norm all of it
+        return product(self.model.model.norm(hidden), self.model.lm_head)
 
     @torch.no_grad()
     def _choose(self, logits: Tensor, sampling: Sampling) -> None:

@@ -16,6 +16,7 @@ from hylo_ops import fused, skinny_linear, skinny_linear_add_
 
 _ROWS = 8  # what rows are filled up to: those of the product then begin at multiples of 16 bytes, as kernels ask
 _FEW, _DEPTH = 64, 16  # rows of x that `skinny_linear` takes, and what its kernels want the width to be a multiple of
+_FEW_CONVOLVED = 16  # rows whose convolution costs less behind the product's sums than in a launch of its own
 
 _settled: ContextVar[bool] = ContextVar("settled", default=False)
 
@@ -253,7 +254,7 @@ def project_convolved(
     """
     every = [layer for group in groups for layer in group]
     whole = packed([layer.weight for layer in every]) if all(map(_is_plain, every)) else None
-    if whole is None or not _is_few(x, whole):
+    if whole is None or not _is_few(x, whole, _FEW_CONVOLVED):
         return None
     y = _step(x, whole, conv_weight=conv_weight, conv_state=conv_state, activation="silu")
     return _columns(y, [sum(layer.out_features for layer in group) for group in groups])
@@ -308,13 +309,13 @@ def _step(x: Input, weight: Tensor, **options: Any) -> Tensor:
     return y.view(*rows.shape[:-1], y.shape[-1])
 
 
-def _is_few(x: Input, weight: Tensor) -> bool:
-    """Whether x has few rows, on a GPU.
+def _is_few(x: Input, weight: Tensor, most: int = _FEW) -> bool:
+    """Whether x has few rows, `most` of them, on a GPU.
 
     Not on a CPU, of wide numbers, nor where a gradient or a compiler looks: such products are PyTorch's.
     """
     x = x.x if isinstance(x, Normed) else x
-    few = 0 < x.numel() <= _FEW * x.shape[-1] and x.shape[-1] % _DEPTH == 0
+    few = 0 < x.numel() <= most * x.shape[-1] and x.shape[-1] % _DEPTH == 0
     if not (x.is_cuda and few) or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     half = x.dtype == weight.dtype and x.dtype in (torch.bfloat16, torch.float16)

@@ -553,7 +553,7 @@ def config_for(R: int, E: int, rows: int, dtype: torch.dtype, is_fp8: bool, shar
         # but the first of the weights'. Smaller tiles of rope need no descriptors.
         return Config(BM if R <= 256 else _LEAST_SIDE, 32, 4, 1, 2, 2)
     if R > 256:
-        return Config(BM, 32, 4, 2, 2, 1) if BM == _LEAST_SIDE else Config(BM, 64, 8, 2, 1, 4)
+        return Config(BM, 32, 4, 3, 2, 1) if BM == _LEAST_SIDE else Config(BM, 64, 8, 2, 1, 4)
     if R > 128:
         return Config(BM, 64, 4, 2, 2, 4 if BM == _LEAST_SIDE else 2)
     return Config(BM, 64, 4, 3, 2, 4)
