@@ -14,6 +14,15 @@ __device__ __forceinline__ void cluster_arrive() {
 }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
+// The address, in another block of the cluster, of what lies at `shared` here.
+__device__ __forceinline__ Word there(const void* shared, int block) {
+  Word mapped;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
+               : "=r"(mapped)
+               : "r"(static_cast<Word>(__cvta_generic_to_shared(shared))), "r"(block));
+  return mapped;
+}
+
 // Numbers that the blocks of a cluster, itself included, put into a block's shared memory. It lies there too, at the
 // same place in each.
 class Inbox {
@@ -57,11 +66,6 @@ class Inbox {
  private:
   __device__ __forceinline__ static Word address(const void* shared) {
     return static_cast<Word>(__cvta_generic_to_shared(shared));
-  }
-  __device__ __forceinline__ static Word there(const void* shared, int block) {
-    Word mapped;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address(shared)), "r"(block));
-    return mapped;
   }
 
   DoubleWord bits_;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/chunks.cuh"
+#include "common/cluster.cuh"
 #include "common/copy_engine.cuh"
 #include "common/global_access.cuh"
 
@@ -29,13 +30,6 @@ __device__ __forceinline__ int cluster_size() {
   Word size;
   asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
   return static_cast<int>(size);
-}
-
-// The address, in a neighbour, of what lies at `shared` here.
-__device__ __forceinline__ Word there(const void* shared, int rank) {
-  Word mapped;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(shared_address(shared)), "r"(rank));
-  return mapped;
 }
 
 // What weights are relative to, and their sum.
