@@ -15,7 +15,7 @@
 namespace {
 
 using Run = void (*)(const void*);
-constexpr int kInvalid = 1, kNotFound = 500, kHangs = 719;
+constexpr int kInvalid = 1, kNotFound = 500, kHangs = 719, kEnded = 717;
 
 // CUlaunchConfig, with what csrc/common/driver.cpp asks for: the blocks of a cluster, and that the kernel may begin early.
 constexpr int kClusterDims = 4, kEarly = 6;
@@ -85,6 +85,7 @@ struct Cluster {
 // The thread that runs, in its cluster, and what the clock says.
 Cluster* cluster = nullptr;
 unsigned current = 0, clock_now = 0;
+bool reached_ended = false;  // whether a block put something into one that had ended
 
 Fiber& fiber() { return cluster->fibers[current]; }
 
@@ -203,6 +204,12 @@ bool is_finished(const Cluster& of) {
   return std::all_of(of.fibers.begin(), of.fibers.end(), [](const Fiber& one) { return one.finished; });
 }
 
+// Of the cluster that runs.
+bool has_ended(unsigned block) {
+  const auto first = cluster->fibers.begin() + block * blockDim.x;
+  return std::all_of(first, first + blockDim.x, [](const Fiber& one) { return one.finished; });
+}
+
 // Lets those go on that pause; false where nobody does.
 bool end_pauses(const std::vector<std::unique_ptr<Cluster>>& all) {
   bool any = false;
@@ -251,7 +258,9 @@ int run_grid(Run kernel, const Index& grid, unsigned blocks, unsigned threads, u
       for (unsigned x = 0; x < grid.x; x += blocks) firsts.push_back({x, y, z});
     }
   }
-  return run_clusters(firsts, blocks, shared_bytes) ? 0 : kHangs;
+  reached_ended = false;
+  if (!run_clusters(firsts, blocks, shared_bytes)) return kHangs;
+  return reached_ended ? kEnded : 0;
 }
 
 }  // namespace
@@ -290,6 +299,7 @@ void emulated_let_others_go_ahead() {
 }
 
 unsigned char* emulated_dynamic_shared(int block) {
+  if (block >= 0 && has_ended(block)) reached_ended = true;
   return cluster->shared[block < 0 ? fiber().block : block].data();
 }
 
@@ -317,10 +327,13 @@ void emulate(int clusters, int together, int flies, int lets_go_ahead) {
 
 int cuInit(unsigned) { return 0; }
 int cuGetErrorName(int status, const char** out) {
-  return *out = status == kHangs ? "EMULATED_HANG" : "EMULATED_NOT_FOUND", 0;
+  return *out = status == kHangs ? "EMULATED_HANG" : status == kEnded ? "EMULATED_ENDED" : "EMULATED_NOT_FOUND", 0;
 }
 int cuGetErrorString(int status, const char** out) {
-  return *out = status == kHangs ? "threads wait for ever" : "no emulated kernel of that name", 0;
+  return *out = status == kHangs   ? "threads wait for ever"
+                : status == kEnded ? "a block put something into one that had ended"
+                                   : "no emulated kernel of that name",
+         0;
 }
 int cuDeviceGet(int* out, int) { return *out = 0, 0; }
 int cuDevicePrimaryCtxRetain(void** out, int) { return *out = &running, 0; }
