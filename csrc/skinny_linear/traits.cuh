@@ -16,6 +16,7 @@ constexpr int kThreads = kMultiplying + 32;  // one more warp loads
 
 constexpr int kMostRows = 64;  // of x
 constexpr int kMaxCluster = 8;
+constexpr int kMostSharing = 2;  // tiles of outputs that share x
 constexpr int kLeastTiles = 2;  // of K, of a block
 
 // So that blocks of the next launch are resident beside this one's: they bring their weights while these still run.
