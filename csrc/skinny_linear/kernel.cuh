@@ -46,8 +46,10 @@ class Block {
   __device__ __forceinline__ bool shares() const { return p_.sharing > 1; }
 
   __device__ __forceinline__ void init() const {
-    const int emptiers = kMultiplying + (shares() ? kMultiplying / 32 : 0);
-    for (int i = 0; i < p_.stages; ++i) shared_.stages[i].init(1, emptiers);
+    for (int i = 0; i < p_.stages; ++i) {
+      shared_.stages[i].init(1, kMultiplying);
+      if (shares()) shared_.handed_back[i].init(kMultiplying / 32);
+    }
     const int of_pair = kSlots * kQuad + (p_.norm == nullptr ? 0 : 2);
     if (p_.cluster > 1) shared_.sums.open(p_.cluster * part_.pairs(p_) * of_pair);
     fence_barrier_init();
@@ -68,7 +70,7 @@ class Block {
       add_product(d, shared_address(tiles), group);
       stage.empty.arrive();
       // Where the partner will fill the stage anew: it has as many tiles of K, so it waits for this and has not ended.
-      if (shares() && i + p_.stages < part_.count) arrive_there(stage.empty, part_.partner(p_));
+      if (shares() && i + p_.stages < part_.count) arrive_there(shared_.handed_back[turn.at], part_.partner(p_));
     }
     sums.run(d, norm);
   }

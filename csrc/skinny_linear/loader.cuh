@@ -13,6 +13,7 @@ namespace hylo::skinny_linear {
 
 struct Shared {
   Handover stages[kMostStages];
+  Barrier handed_back[kMostStages];  // by the partner, where x is shared
   Inbox sums;  // of the cluster's blocks
   alignas(16) unsigned char norms[kMostStages][kNormSize];  // the norm's weights of a stage's columns
   float squares[kMostShared];                               // of rows of x, from the cluster's blocks
@@ -75,6 +76,8 @@ class Loader {
     for (int i = 0; i < part_.count; ++i, turn.next(p_.stages)) {
       if (i >= p_.stages) shared_.stages[turn.at].empty.wait(turn.phase ^ 1);
       if (i >= p_.stages || !p_.constant) begin(i, turn.at);
+      // weights do not wait for the partner
+      if (i >= p_.stages && p_.sharing > 1) shared_.handed_back[turn.at].wait(turn.phase ^ 1);
       bring_x(i, turn.at);
     }
   }
