@@ -24,8 +24,8 @@ constexpr int kPair = 2;
 // anyway, and many rows leave it room for few.
 constexpr int kRestOfFew = 4, kRestOfMany = 2;
 
-// Rows of x, as a kernel has them, from which on two tiles of outputs share it. None has so many: not measured yet.
-constexpr int kSharesFrom = 2 * kMostRows;
+// Rows of x, as a kernel has them, from which on two tiles of outputs share it.
+constexpr int kSharesFrom = kMostRows;
 
 int number(std::int64_t size) { return static_cast<int>(size); }
 
