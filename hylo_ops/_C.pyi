@@ -99,7 +99,7 @@ class SkinnyLinear:
         residual: Tensor | None,
         swiglu: bool,
         constant: bool,
-        spread: tuple[int, int, int, int] | None = None,
+        spread: tuple[int, int, int] | None = None,
         norm: Tensor | None = None,
         eps: float = 0.0,
         conv_weight: Tensor | None = None,

@@ -17,13 +17,10 @@ namespace {
 
 Spread read_spread(py::handle from, const Inputs& inputs) {
   if (from.is_none()) return spread_of(inputs);
-  const auto [cluster, ahead, rest, sharing] = from.cast<std::tuple<int, int, int, int>>();
-  const Spread spread{cluster, ahead, rest, sharing};
+  const auto [cluster, ahead, rest] = from.cast<std::tuple<int, int, int>>();
+  const Spread spread{cluster, ahead, rest};
   if (can_be(spread, inputs)) return spread;
-  throw py::value_error(
-      "spread must be 1 to 8 blocks, with two tiles of 64 columns for each, two numbers of tiles, and 1 or 2 tiles of "
-      "outputs, with 8 blocks in all at most: it is " +
-      std::string(py::str(from)));
+  throw py::value_error("spread must be 1 to 8 blocks, with two tiles of 64 columns for each, and numbers of tiles");
 }
 
 }  // namespace

@@ -1,8 +1,8 @@
 // Products of few rows, y = x W^T, that read the weights at memory's rate. A translation unit of its own: the build passes
 // HYLO_T (type of all tensors: bf16, fp16) and HYLO_B (rows of x, rounded up to 16, 32 or 64).
 //
-// Blocks along x are a cluster that shares K, those along y have outputs of their own; or a cluster has two tiles of
-// outputs, which share x too. What tensor cores take 64 of at once are outputs, so that few rows of x cost little.
+// Blocks along x are a cluster that shares K, those along y have outputs of their own. What tensor cores take 64 of at once
+// are outputs, so that few rows of x cost little.
 #include "common/wgmma.cuh"
 #include "skinny_linear/loader.cuh"
 #include "skinny_linear/norm.cuh"
@@ -32,8 +32,7 @@ class Block {
     }
     fetch_parameters(p_);
     __syncthreads();
-    if (p_.cluster > 1 || shares()) cluster_arrive();
-    if (shares()) cluster_wait();  // the partner has made its barriers
+    if (p_.cluster > 1) cluster_arrive();
     await_kernel_before();
     if (!loads) {
       multiply(warp / 4);
@@ -43,13 +42,8 @@ class Block {
   }
 
  private:
-  __device__ __forceinline__ bool shares() const { return p_.sharing > 1; }
-
   __device__ __forceinline__ void init() const {
-    for (int i = 0; i < p_.stages; ++i) {
-      shared_.stages[i].init(1, kMultiplying);
-      if (shares()) shared_.handed_back[i].init(kMultiplying / 32);
-    }
+    for (int i = 0; i < p_.stages; ++i) shared_.stages[i].init(1, kMultiplying);
     const int of_pair = kSlots * kQuad + (p_.norm == nullptr ? 0 : 2);
     if (p_.cluster > 1) shared_.sums.open(p_.cluster * part_.pairs(p_) * of_pair);
     fence_barrier_init();
@@ -69,8 +63,6 @@ class Block {
       if (p_.norm != nullptr) norm.weigh(tiles + kGroups * kTileSize, shared_.norms[turn.at]);
       add_product(d, shared_address(tiles), group);
       stage.empty.arrive();
-      // Where the partner will fill the stage anew: it has as many tiles of K, so it waits for this and has not ended.
-      if (shares() && i + p_.stages < part_.count) arrive_there(shared_.handed_back[turn.at], part_.partner(p_));
     }
     sums.run(d, norm);
   }

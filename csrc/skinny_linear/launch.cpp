@@ -24,9 +24,6 @@ constexpr int kPair = 2;
 // anyway, and many rows leave it room for few.
 constexpr int kRestOfFew = 4, kRestOfMany = 2;
 
-// Rows of x, as a kernel has them, from which on two tiles of outputs share it.
-constexpr int kSharesFrom = kMostRows;
-
 int number(std::int64_t size) { return static_cast<int>(size); }
 
 std::int64_t halves_of(const Inputs& x) { return x.swiglu ? 2 : 1; }
@@ -128,13 +125,12 @@ TensorMap weight_map(const Inputs& x) {
   return box_map(reinterpret_cast<std::uintptr_t>(w.data), sizes, strides, kTile, kTile, 1);
 }
 
-// Each of the tiles that share x fetches a part of its rows.
-TensorMap x_map(const Inputs& x, int sharing) {
+TensorMap x_map(const Inputs& x) {
   const std::uint64_t sizes[4] = {static_cast<std::uint64_t>(x.x.shape[1]), static_cast<std::uint64_t>(x.x.shape[0]), 1,
                                   1};
   const std::int64_t strides[4] = {1, x.x.strides[0], 0, 0};
   return box_map(reinterpret_cast<std::uintptr_t>(x.x.data), sizes, strides, kTile,
-                 static_cast<unsigned>(kind_of(x).B / sharing), 1);
+                 static_cast<unsigned>(kind_of(x).B), 1);
 }
 
 }  // namespace
@@ -164,27 +160,22 @@ Spread spread_of(const Inputs& x) {
   const int tiles = std::max(tiles_of_outputs(x), 1);
   const int pair = std::min(kManyBlocks / tiles, kPair), more = kManyInClusters / tiles;
   const int rest = kind_of(x).B == kMostRows ? kRestOfMany : kRestOfFew;
-  const int cluster = std::clamp(std::max(pair, more), 1, most_blocks_of_cluster(x));
-  const bool shares = kind_of(x).B >= kSharesFrom && tiles > 1 && kMostSharing * cluster <= kMaxCluster;
-  return {cluster, 0, rest, shares ? kMostSharing : 1};
+  return {std::clamp(std::max(pair, more), 1, most_blocks_of_cluster(x)), 0, rest};
 }
 
 bool can_be(const Spread& spread, const Inputs& x) {
-  const bool numbers = spread.cluster > 0 && spread.ahead >= 0 && spread.rest >= 0 && spread.sharing > 0;
-  return numbers && spread.cluster <= most_blocks_of_cluster(x) && spread.sharing <= kMostSharing &&
-         spread.cluster * spread.sharing <= kMaxCluster;
+  return spread.cluster > 0 && spread.cluster <= most_blocks_of_cluster(x) && spread.ahead >= 0 && spread.rest >= 0;
 }
 
 void launch(const Kernel& kernel, const Inputs& x, const Spread& spread, bool constant, void* y, void* stream) {
   const int B = number(x.x.shape[0]), cluster = spread.cluster;
   Params params{};
   params.weights = weight_map(x);
-  params.x = x_map(x, spread.sharing);
+  params.x = x_map(x);
   params.y = y;
   params.batch = B;
   params.columns = number(outputs_of(x));
   params.cluster = cluster;
-  params.sharing = spread.sharing;
   params.share = ceil_div(pairs_of(B), cluster);
   params.tiles = tiles_of_k(x) / cluster;
   params.more = tiles_of_k(x) % cluster;
@@ -207,8 +198,8 @@ void launch(const Kernel& kernel, const Inputs& x, const Spread& spread, bool co
     params.silu = x.silu;
   }
   params.by_share = divider(static_cast<Word>(params.share));
-  const auto blocks = static_cast<unsigned>(cluster * spread.sharing);
-  const Grid grid{blocks, static_cast<unsigned>(ceil_div(tiles_of_outputs(x), spread.sharing)), 1};
+  const auto blocks = static_cast<unsigned>(cluster);
+  const Grid grid{blocks, static_cast<unsigned>(tiles_of_outputs(x)), 1};
   kernel.launch_clusters(grid, blocks, kThreads, kSharedLimit, &params, stream);
 }
 

@@ -36,7 +36,6 @@ struct Spread {
   // Tiles of 64 of K, of a block: more than it has room for, that come as far as the second cache while the kernel ahead
   // still runs; and weights that it has yet to ask for when the next kernel may begin.
   int ahead, rest;
-  int sharing;  // neighbouring tiles of outputs, 1 or 2, that fetch x together
 };
 
 // Columns of y.

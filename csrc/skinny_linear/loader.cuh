@@ -5,7 +5,6 @@
 #include "common/cluster.cuh"
 #include "common/copy_engine.cuh"
 #include "common/dependent.cuh"
-#include "common/multicast.cuh"
 #include "skinny_linear/params.h"
 #include "skinny_linear/traits.cuh"
 
@@ -13,28 +12,21 @@ namespace hylo::skinny_linear {
 
 struct Shared {
   Handover stages[kMostStages];
-  Barrier handed_back[kMostStages];  // by the partner, where x is shared
   Inbox sums;  // of the cluster's blocks
   alignas(16) unsigned char norms[kMostStages][kNormSize];  // the norm's weights of a stage's columns
   float squares[kMostShared];                               // of rows of x, from the cluster's blocks
 };
 static_assert(sizeof(Shared) <= kSmall, "more than is kept free");
 
-// What a block has: a block of the cluster along x, outputs along y. Where two tiles of outputs share x, the cluster has
-// first the blocks of one, then those of the other.
+// What a block has: a block of the cluster along x, outputs along y.
 struct Part {
-  int half, rank, tile, first, count;  // the latter two: tiles of K
+  int rank, tile, first, count;  // the latter two: tiles of K
 
   __device__ __forceinline__ explicit Part(const Params& p)
-      : half(static_cast<int>(blockIdx.x) < p.cluster ? 0 : 1),
-        rank(static_cast<int>(blockIdx.x) - half * p.cluster),
-        tile(static_cast<int>(blockIdx.y) * p.sharing + half),
+      : rank(static_cast<int>(blockIdx.x)),
+        tile(static_cast<int>(blockIdx.y)),
         first(rank * p.tiles + (rank < p.more ? rank : p.more)),
         count(p.tiles + (rank < p.more ? 1 : 0)) {}
-
-  // In the cluster: the block of this tile that has a part of K, and the one of the other tile that has this part.
-  __device__ __forceinline__ int block(const Params& p, int of_rank) const { return half * p.cluster + of_rank; }
-  __device__ __forceinline__ int partner(const Params& p) const { return (1 - half) * p.cluster + rank; }
 
   // Pairs of rows of y that it finishes.
   __device__ __forceinline__ int pairs(const Params& p) const {
@@ -76,9 +68,8 @@ class Loader {
     for (int i = 0; i < part_.count; ++i, turn.next(p_.stages)) {
       if (i >= p_.stages) shared_.stages[turn.at].empty.wait(turn.phase ^ 1);
       if (i >= p_.stages || !p_.constant) begin(i, turn.at);
-      // weights do not wait for the partner
-      if (i >= p_.stages && p_.sharing > 1) shared_.handed_back[turn.at].wait(turn.phase ^ 1);
-      bring_x(i, turn.at);
+      copy_box(stages_ + turn.at * stage_size(kB) + kGroups * kTileSize, p_.x, shared_.stages[turn.at].full,
+               column(i), 0, 0, 0);
     }
   }
 
@@ -96,21 +87,6 @@ class Loader {
 
   __device__ __forceinline__ void prefetch(int i) const {
     each_tile([&](int, int row, int half) { prefetch_box(p_.weights, column(i), row, half, 0); });
-  }
-
-  // All rows for this block, or half of them for both that share them: the partner, which has the same columns, brings the
-  // other half. Both ask for it only when both have handed the stage back, and both wait for each stage that they asked
-  // for. So neither block writes what is in use, or into one that has ended.
-  __device__ __forceinline__ void bring_x(int i, int at) const {
-    unsigned char* const tile = stages_ + at * stage_size(kB) + kGroups * kTileSize;
-    Barrier& full = shared_.stages[at].full;
-    if (p_.sharing == 1) {
-      copy_box(tile, p_.x, full, column(i), 0, 0, 0);
-    } else {
-      const int row = part_.half * (kB / kMostSharing);
-      const auto both = static_cast<unsigned short>((1 + (1 << p_.cluster)) << part_.rank);
-      copy_box_to(both, tile + row * kTile * kBytes, p_.x, full, column(i), row, 0, 0);
-    }
   }
 
   // Announces all that comes into a stage, x included, and asks for the weights. The next kernel may begin once nearly

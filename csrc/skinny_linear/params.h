@@ -20,7 +20,6 @@ struct Params {
   int channels;
   int batch, columns;  // B, N
   int cluster;         // blocks that share K
-  int sharing;         // tiles of outputs that share x, each with a cluster of them
   int share;           // pairs of rows of y that each of them finishes
   int tiles, more;     // of K, that each of them takes; how many of them take one more
   int stages;

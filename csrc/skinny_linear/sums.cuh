@@ -35,14 +35,14 @@ class Sums {
       each_square(norm, [&](int row, float sum) { shared_.squares[row] = sum; });
       sync_threads(kSummed, kMultiplying);
     } else {
-      if (p_.sharing == 1) cluster_wait();  // else all have waited
+      cluster_wait();
       each_square(norm, [&](int row, float sum) {
         const int to = row / 2 / p_.by_share;
-        shared_.sums.send(square(part_.rank, row - 2 * to * p_.share), part_.block(p_, to), sum);
+        shared_.sums.send(square(part_.rank, row - 2 * to * p_.share), to, sum);
       });
       each_quad(d, [&](int pair, const float (&quad)[kQuad]) {
         const int to = pair / p_.by_share;
-        shared_.sums.send(place(part_.rank, pair - to * p_.share, own_slot()), part_.block(p_, to), quad);
+        shared_.sums.send(place(part_.rank, pair - to * p_.share, own_slot()), to, quad);
       });
       shared_.sums.await();
     }

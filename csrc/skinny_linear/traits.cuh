@@ -16,13 +16,12 @@ constexpr int kThreads = kMultiplying + 32;  // one more warp loads
 
 constexpr int kMostRows = 64;  // of x
 constexpr int kMaxCluster = 8;
-constexpr int kMostSharing = 2;  // tiles of outputs that share x
 constexpr int kLeastTiles = 2;  // of K, of a block
 
 // So that blocks of the next launch are resident beside this one's: they bring their weights while these still run.
 constexpr int kSharedLimit = 113 * 1024;
 constexpr int kMostStages = 6;
-constexpr int kAlignment = 1024, kSmall = 1536;  // bytes: lost to alignment; what lies beside stages and sums
+constexpr int kAlignment = 1024, kSmall = 1408;  // bytes: lost to alignment; what lies beside stages and sums
 
 HYLO_HOST_DEVICE constexpr int stage_size(int B) { return kGroups * kTileSize + B * 128; }
 

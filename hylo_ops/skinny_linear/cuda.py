@@ -29,7 +29,7 @@ def forward(
     conv_weight: Tensor | None = None,
     conv_state: Tensor | None = None,
     silu: bool = False,
-    spread: tuple[int, int, int, int] | None = None,
+    spread: tuple[int, int, int] | None = None,
     cubin_source: str | None = None,
 ) -> Tensor:
     """The op's forward: one launch on the current stream, never synchronises.
@@ -45,13 +45,11 @@ def forward(
         conv_state: [B, D, 4]. Their last inputs, updated in place.
         spread: thread blocks that share K, up to 8, with 128 columns for each at least: y depends on it in its last
             bits; tiles of 64 columns that a block fetches into the second cache while the kernel ahead still runs,
-            beside those it has room for; those it has yet to fetch when the next kernel may begin; and neighbouring
-            tiles of 128 outputs that fetch x together, 1 or 2: with 2, up to 4 blocks share K. What suits the inputs
-            if None.
+            beside those it has room for; and those it has yet to fetch when the next kernel may begin. What suits the
+            inputs if None.
         cubin_source: None | "packaged" | "nvrtc", as `hylo_ops.cubin.device_code` has it.
     Raises:
         NotImplementedError: the inputs are not for this backend; the message says why.
-        ValueError: `spread` cannot be.
     """
     matrices = _matrices(x, weight, residual)
     y = _native(cubin_source).run(*matrices, swiglu, constant, spread, norm, eps, conv_weight, conv_state, silu)

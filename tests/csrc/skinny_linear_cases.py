@@ -4,7 +4,7 @@ The emulated driver runs those of EMULATED on the CPU, a GPU all on its kernels.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -27,7 +27,7 @@ class Case:
     """[B, K] times weights of N outputs; NaN around both where no row or column of theirs lies.
 
     spare: columns between the rows of x and of weights. cluster: blocks that share K; 0: what suits the case. channels:
-    outputs that go through a convolution and SiLU. shares: whether two tiles of outputs fetch x together.
+    outputs that go through a convolution and SiLU.
     """
 
     N: int
@@ -40,7 +40,6 @@ class Case:
     cluster: int = 0
     channels: int = 0
     norm: bool = False
-    shares: bool = False
 
     @property
     def name(self) -> str:
@@ -52,8 +51,8 @@ class Case:
         return "-".join(parts)
 
     @property
-    def spread(self) -> tuple[int, int, int, int] | None:
-        return (self.cluster, 2, 1, 2 if self.shares else 1) if self.cluster else None
+    def spread(self) -> tuple[int, int, int] | None:
+        return (self.cluster, 2, 1) if self.cluster else None
 
     def inputs(self, device: str) -> dict[str, Any]:
         normal = partial(torch.randn, generator=torch.Generator().manual_seed(0))
@@ -114,7 +113,7 @@ def run_and_check(case: Case, device: str, run: Run) -> None:
     weight = x["weight"].clone()
     states: list[Tensor | None] = []
 
-    def y_of(rows: slice, constant: bool, case: Case = case) -> Tensor:
+    def y_of(rows: slice, constant: bool) -> Tensor:
         some = x["x"][rows]
         residual = None if x["residual"] is None else x["residual"][rows].clone()
         state = None if x["conv_state"] is None else between_nan(x["conv_state"][rows])
@@ -131,7 +130,6 @@ def run_and_check(case: Case, device: str, run: Run) -> None:
     for constant in (True, False, False):
         assert torch.equal(y_of(every, constant), y), "y differs from run to run"
         assert states[0] is None or torch.equal(states[-1], states[0]), "states differ from run to run"
-    assert not case.shares or torch.equal(y_of(every, True, replace(case, shares=False)), y), "sharing x changes y"
     last = slice(case.B - 1, case.B)
     assert torch.equal(y_of(last, True), y[last]), "a row alone gives other bits"
     x["x"][: case.B - 1] = torch.nan
@@ -187,17 +185,6 @@ EMULATED = [
     Case(200, 576, 64, norm=True, swiglu=True, cluster=1, spare=8),
     Case(200, 1152, 64, norm=True, channels=77, cluster=7),
     Case(136, 2048, 17, norm=True, channels=136),
-    Case(128, 64, 64, cluster=1, shares=True),
-    Case(384, 1216, 1, cluster=1, shares=True),
-    Case(520, 1024, 64, cluster=1, shares=True),
-    Case(264, 1856, 17, cluster=2, shares=True, spare=8),
-    Case(136, 2304, 64, cluster=4, shares=True),
-    Case(640, 2048, 64, residual=True, cluster=4, shares=True, dtype=FP16),
-    Case(200, 1024, 64, swiglu=True, cluster=2, shares=True),
-    Case(136, 1088, 17, norm=True, swiglu=True, cluster=1, shares=True),
-    Case(264, 1152, 64, norm=True, residual=True, cluster=2, shares=True),
-    Case(200, 2048, 64, norm=True, channels=77, cluster=3, shares=True),
-    Case(400, 1216, 33, channels=300, cluster=2, shares=True, dtype=FP16),
 ]
 # Those of a model with two billion weights, and a row more or less than a kernel is compiled for.
 WHOLE = [

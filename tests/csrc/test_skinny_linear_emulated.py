@@ -1,7 +1,5 @@
 """The kernel of products of few rows and its launcher, run on the CPU by an emulated driver; and what is refused."""
 
-import re
-
 import pytest
 import torch
 
@@ -126,13 +124,7 @@ def test_a_convolution_that_is_refused(inputs):
     assert reason is None or answer == reason
 
 
-@pytest.mark.parametrize("spread", [(0, 0, 0, 1), (2, 0, 0, 1), (9, 0, 0, 1), (1, -1, 0, 1), (1, 0, -1, 1)])
+@pytest.mark.parametrize("spread", [(0, 0, 0), (2, 0, 0), (9, 0, 0), (1, -1, 0), (1, 0, -1)])
 def test_a_spread_that_cannot_be(spread):
-    with pytest.raises(ValueError, match="spread must be 1 to 8 blocks.*" + re.escape(str(spread))):
+    with pytest.raises(ValueError, match="spread must be 1 to 8 blocks"):
         backend().run(X, W, None, False, True, spread)
-
-
-@pytest.mark.parametrize("spread", [(4, 0, 0, 0), (4, 0, 0, -1), (2, 0, 0, 3), (5, 0, 0, 2)])
-def test_tiles_that_cannot_share_x(spread):
-    with pytest.raises(ValueError, match="1 or 2 tiles of outputs.*" + re.escape(str(spread))):
-        backend().run(zeros(64, 1024), zeros(512, 1024), None, False, True, spread)

@@ -11,20 +11,13 @@ inline void cluster_wait() { emulated_cluster_wait(); }
 
 inline unsigned char* dynamic_shared() { return emulated_dynamic_shared(-1); }
 
-// What lies in another block where `here` does in this one.
-template <class T>
-T* emulated_there(T* here, int block) {
-  const auto at = reinterpret_cast<unsigned char*>(here) - dynamic_shared();
-  return reinterpret_cast<T*>(emulated_dynamic_shared(block) + at);
-}
-
 class Inbox {
  public:
   void open(int numbers) { missing_ = numbers; }
 
   void send(float* shared, int block, float value) {
-    *emulated_there(shared, block) = value;
-    --emulated_there(this, block)->missing_;
+    *there(shared, block) = value;
+    --there(this, block)->missing_;
   }
 
   void send(float* shared, int block, const float (&values)[4]) {
@@ -34,6 +27,12 @@ class Inbox {
   void await() { emulated_await_zero(&missing_); }
 
  private:
+  template <class T>
+  static T* there(T* shared, int block) {
+    const auto at = reinterpret_cast<unsigned char*>(shared) - dynamic_shared();
+    return reinterpret_cast<T*>(emulated_dynamic_shared(block) + at);
+  }
+
   DoubleWord missing_;
 };
 

@@ -125,20 +125,16 @@ inline void emulated_copy_box(unsigned char* shared, Word address, const Emulate
   });
 }
 
-// To a distance in the shared memory of a block that begins at `base`.
-inline void emulated_fetch_box(unsigned char* base, Word address, const TensorMap& map, Barrier& done, int x, int y,
-                               int z, int w) {
+inline void copy_box(void* shared, const TensorMap& map, Barrier& done, int x, int y, int z, int w) {
   EmulatedMap seen;
   memcpy(&seen, &map, sizeof(seen));
+  unsigned char* const base = emulated_dynamic_shared(-1);
+  const Word address = shared_address(shared);
   const auto run = [=, &done] {
     emulated_copy_box(base, address, seen, {x, y, z, w});
     done.complete(seen.box[0] * seen.box[1] * seen.box[2] * seen.box[3] * seen.bytes);
   };
   emulated_reverse ? done.later(run) : run();
-}
-
-inline void copy_box(void* shared, const TensorMap& map, Barrier& done, int x, int y, int z, int w) {
-  emulated_fetch_box(emulated_dynamic_shared(-1), shared_address(shared), map, done, x, y, z, w);
 }
 
 inline void copy_in(void* shared, const void* global, int bytes, Barrier& done) {
