@@ -10,8 +10,6 @@ from hylo_ops.common.triton_launch import ceil_div, launch, next_power_of_2, sta
 from hylo_ops.common.triton_math import begin_early
 
 _BD = 128
-_MANY = 1024  # programs, more than a GPU holds at once: each then takes _WIDER times as many channels
-_WIDER = 4
 _NUM_WARPS = 4
 
 
@@ -75,13 +73,12 @@ def forward(
     bias = None if bias is None else bias.contiguous()
     indices = None if state_indices is None else state_indices.contiguous()
     (stride_p, stride_d, stride_w), early = state.stride(), starts_early()
-    BD = _BD if B * ceil_div(D, _BD) <= _MANY else _WIDER * _BD
     launch(
         causal_conv1d_fwd_kernel_step,
-        (B, ceil_div(D, BD), 1),
+        (B, ceil_div(D, _BD), 1),
         (x, weight.contiguous(), bias, state, indices, y),
         (x.stride(0), stride_p),
-        (stride_d, stride_w, D, W, next_power_of_2(W), BD, activation == "silu", x.dtype == torch.float32, early),
+        (stride_d, stride_w, D, W, next_power_of_2(W), _BD, activation == "silu", x.dtype == torch.float32, early),
         _NUM_WARPS,
         early=early,
     )
