@@ -2,6 +2,7 @@
 // without clusters has clusters of one block.
 #pragma once
 
+#include "common/copy_engine.cuh"
 #include "common/portable.h"
 
 namespace hylo {
@@ -17,9 +18,7 @@ __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.w
 // The address, in another block of the cluster, of what lies at `shared` here.
 __device__ __forceinline__ Word there(const void* shared, int block) {
   Word mapped;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
-               : "=r"(mapped)
-               : "r"(static_cast<Word>(__cvta_generic_to_shared(shared))), "r"(block));
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(shared_address(shared)), "r"(block));
   return mapped;
 }
 
@@ -30,9 +29,9 @@ class Inbox {
   // For so many numbers. One thread opens it and comes to the cluster's barrier; all others meet this one, too.
   __device__ __forceinline__ void open(int numbers) {
     const int bytes = numbers * static_cast<int>(sizeof(float));
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address(&bits_)) : "memory");
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(&bits_)) : "memory");
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(&bits_)), "r"(bytes)
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&bits_)), "r"(bytes)
                  : "memory");
   }
 
@@ -59,15 +58,11 @@ class Inbox {
     asm volatile(
         "{ .reg .pred done; "
         "again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], 0; "
-        "@!done bra again; }" ::"r"(address(&bits_))
+        "@!done bra again; }" ::"r"(shared_address(&bits_))
         : "memory");
   }
 
  private:
-  __device__ __forceinline__ static Word address(const void* shared) {
-    return static_cast<Word>(__cvta_generic_to_shared(shared));
-  }
-
   DoubleWord bits_;
 };
 

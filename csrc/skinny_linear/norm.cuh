@@ -29,7 +29,7 @@ class Norm {
       store(x, numbers);
     }
     fence_async();  // for wgmma, and before the next tile comes
-    sync_threads(kWeighed, 128 * kGroups);
+    sync_threads(kWeighed, kMultiplying);
   }
 
   // Calls f(row of x, sum of squares over this block's columns) once for each row.
@@ -47,9 +47,9 @@ class Norm {
  private:
   static constexpr int kWeighed = 2;  // a barrier
   static constexpr int kNumbers = 8, kRowChunks = kTile / kNumbers;  // numbers of 16 bytes, and how many of these a row has
-  static constexpr int kOwn = (kB * kRowChunks + 128 * kGroups - 1) / (128 * kGroups);
+  static constexpr int kOwn = ceil_div(kB * kRowChunks, kMultiplying);
 
-  __device__ __forceinline__ static int chunk(int i) { return static_cast<int>(threadIdx.x) + i * 128 * kGroups; }
+  __device__ __forceinline__ static int chunk(int i) { return static_cast<int>(threadIdx.x) + i * kMultiplying; }
   __device__ __forceinline__ static int row(int i) { return chunk(i) / kRowChunks; }
   __device__ __forceinline__ static bool exists(int i) { return chunk(i) < kB * kRowChunks; }
 
