@@ -77,7 +77,8 @@ std::string SkinnyLinear::view(PyObject* const (&tensors)[6], Inputs& inputs) co
 
 const SkinnyLinear::Kernels::Loaded& SkinnyLinear::loaded(const Kind& kind) {
   return kernels_.find(kind, [this](const Kind& of) {
-    return load_(of.device, build_name(of.type), of.B, skinny_linear::kSharedLimit, skinny_linear::kMaxCluster);
+    return load_(of.device, build_name(of.type), of.B, of.convolves, skinny_linear::kSharedLimit,
+                 skinny_linear::kMaxCluster);
   });
 }
 

@@ -1,5 +1,6 @@
 // Products of few rows, y = x W^T, that read the weights at memory's rate. A translation unit of its own: the build passes
-// HYLO_T (type of all tensors: bf16, fp16) and HYLO_B (rows of x, rounded up to 16, 32 or 64).
+// HYLO_T (type of all tensors: bf16, fp16), HYLO_B (rows of x, rounded up to 16, 32 or 64) and HYLO_CONV (0, or 1 where
+// outputs go through a convolution, which takes 24 registers more).
 //
 // Blocks along x are a cluster that shares K, those along y have outputs of their own. What tensor cores take 64 of at once
 // are outputs, so that few rows of x cost little.
@@ -10,7 +11,7 @@
 
 namespace hylo::skinny_linear {
 
-template <class T, int kB>
+template <class T, int kB, bool kConvolves>
 class Block {
  public:
   static_assert(kB == 16 || kB == 32 || kB == 64, "rows of x that a product takes");
@@ -50,7 +51,7 @@ class Block {
   }
 
   __device__ __forceinline__ void multiply(int group) const {
-    Sums<T, kB> sums(p_, part_, sums_, shared_);
+    Sums<T, kB, kConvolves> sums(p_, part_, sums_, shared_);
     sums.fetch_beside();
     Norm<T, kB> norm;
     float d[kB / 2] = {};
@@ -94,6 +95,6 @@ class Block {
 
 extern "C" __global__ void __launch_bounds__(hylo::skinny_linear::kThreads, 2)
     skinny_linear_fwd_kernel_y(const __grid_constant__ hylo::skinny_linear::Params p) {
-  const hylo::skinny_linear::Block<hylo::HYLO_T, HYLO_B> block(p, hylo::aligned(hylo::dynamic_shared()));
+  const hylo::skinny_linear::Block<hylo::HYLO_T, HYLO_B, HYLO_CONV> block(p, hylo::aligned(hylo::dynamic_shared()));
   block.run();
 }

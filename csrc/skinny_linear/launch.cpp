@@ -153,7 +153,8 @@ std::string why_not(const Inputs& x, int device_type) {
 
 Kind kind_of(const Inputs& x) {
   const auto fits = [&x](int rows) { return rows >= x.x.shape[0]; };
-  return {x.x.device, x.x.type, *std::find_if(std::begin(kRowsOfKernel), std::end(kRowsOfKernel), fits)};
+  const int B = *std::find_if(std::begin(kRowsOfKernel), std::end(kRowsOfKernel), fits);
+  return {x.x.device, x.x.type, B, x.has_conv};
 }
 
 Spread spread_of(const Inputs& x) {

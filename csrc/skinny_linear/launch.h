@@ -26,8 +26,11 @@ struct Kind {
   int device;
   ElementType type;
   int B;
+  bool convolves;
 
-  bool operator==(const Kind& other) const { return device == other.device && type == other.type && B == other.B; }
+  bool operator==(const Kind& other) const {
+    return device == other.device && type == other.type && B == other.B && convolves == other.convolves;
+  }
 };
 
 // How a launch is spread over the GPU and over time.

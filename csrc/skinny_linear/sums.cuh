@@ -11,7 +11,7 @@
 
 namespace hylo::skinny_linear {
 
-template <class T, int kB>
+template <class T, int kB, bool kConvolves>
 class Sums {
  public:
   __device__ __forceinline__ Sums(const Params& p, const Part& part, float* sums, Shared& shared)
@@ -120,14 +120,16 @@ class Sums {
   };
 
   __device__ __forceinline__ void fetch(int quad) {
-    if (!p_.adds && p_.channels == 0) return;
+    if (!p_.adds && !kConvolves) return;
     each_number(quad, [&](int i, int row, int column) {
       if (p_.adds) r_beside_.residual[i] = to_float(*output(row, column));
-      if (column >= p_.channels) return;
+      if (!convolves(column)) return;
       r_beside_.windows[i] = *window(row, column);
       if (i % 2 == 0) r_beside_.taps[i / 2] = static_cast<const Window*>(p_.conv_weight)[column];
     });
   }
+
+  __device__ __forceinline__ bool convolves(int column) const { return kConvolves && column < p_.channels; }
 
   // The last inputs of an output's convolution.
   __device__ __forceinline__ Window* window(int row, int column) const {
@@ -186,7 +188,7 @@ class Sums {
       }
       each_number(quad, [&](int i, int row, int column) {
         if (p_.adds) out[i] += beside.residual[i];
-        if (column < p_.channels) out[i] = convolve(beside.windows[i], beside.taps[i / 2], row, column, out[i]);
+        if (convolves(column)) out[i] = convolve(beside.windows[i], beside.taps[i / 2], row, column, out[i]);
         from_float(*output(row, column), out[i]);
       });
     }

@@ -18,8 +18,9 @@ constexpr int kMostRows = 64;  // of x
 constexpr int kMaxCluster = 8;
 constexpr int kLeastTiles = 2;  // of K, of a block
 
-// So that blocks of the next launch are resident beside this one's: they bring their weights while these still run.
-constexpr int kSharedLimit = 113 * 1024;
+// Two blocks share a multiprocessor: where a launch has fewer, those of the next bring their weights meanwhile. Of the 228 KB,
+// of which a block takes one more than it asks for, 4 are left, so that small blocks of other kernels begin early too.
+constexpr int kSharedLimit = 111 * 1024;
 constexpr int kMostStages = 6;
 constexpr int kAlignment = 1024, kSmall = 1408;  // bytes: lost to alignment; what lies beside stages and sums
 

@@ -87,14 +87,16 @@ def _native(source: str | None) -> "SkinnyLinear":
     return cubin.native().SkinnyLinear(torch, functools.partial(_load, source))
 
 
-def spec(dtype: str, B: int) -> cubin.Spec:
+def spec(dtype: str, B: int, convolves: bool) -> cubin.Spec:
     """Of the kernel for a type, by the build's name, and up to so many rows: 16, 32 or 64."""
-    return cubin.Spec("skinny_linear", (("T", dtype), ("B", B)))
+    return cubin.Spec("skinny_linear", (("T", dtype), ("B", B), ("CONV", int(convolves))))
 
 
-def _load(source: str | None, device: int, dtype: str, B: int, shared_bytes: int, max_cluster: int) -> "Kernel | str":
+def _load(
+    source: str | None, device: int, dtype: str, B: int, convolves: bool, shared_bytes: int, max_cluster: int
+) -> "Kernel | str":
     """The kernel of a kind, or the reason why there is none."""
-    kind = spec(dtype, B)
+    kind = spec(dtype, B, convolves)
     reason = cubin.why_not_device(device) or cubin.why_not(kind)
     if reason is not None:
         return reason

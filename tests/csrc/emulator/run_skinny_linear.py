@@ -18,8 +18,9 @@ CPU = 1  # DLPack's number
 
 def specs() -> list[Spec]:
     """Of the kernels that the cases ask for, with a row alone too."""
-    rows = sorted({(case.dtype, B) for case in EMULATED for B in (1, case.B)}, key=str)
-    return list(dict.fromkeys(spec_of(Case(8, 64, B, dtype=dtype)) for dtype, B in rows))
+    kinds = sorted({(case.dtype, B, min(case.channels, 8)) for case in EMULATED for B in (1, case.B)}, key=str)
+    asked = (spec_of(Case(8, 64, B, dtype=dtype, channels=channels)) for dtype, B, channels in kinds)
+    return list(dict.fromkeys(asked))
 
 
 def spec_of(case: Case) -> Spec:
@@ -31,8 +32,8 @@ def spec_of(case: Case) -> Spec:
 def native(find: Callable[..., Any]) -> Any:
     """For CPU tensors, with kernels that `find` gives for a spec and limits."""
 
-    def load(device: int, dtype: str, B: int, shared_bytes: int, max_cluster: int) -> Any:
-        return find(cuda.spec(dtype, B), shared_bytes, max_cluster)
+    def load(device: int, dtype: str, B: int, convolves: bool, shared_bytes: int, max_cluster: int) -> Any:
+        return find(cuda.spec(dtype, B, convolves), shared_bytes, max_cluster)
 
     return cubin.native().SkinnyLinear(torch_that_fills(), load, device_type=CPU)
 
