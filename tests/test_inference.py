@@ -43,9 +43,9 @@ def logits_over_steps(engine, given, new):
     """[1 + steps, prompts, vocabulary]: after the prompts, and after each step with the tokens of `new`."""
     engine.prefill(given)
     found = [engine.logits.clone()]
-    for tokens_of_all in zip(*new, strict=True):
-        engine._tokens.copy_(torch.tensor(tokens_of_all))
-        engine._advance(len(given), GREEDY)
+    for turn, tokens_of_all in enumerate(zip(*new, strict=True)):
+        engine._tokens.row(turn).copy_(torch.tensor(tokens_of_all))
+        engine._advance(len(given), GREEDY, turn + 1)
         found.append(engine.logits.clone())
     return torch.stack(found)
 
@@ -99,8 +99,8 @@ def test_any_chunking_errs_no_more_than_one_pass(layout):
         within_budget(logits_over_steps(engine, given, new), one_pass, expected, f"chunk {chunk}")
 
 
-def test_a_graph_is_captured_at_the_second_step(monkeypatch):
-    """One for each number of sequences and sampling; the policy alone, with eager steps for graphs."""
+def test_graphs_are_captured_after_the_first_step(monkeypatch):
+    """Two for each number of sequences and sampling; the policy alone, with eager steps for graphs."""
     engine, captured, replayed = engine_of(make_model()), [], []
 
     class Graph:
@@ -114,15 +114,16 @@ def test_a_graph_is_captured_at_the_second_step(monkeypatch):
 
     expected = engine.generate(prompts(*LENGTHS), max_new_tokens=8)
     engine.graph = True
-    engine._graphs.clear()
+    engine._loaded.clear()
     monkeypatch.setattr(engine, "_captured", Graph)
     assert engine.generate(prompts(*LENGTHS), max_new_tokens=8) == expected
-    assert captured == [(3, GREEDY)]
-    assert replayed == [(3, GREEDY)] * 6
+    assert captured == [(3, GREEDY, 0), (3, GREEDY, 1)]
+    assert replayed == [(3, GREEDY, 0), (3, GREEDY, 1)] * 3
     assert engine.generate(prompts(14), max_new_tokens=8) == expected[2:]
     assert engine.generate(prompts(*LENGTHS), max_new_tokens=8) == expected
-    assert captured == [(3, GREEDY), (1, GREEDY)]
-    assert replayed[6:] == [(1, GREEDY)] * 6 + [(3, GREEDY)] * 7
+    assert captured[2:] == [(1, GREEDY, 0), (1, GREEDY, 1)]
+    assert replayed[6:12] == [(1, GREEDY, 0), (1, GREEDY, 1)] * 3
+    assert replayed[12:] == [(3, GREEDY, turn % 2) for turn in range(1, 8)]
 
 
 @pytest.mark.parametrize(("layout", "name"), [("gdn", "gated_delta_rule_step"), ("mamba2", "mamba2_step")])

@@ -115,6 +115,22 @@ def test_greedy_takes_the_first_of_the_likeliest():
     check_greedy("cuda")
 
 
+def test_tokens_that_travel_slowly_are_those_of_their_step(monkeypatch):
+    engine = Engine(model_of("gdn"), capacity=64)
+    expected = engine.generate([ids_of(9)], max_new_tokens=12)
+    courier = engine._tokens._courier
+    wait_for = courier.wait_stream
+
+    def wait_long(stream):
+        wait_for(stream)
+        with torch.cuda.stream(courier):
+            torch.cuda._sleep(10**8)  # clocks: longer than a step
+
+    monkeypatch.setattr(courier, "wait_stream", wait_long)
+    assert engine.generate([ids_of(9)], max_new_tokens=12) == expected
+    assert len(set(expected[0])) > 1
+
+
 def test_a_step_waits_for_nothing():
     engine = Engine(model_of("gdn"), batch=2, capacity=64)
     engine.generate([ids_of(9), ids_of(5)], max_new_tokens=4)
@@ -122,8 +138,8 @@ def test_a_step_waits_for_nothing():
     previous = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        engine._step(2, GREEDY)
-        engine._advance(2, GREEDY)
+        engine._step(2, GREEDY, 0)
+        engine._advance(2, GREEDY, 1)
     finally:
         torch.cuda.set_sync_debug_mode(previous)
 
@@ -162,7 +178,7 @@ def test_one_step_is_few_launches():
     engine.generate([ids_of(9)], max_new_tokens=4)
     engine.prefill([ids_of(9)])
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        engine._step(1, GREEDY)
+        engine._step(1, GREEDY, 0)
         torch.cuda.synchronize()
     launches = [event.name for event in profile.events() if event.device_type.name == "CUDA"]
     assert len(launches) <= 85, launches

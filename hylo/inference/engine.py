@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hylo.errors import UserError
 from hylo.inference.pools import Pools
 from hylo.inference.sampling import GREEDY, Sampling, sample
+from hylo.inference.tokens import Tokens
 from hylo.mixers.packing import product, settled
 from hylo.model import HyloForCausalLM
 
@@ -23,8 +24,8 @@ class Engine:
 
     A sequence has its own length, and its rows lie from the first one on: nothing is padded. Prompts are read one after
     the other, each in chunks; what that takes beside the caches is bounded by the chunk. A decode step is the whole
-    model for one token of each sequence and the choice of the next one; on a GPU it is one CUDA graph, captured at the
-    second step for its number of sequences and sampling. Positions count on the device, lengths on the host as well:
+    model for one token of each sequence and the choice of the next one; on a GPU it is one CUDA graph, captured after
+    the first step for its number of sequences and sampling. Positions count on the device, lengths on the host as well:
     a step waits for nothing.
 
     The model's weights are packed in place (`hylo.mixers.packing`): names and values stay. Nothing may change them as
@@ -67,10 +68,10 @@ class Engine:
         with _room(f"The caches of {batch} sequences of {capacity} tokens need", "a smaller batch or capacity"):
             self.pools = Pools([layer.mixer for layer in model.model.layers], batch, capacity, self._head)
         self._logits = self._head.new_empty(0, len(self._head))
-        self._tokens = torch.zeros(batch, dtype=torch.long, device=self._device)
-        self._mailbox = torch.zeros(batch, dtype=torch.long, pin_memory=on_gpu)
+        self._tokens = Tokens(batch, self._device)
         self._generator = torch.Generator(self._device)
-        self._graphs: dict[tuple[int, Sampling], _CapturedStep | None] = {}
+        self._loaded: set[tuple[int, Sampling]] = set()  # whose kernels are
+        self._graphs: dict[tuple[int, Sampling, int], _CapturedStep] = {}
         self._pool: Any = torch.cuda.graph_pool_handle() if self.graph else None
         self._lengths: list[int] = []
 
@@ -184,11 +185,11 @@ class Engine:
         count = len(self._lengths)
         ended = [False] * count
         self._generator.manual_seed(seed)
-        self._choose(self._logits, sampling)
-        for i in range(max_new_tokens):
-            collect = self._send(count)
-            if i + 1 < max_new_tokens:
-                self._advance(count, sampling)
+        self._choose(self._logits, sampling, 0)
+        for turn in range(max_new_tokens):
+            collect = self._tokens.send(turn, count)
+            if turn + 1 < max_new_tokens:
+                self._advance(count, sampling, turn + 1)
             tokens = collect()
             yield [None if over else token for token, over in zip(tokens, ended, strict=True)]
             ended = [over or token in ends for token, over in zip(tokens, ended, strict=True)]
@@ -242,12 +243,12 @@ class Engine:
         return product(self.model.model.norm(hidden), self.model.lm_head)
 
     @torch.no_grad()
-    def _choose(self, logits: Tensor, sampling: Sampling) -> None:
-        self._tokens[: len(logits)].copy_(sample(logits, sampling, self._generator))
+    def _choose(self, logits: Tensor, sampling: Sampling, turn: int) -> None:
+        self._tokens.row(turn)[: len(logits)].copy_(sample(logits, sampling, self._generator))
 
     @torch.no_grad()
-    def _step(self, count: int, sampling: Sampling) -> Tensor:
-        """One more token of each sequence, and the logits that it is chosen from.
+    def _step(self, count: int, sampling: Sampling, turn: int) -> Tensor:
+        """One more token of each sequence, and the logits that it is chosen from. It follows that of the turn before.
 
         Nothing here depends on a number that only the device has.
         """
@@ -255,45 +256,35 @@ class Engine:
         cursor.decode(count)
         torch.add(cursor.position[:count], 1, out=cursor.lengths[:count])
         with settled():
-            hidden = self._through_layers(self._tokens[:count, None], cursor.position[:count, None], absorb=True)
+            newest = self._tokens.row(turn - 1)[:count, None]
+            hidden = self._through_layers(newest, cursor.position[:count, None], absorb=True)
             logits = self._score(hidden[:, 0])
-        self._choose(logits, sampling)
+        self._choose(logits, sampling, turn)
         cursor.position[:count].copy_(cursor.lengths[:count])
         return logits
 
-    def _advance(self, count: int, sampling: Sampling) -> None:
-        """`_step`, as a graph from the second time on: the first one loads kernels, which no graph can capture."""
-        key = count, sampling
-        if not self.graph or key not in self._graphs:
-            self._logits = self._step(count, sampling)
-            self._graphs[key] = None
+    def _advance(self, count: int, sampling: Sampling, turn: int) -> None:
+        """`_step`, as a graph from the second time on: the first one loads kernels, which no graph can capture.
+
+        A graph has fixed places for its tokens, so there are two that take turns.
+        """
+        if not self.graph or (count, sampling) not in self._loaded:
+            self._logits = self._step(count, sampling, turn)
+            self._loaded.add((count, sampling))
         else:
-            captured = self._graphs[key] = self._graphs[key] or self._captured(count, sampling)
-            self._logits = captured.replay()
+            key = count, sampling, turn % 2
+            if key not in self._graphs:
+                self._graphs[key] = self._captured(*key)
+            self._logits = self._graphs[key].replay()
         self._lengths = [length + 1 for length in self._lengths]
 
-    def _captured(self, count: int, sampling: Sampling) -> "_CapturedStep":
+    def _captured(self, count: int, sampling: Sampling, turn: int) -> "_CapturedStep":
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self._generator)
         # one pool for all: what a replay leaves behind lies outside it
         with torch.cuda.graph(graph, pool=self._pool):
-            logits = self._step(count, sampling)
+            logits = self._step(count, sampling, turn)
         return _CapturedStep(graph, logits)
-
-    def _send(self, count: int) -> Callable[[], list[int]]:
-        """Copies the tokens to the host as soon as they are there; what is returned waits for that alone."""
-        if self._device.type != "cuda":
-            tokens = self._tokens[:count].tolist()
-            return lambda: tokens
-        self._mailbox[:count].copy_(self._tokens[:count], non_blocking=True)
-        sent = torch.cuda.Event()
-        sent.record()
-
-        def collect() -> list[int]:
-            sent.synchronize()
-            return self._mailbox[:count].tolist()
-
-        return collect
 
     def _wait(self) -> None:
         if self._device.type == "cuda":
