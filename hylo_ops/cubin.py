@@ -75,7 +75,7 @@ def compile_missing(specs: list[Spec], source: str | None) -> None:
     missing = [spec for spec in specs if source == "nvrtc" or not packaged_path(spec).exists()]
     if missing and source != "packaged":
         _nvrtc()  # imported here: threads that import it for the first time find it half made
-        with ThreadPoolExecutor(len(missing)) as threads:
+        with ThreadPoolExecutor(min(len(missing), os.cpu_count() or 1)) as threads:
             list(threads.map(functools.partial(device_code, source=source), missing))
 
 

@@ -39,7 +39,10 @@ step build "$python" -m pip install --no-build-isolation --no-deps -e .
 step pytest "$python" -m pytest -m gpu -ra -q tests/compat tests/csrc tests/ops tests/test_model_gpu.py \
   tests/test_inference_gpu.py tests/test_memory_gpu.py tests/test_distill_gpu.py tests/test_extension.py
 for tool in memcheck racecheck initcheck; do
-  step "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -m tests.csrc.sanitizer_run
+  twice=()
+  [ $tool = racecheck ] && twice=(--meet-twice)
+  "$python" -m tests.csrc.sanitizer_run --compile "${twice[@]}"
+  step "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -m tests.csrc.sanitizer_run "${twice[@]}"
 done
 for stem in gated_delta_rule ssd causal_conv1d mla_absorb; do
   step "cold_$stem" "$python" -m bench.cold "$stem" --out "$out/cold_$stem.json" --commit "$commit"

@@ -71,7 +71,7 @@ def test_a_graph_gives_what_eager_steps_give(layout, batch):
         assert graphed == eager
         assert torch.equal(*(engine.logits for engine in engines))
         assert torch.equal(*(engine.pools.recurrent for engine in engines))
-    assert [type(step.graph) for step in engines[1]._graphs.values()] == [torch.cuda.CUDAGraph]
+    assert [type(step.graph) for step in engines[1]._graphs.values()] == 2 * [torch.cuda.CUDAGraph]
 
 
 def test_one_engine_keeps_graphs_of_several_batches():
@@ -82,7 +82,7 @@ def test_one_engine_keeps_graphs_of_several_batches():
     again = [engine.generate([ids_of(9, seed=n)], max_new_tokens=6) for n in range(4)]
     assert again == alone
     assert len(together) == 4
-    assert set(engine._graphs) == {(1, GREEDY), (4, GREEDY)}
+    assert set(engine._graphs) == {(count, GREEDY, turn) for count in (1, 4) for turn in (0, 1)}
 
 
 @pytest.mark.parametrize(

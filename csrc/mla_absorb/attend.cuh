@@ -99,7 +99,7 @@ class Attention {
   float o[kWide][kN / 2];  // accumulators: 64 latents by N query rows
 
  private:
-  __device__ __forceinline__ void sync() const { sync_threads(1 + group_, 128); }
+  __device__ __forceinline__ void sync() const { meet(1 + group_, 128); }
 
   // Puts together what the eight lanes that share columns have of each, and calls f(query row, all of it) in one of them:
   // lanes pass on half of their columns, then half of the rest.

@@ -11,7 +11,7 @@ namespace hylo::mla_absorb {
 constexpr int kAllAttend = 1 + kGroups;  // a barrier
 static_assert(kGroups == 2, "two are added either way round; more would need an order");
 
-__device__ __forceinline__ void sync_attending() { sync_threads(kAllAttend, kAttending); }
+__device__ __forceinline__ void sync_attending() { meet(kAllAttend, kAttending); }
 
 // Some fours of latents of a query row, and the total of its weights that they are relative to.
 template <int kWide>

@@ -137,7 +137,7 @@ class AttentionByRows {
     for (int i = 0; i < kHalf / 2; ++i) o[i] = 0.0f;
   }
 
-  __device__ __forceinline__ void sync() const { sync_threads(1 + group_, 128); }
+  __device__ __forceinline__ void sync() const { meet(1 + group_, 128); }
   __device__ __forceinline__ unsigned char* keys_of(const Tile& tile) const {
     return stages_ + tile.stage * stage_size(kDims);
   }

@@ -1,9 +1,15 @@
-"""Launches every case of the CUDA kernels once, for compute-sanitizer (tests/gpu.sh): few other kernels, no pytest."""
+"""Launches every case of the CUDA kernels once, for compute-sanitizer (tests/gpu.sh): few other kernels, no pytest.
 
+python -m tests.csrc.sanitizer_run [--meet-twice] [--compile] [RUN ...]
+"""
+
+import argparse
 import dataclasses
+from collections.abc import Callable
 
 import torch
 
+from hylo_ops import cubin
 from hylo_ops.gated_delta_rule import cuda_chunk, cuda_recurrent
 from hylo_ops.gated_rms_norm import cuda as gated_rms_norm
 from hylo_ops.mla_absorb import cuda as mla_absorb
@@ -119,17 +125,22 @@ def run_ssd_steps() -> int:
     return len(cases)
 
 
+# Every latent and rope width. At few query rows: more of them are other kernels of the same parts, and among the cases.
+WIDTHS = [(R, E) for R in range(16, 577, 16) for E in (0, 32, 64)]
+FEW = 8
+
+
 def run_mla_absorb() -> int:
-    """Sequences cut between blocks, clusters and pieces, and whole; every number of query rows a tile."""
+    """Sequences cut between blocks, clusters and pieces, and whole; every width, every number of query rows a tile."""
+    case = mla_absorb_cuda_cases.Case
     cases = [*mla_absorb_cuda_cases.EMULATED]
-    cases += [mla_absorb_cuda_cases.Case(128, 32, H, (500, 3, 0, 2200)) for H in (8, 16, 24, 32, 48, 64, 128)]
-    for case in cases:
-        x = case.inputs("cuda")
+    cases += [case(128, 32, H, (500, 3, 0, 2200)) for H in (8, 16, 24, 32, 48, 64, 128)]
+    cases += [case(R, E, FEW, (300, 3, 0, 70), spread=(2, 0, 1)) for R, E in WIDTHS]
+    for one in cases:
+        x = one.inputs("cuda")
         inputs = [x[name] for name in mla_absorb_cuda_cases.NAMES]
-        o, _ = mla_absorb.forward(
-            *inputs, mla_absorb_cuda_cases.SCALE, case.causal, case.fixed_split, spread=case.spread
-        )
-        assert torch.isfinite(o.cpu()).all(), case.name
+        o, _ = mla_absorb.forward(*inputs, mla_absorb_cuda_cases.SCALE, one.causal, one.fixed_split, spread=one.spread)
+        assert torch.isfinite(o.cpu()).all(), one.name
     return len(cases)
 
 
@@ -152,12 +163,47 @@ def run_skinny_linear() -> int:
     return 2 * len(skinny_linear_cases.EMULATED)
 
 
+RUNS: tuple[Callable[[], int], ...] = (
+    run_gated_rms_norm,
+    run_gated_delta_rule,
+    run_gated_delta_rule_in_fp32,
+    run_ssd,
+    run_convolved_ssd,
+    run_ssd_on_cuda_cores,
+    run_ssd_steps,
+    run_mla_absorb,
+    run_mla_step,
+    run_skinny_linear,
+)
+
+
+def for_racecheck(spec: cubin.Spec) -> cubin.Spec:
+    """Of a kernel of mla_absorb: csrc/mla_absorb/neighbours.cuh says what differs."""
+    return dataclasses.replace(spec, defines=(*spec.defines, ("MEET_TWICE", 1)))
+
+
+def meet_twice() -> None:
+    """From here on mla_absorb's kernels are those for racecheck."""
+    plain = mla_absorb.spec
+    mla_absorb.spec = lambda *dims: for_racecheck(plain(*dims))
+
+
 def main() -> None:
-    of_gated_delta_rule = run_gated_delta_rule, run_gated_delta_rule_in_fp32
-    runs = run_gated_rms_norm, *of_gated_delta_rule, run_ssd, run_convolved_ssd, run_ssd_on_cuda_cores
-    runs = *runs, run_ssd_steps
-    runs = *runs, run_mla_absorb, run_mla_step, run_skinny_linear
-    print(f"{sum(run() for run in runs)} cases launched")
+    names = {run.__name__.removeprefix("run_"): run for run in RUNS}
+    parser = argparse.ArgumentParser(description="Launches every case of the CUDA kernels once.")
+    parser.add_argument("runs", nargs="*", metavar="RUN", help=f"of {', '.join(names)}; all if none is named")
+    parser.add_argument("--meet-twice", action="store_true", help="mla_absorb's kernels for racecheck")
+    parser.add_argument("--compile", action="store_true", help="only compiles mla_absorb at every width, all at once")
+    chosen = parser.parse_args()
+    if unknown := set(chosen.runs) - set(names):
+        parser.error(f"no run is named {sorted(unknown)}; there are {', '.join(names)}")
+    if chosen.meet_twice:
+        meet_twice()
+    if chosen.compile:
+        cubin.compile_missing([mla_absorb.spec("bf16", R, E, FEW, False) for R, E in WIDTHS], None)
+        return
+    for name in chosen.runs or names:
+        print(f"{name}: {names[name]()} cases launched", flush=True)
 
 
 if __name__ == "__main__":

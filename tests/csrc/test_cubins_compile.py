@@ -19,6 +19,7 @@ from hylo_ops.mla_absorb import cuda as mla_absorb
 from hylo_ops.skinny_linear import cuda as skinny_linear
 from hylo_ops.ssd import cuda_chunk, cuda_mamba2, cuda_plain, cuda_recurrent
 from tests.csrc.emulator.run_ssd_step import spec_of
+from tests.csrc.sanitizer_run import for_racecheck
 from tests.ops.ssd_step_cases import Case, Mamba2Case
 
 NVRTC_REASON = cubin.why_not_nvrtc()
@@ -238,6 +239,7 @@ OTHER_MLA_ABSORB += [
         ("bf16", (512, 64, 24, False)),
     )
 ]
+OTHER_MLA_ABSORB += [for_racecheck(mla_absorb.spec("bf16", *dims, False)) for dims in ((128, 32, 32), (512, 64, 64))]
 MLA_STEP = [
     cuda_mla.spec(dtype, *widths) for dtype in HALVES for widths in ((32, 128), (64, 128), (64, 256), (128, 512))
 ]
