@@ -298,7 +298,7 @@ def _fits(model: Any, options: argparse.Namespace, capacity: int) -> bool:
     _release()
     try:
         runner = runner_of(model, options, capacity)
-        runner.prefill(prompt(model, options.batch, min(2 * options.chunk, capacity - 2)))
+        runner.prefill(prompt(model, options.batch, min(2 * runner.chunk, capacity - 2)))
         for _ in runner.tokens(2):
             pass
     except (torch.OutOfMemoryError, UserError):

@@ -5,6 +5,7 @@ python -m tests.csrc.sanitizer_run [--meet-twice] [--compile] [RUN ...]
 
 import argparse
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import torch
@@ -128,20 +129,21 @@ def run_ssd_steps() -> int:
 # Every latent and rope width. At few query rows: more of them are other kernels of the same parts, and among the cases.
 WIDTHS = [(R, E) for R in range(16, 577, 16) for E in (0, 32, 64)]
 FEW = 8
+ALL = slice(None)
 
 
-def run_mla_absorb() -> int:
+def run_mla_absorb(part: slice = ALL) -> int:
     """Sequences cut between blocks, clusters and pieces, and whole; every width, every number of query rows a tile."""
     case = mla_absorb_cuda_cases.Case
     cases = [*mla_absorb_cuda_cases.EMULATED]
     cases += [case(128, 32, H, (500, 3, 0, 2200)) for H in (8, 16, 24, 32, 48, 64, 128)]
     cases += [case(R, E, FEW, (300, 3, 0, 70), spread=(2, 0, 1)) for R, E in WIDTHS]
-    for one in cases:
+    for one in cases[part]:
         x = one.inputs("cuda")
         inputs = [x[name] for name in mla_absorb_cuda_cases.NAMES]
         o, _ = mla_absorb.forward(*inputs, mla_absorb_cuda_cases.SCALE, one.causal, one.fixed_split, spread=one.spread)
         assert torch.isfinite(o.cpu()).all(), one.name
-    return len(cases)
+    return len(cases[part])
 
 
 def run_mla_step() -> int:
@@ -194,7 +196,13 @@ def main() -> None:
     parser.add_argument("runs", nargs="*", metavar="RUN", help=f"of {', '.join(names)}; all if none is named")
     parser.add_argument("--meet-twice", action="store_true", help="mla_absorb's kernels for racecheck")
     parser.add_argument("--compile", action="store_true", help="only compiles mla_absorb at every width, all at once")
+    parser.add_argument(
+        "--part", type=int, nargs=2, metavar=("I", "N"), help="mla_absorb's cases I, I + N, I + 2 N, ..."
+    )
     chosen = parser.parse_args()
+    if chosen.part is not None:
+        first, step = chosen.part
+        names = {"mla_absorb": functools.partial(run_mla_absorb, slice(first, None, step))}
     if unknown := set(chosen.runs) - set(names):
         parser.error(f"no run is named {sorted(unknown)}; there are {', '.join(names)}")
     if chosen.meet_twice:
