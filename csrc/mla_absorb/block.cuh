@@ -9,6 +9,18 @@
 
 namespace hylo::mla_absorb {
 
+// Named barriers: 0 is __syncthreads', each warpgroup that attends has its own from 1 on, both together the next.
+constexpr int kBarriers = 8;
+
+// sync_threads. A build with HYLO_MEET_TWICE is for racecheck, which loses sight of a barrier that is used again and again
+// (docs/mla_absorb.md): the same threads meet once more, at another barrier.
+__device__ __forceinline__ void meet(int barrier, int threads) {
+  sync_threads(barrier, threads);
+#ifdef HYLO_MEET_TWICE
+  sync_threads(kBarriers + barrier, threads);
+#endif
+}
+
 // What a block finds when its piece of a sequence has arrived: not all others have; all have; all have, but some blocks
 // had gone before that.
 enum Found { kSomeMissing, kAllThere, kSomeGone };

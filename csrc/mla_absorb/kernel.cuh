@@ -1,6 +1,6 @@
 // Absorbed latent attention of few new tokens, one launch. A translation unit of its own: the build passes HYLO_T (type
 // of queries, cache and o: bf16, fp16), HYLO_R, HYLO_E, HYLO_N (query rows of a tile) and HYLO_SCALED (key scales in
-// the rows of the cache); and HYLO_FP8, 1 where these rows are in fp8. neighbours.cuh has HYLO_MEET_TWICE.
+// the rows of the cache); and HYLO_FP8, 1 where these rows are in fp8. block.cuh has HYLO_MEET_TWICE.
 //
 // Blocks along x are clusters that share the cached tokens, those along y have tiles of query rows of their own.
 #include "common/cluster.cuh"

@@ -128,6 +128,7 @@ class CacheLoader {
       const bool comes = brings && first_row >= first && first_row < first + kRoom.raw_rows;
       const int boxes = __popc(__ballot_sync(kAllLanes, comes));
       if (turn > 0) filled.empty.wait((turn - 1) & 1);
+      __syncwarp();  // a part without rows is full as soon as that is said, and empty again before a lane behind has looked
       if (lane() == 0) filled.full.arrive_expecting(boxes * (raw_row_size(kDims) << p_.box_shift));
       __syncwarp();
       if (!comes) continue;

@@ -9,18 +9,6 @@
 
 namespace hylo::mla_absorb {
 
-// Named barriers: 0 is __syncthreads', each warpgroup that attends has its own from 1 on, both together the next.
-constexpr int kBarriers = 8;
-
-// sync_threads. A build with HYLO_MEET_TWICE is for racecheck, which loses sight of a barrier that is used again and again
-// (docs/mla_absorb.md): the same threads meet once more, at another barrier.
-__device__ __forceinline__ void meet(int barrier, int threads) {
-  sync_threads(barrier, threads);
-#ifdef HYLO_MEET_TWICE
-  sync_threads(kBarriers + barrier, threads);
-#endif
-}
-
 // sync_threads that also says whether the answer of any of the threads is yes.
 __device__ __forceinline__ bool any_of_threads(int barrier, int threads, bool answer) {
   int any;

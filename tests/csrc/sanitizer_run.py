@@ -180,7 +180,7 @@ RUNS: tuple[Callable[[], int], ...] = (
 
 
 def for_racecheck(spec: cubin.Spec) -> cubin.Spec:
-    """Of a kernel of mla_absorb: csrc/mla_absorb/neighbours.cuh says what differs."""
+    """Of a kernel of mla_absorb: csrc/mla_absorb/block.cuh says what differs."""
     return dataclasses.replace(spec, defines=(*spec.defines, ("MEET_TWICE", 1)))
 
 

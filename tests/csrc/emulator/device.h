@@ -1,7 +1,8 @@
 // Runs a CUDA kernel's source on the CPU, one block or cluster of blocks after the other, or so many at once as a test asks
 // for, each thread of it a fiber that is switched at barriers only, and where it looks at the clock. Shows indexing, tails and algebra; says nothing about rounding of fast math, or
 // speed. Of races it shows those of blocks that go on without the others of their cluster, and those that make every
-// second launch of a kernel, with its threads in reverse and copies as late as can be, give other bits.
+// second launch of a kernel, with its warps in any order, their threads in reverse and copies as late as can be, hang or give
+// other bits.
 #pragma once
 
 #include <crt/host_defines.h>

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <map>
 #include <memory>
+#include <numeric>
+#include <random>
 #include <string>
 #include <vector>
 
@@ -163,15 +165,36 @@ bool run_block(unsigned block) {
   return ran;
 }
 
+std::minstd_rand chance;  // the same numbers in each process
+
+// Some warps of all blocks, or all, in any order, each up to a barrier; false where all of them wait.
+bool run_some_warps(unsigned blocks, bool all) {
+  std::vector<unsigned> order(blocks * warps());
+  std::iota(order.begin(), order.end(), 0);
+  std::shuffle(order.begin(), order.end(), chance);
+  if (!all) order.resize(1 + chance() % order.size());
+  bool ran = false;
+  for (const unsigned i : order) ran = run_warp(i / warps(), i % warps() * kWarp) || ran;
+  return ran;
+}
+
+// Warps fall behind others by as much as chance will have it.
+bool run_in_any_order(unsigned blocks) {
+  bool ran_any = false;
+  while (run_some_warps(blocks, false) || run_some_warps(blocks, true)) ran_any = true;
+  return ran_any;
+}
+
 // Each block as far as it gets without the others, then the next.
 bool run_cluster(Cluster& next) {
   bool ran_any = false;
   cluster = &next;
   const unsigned blocks = static_cast<unsigned>(next.of_blocks.size());
+  if (emulated_reverse) return run_in_any_order(blocks);
   for (bool ran = true; ran;) {
     ran = false;
     for (unsigned i = 0; i < blocks; ++i) {
-      while (run_block(emulated_reverse ? blocks - 1 - i : i)) ran = ran_any = true;
+      while (run_block(i)) ran = ran_any = true;
     }
   }
   return ran_any;
