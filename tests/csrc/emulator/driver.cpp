@@ -140,14 +140,16 @@ bool can_run(const Fiber& of) {
          (of.waits_for_zero == nullptr || *of.waits_for_zero == 0);
 }
 
+std::minstd_rand chance;  // the same numbers in each process
+
 // One warp goes on up to a barrier of the block before the next begins: what was missing there would be seen. Its
 // threads in turn; false where all of them wait.
-bool run_warp(unsigned block, unsigned first) {
+bool run_warp(unsigned block, unsigned first, bool some_lanes = false) {
   bool ran = false;
   for (unsigned i = first; i < std::min(first + kWarp, blockDim.x); ++i) {
     threadIdx.x = emulated_reverse ? blockDim.x - 1 - i : i;
     current = block * blockDim.x + threadIdx.x;
-    if (!can_run(fiber())) continue;
+    if (!can_run(fiber()) || (some_lanes && chance() % 4 == 0)) continue;
     blockIdx = cluster->first;
     blockIdx.x += block;
     let_run(fiber());
@@ -165,8 +167,6 @@ bool run_block(unsigned block) {
   return ran;
 }
 
-std::minstd_rand chance;  // the same numbers in each process
-
 // Some warps of all blocks, or all, in any order, each up to a barrier; false where all of them wait.
 bool run_some_warps(unsigned blocks, bool all) {
   std::vector<unsigned> order(blocks * warps());
@@ -174,7 +174,7 @@ bool run_some_warps(unsigned blocks, bool all) {
   std::shuffle(order.begin(), order.end(), chance);
   if (!all) order.resize(1 + chance() % order.size());
   bool ran = false;
-  for (const unsigned i : order) ran = run_warp(i / warps(), i % warps() * kWarp) || ran;
+  for (const unsigned i : order) ran = run_warp(i / warps(), i % warps() * kWarp, !all) || ran;
   return ran;
 }
 
