@@ -46,19 +46,27 @@ def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Te
     """logits [B, vocabulary] -> tokens [B] int64. No synchronisation; a CUDA graph can capture it."""
     if sampling.temperature == 0:
         return _likeliest(logits)
-    scores, tokens = widened(logits) / sampling.temperature, None
+    candidates, tokens = logits, None  # sorted in their own dtype: half as many bits as of scores
     if sampling.top_k is not None:
-        scores, tokens = scores.topk(min(sampling.top_k, scores.shape[1]))
+        candidates, tokens = logits.topk(min(sampling.top_k, logits.shape[1]))
     elif sampling.top_p is not None:
-        scores, tokens = scores.sort(descending=True)
-    weights = scores.softmax(-1)
+        candidates, tokens = logits.sort(descending=True)
+    scores = widened(candidates) / sampling.temperature
     if sampling.top_p is not None:
+        weights = scores.softmax(-1)
         likelier = weights.cumsum(-1) - weights
-        weights = weights.masked_fill(likelier >= sampling.top_p, 0)
-    # Of clocks that ring after exponential times at these rates, the first is a draw of them: no sum, no search.
-    times = torch.empty_like(weights).exponential_(generator=generator).clamp_(min=torch.finfo(weights.dtype).tiny)
-    drawn = (weights / times).argmax(-1, keepdim=True)
-    return (drawn if tokens is None else tokens.gather(-1, drawn))[:, 0]
+        scores = scores.masked_fill(likelier >= sampling.top_p, -math.inf)
+    drawn = _drawn(scores, generator)
+    return drawn if tokens is None else tokens.gather(-1, drawn[:, None])[:, 0]
+
+
+def _drawn(scores: Tensor, generator: torch.Generator) -> Tensor:
+    """Of clocks that ring after exponential times at rates exp(scores), the first is a draw of softmax(scores).
+
+    That is the largest of score - log(time): no sum, no search.
+    """
+    times = torch.empty_like(scores).exponential_(generator=generator).clamp_(min=torch.finfo(scores.dtype).tiny)
+    return _likeliest(scores - times.log_())
 
 
 def _likeliest(logits: Tensor) -> Tensor:
