@@ -1,6 +1,6 @@
 """Launches every case of the CUDA kernels once, for compute-sanitizer (tests/gpu.sh): few other kernels, no pytest.
 
-python -m tests.csrc.sanitizer_run [--meet-twice] [--compile] [RUN ...]
+python -m tests.csrc.sanitizer_run [--meet-twice] [--compile] [--part I N] [RUN ...]
 """
 
 import argparse
