@@ -41,7 +41,6 @@ step pytest "$python" -m pytest -m gpu -ra -q tests/compat tests/csrc tests/ops 
 for tool in memcheck racecheck initcheck; do
   twice=()
   [ $tool = racecheck ] && twice=(--meet-twice)
-  "$python" -m tests.csrc.sanitizer_run --compile "${twice[@]}"
   step "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -m tests.csrc.sanitizer_run "${twice[@]}"
 done
 for stem in gated_delta_rule ssd causal_conv1d mla_absorb; do

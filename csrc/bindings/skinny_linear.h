@@ -13,8 +13,8 @@ namespace hylo {
 
 class SkinnyLinear {
  public:
-  // load(device, type, B, convolves, shared_bytes, max_cluster): the kernel compiled for that, or a str, the reason why there is
-  // none. device_type: DLPack's number; another than CUDA's is for tests with an emulated driver.
+  // load(device, type, B, convolves, shared_bytes, max_cluster): the kernel compiled for that, or a str, the reason why
+  // there is none. device_type: DLPack's number; another than CUDA's is for tests with an emulated driver.
   SkinnyLinear(const pybind11::module_& torch, pybind11::object load, int device_type);
 
   // Gives y, which is the residual where there is one, or a str: the reason why these inputs are not taken. residual,

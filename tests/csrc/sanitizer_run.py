@@ -1,6 +1,6 @@
 """Launches every case of the CUDA kernels once, for compute-sanitizer (tests/gpu.sh): few other kernels, no pytest.
 
-python -m tests.csrc.sanitizer_run [--meet-twice] [--compile] [--part I N] [RUN ...]
+python -m tests.csrc.sanitizer_run [--meet-twice] [--part I N] [RUN ...]
 """
 
 import argparse
@@ -137,13 +137,16 @@ def run_mla_absorb(part: slice = ALL) -> int:
     case = mla_absorb_cuda_cases.Case
     cases = [*mla_absorb_cuda_cases.EMULATED]
     cases += [case(128, 32, H, (500, 3, 0, 2200)) for H in (8, 16, 24, 32, 48, 64, 128)]
-    cases += [case(R, E, FEW, (300, 3, 0, 70), spread=(2, 0, 1)) for R, E in WIDTHS]
-    for one in cases[part]:
+    of_widths = [case(R, E, FEW, (300, 3, 0, 70), spread=(2, 0, 1)) for R, E in WIDTHS]
+    cases = [*cases, *of_widths][part]
+    kinds = [mla_absorb.spec("bf16", one.R, one.E, FEW, False) for one in cases if one in of_widths]
+    cubin.compile_missing(kinds, None)  # all at once, as few of them are packaged
+    for one in cases:
         x = one.inputs("cuda")
         inputs = [x[name] for name in mla_absorb_cuda_cases.NAMES]
         o, _ = mla_absorb.forward(*inputs, mla_absorb_cuda_cases.SCALE, one.causal, one.fixed_split, spread=one.spread)
         assert torch.isfinite(o.cpu()).all(), one.name
-    return len(cases[part])
+    return len(cases)
 
 
 def run_mla_step() -> int:
@@ -195,7 +198,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Launches every case of the CUDA kernels once.")
     parser.add_argument("runs", nargs="*", metavar="RUN", help=f"of {', '.join(names)}; all if none is named")
     parser.add_argument("--meet-twice", action="store_true", help="mla_absorb's kernels for racecheck")
-    parser.add_argument("--compile", action="store_true", help="only compiles mla_absorb at every width, all at once")
     parser.add_argument(
         "--part", type=int, nargs=2, metavar=("I", "N"), help="mla_absorb's cases I, I + N, I + 2 N, ..."
     )
@@ -207,9 +209,6 @@ def main() -> None:
         parser.error(f"no run is named {sorted(unknown)}; there are {', '.join(names)}")
     if chosen.meet_twice:
         meet_twice()
-    if chosen.compile:
-        cubin.compile_missing([mla_absorb.spec("bf16", R, E, FEW, False) for R, E in WIDTHS], None)
-        return
     for name in chosen.runs or names:
         print(f"{name}: {names[name]()} cases launched", flush=True)
 
