@@ -35,6 +35,7 @@ bench: $(READY)
 	$(BIN)/python -m bench swiglu
 	$(BIN)/python -m bench l2_norm
 	$(BIN)/python -m bench skinny_linear
+	$(BIN)/python -m bench sampling
 	$(BIN)/python -m bench linear_kl
 	$(BIN)/python -m bench mla_attention
 	$(BIN)/python -m bench mla_prefill

@@ -31,6 +31,7 @@ STEMS = [
     "mla_attention",
     "mla_prefill",
     "rms_norm",
+    "sampling",
     "skinny_linear",
     "ssd",
     "swiglu",

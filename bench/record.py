@@ -12,7 +12,7 @@ from hylo.provenance import source_commit
 PACKAGES = [
     *("hylo", "torch", "triton", "cuda-core", "nvidia-cuda-nvrtc"),
     *("flash-linear-attention", "fla-core", "flash-qla", "tilelang", "flashinfer-python", "nvidia-cutlass-dsl"),
-    *("mamba-ssm", "causal-conv1d", "vllm", "liger-kernel"),
+    *("mamba-ssm", "causal-conv1d", "vllm", "liger-kernel", "transformers"),
 ]
 
 

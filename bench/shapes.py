@@ -553,3 +553,32 @@ _PRODUCTS |= {
     "3b-mlp-up-step": (8192, 3072, "norm swiglu"),
 }
 SKINNY_LINEAR = [SkinnyCase(f"{name}-{B}", B, *product) for name, product in _PRODUCTS.items() for B in (1, 16, 64)]
+
+
+@dataclass(frozen=True)
+class SamplingCase:
+    """logits [B, V] -> tokens [B]; the likeliest at temperature 0, else drawn from what top_k and top_p leave."""
+
+    name: str
+    B: int
+    V: int
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def shape(self) -> dict[str, int]:
+        return {"B": self.B, "V": self.V}
+
+
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "greedy": (),
+    "temperature": (0.7,),
+    "top-k": (0.7, 50),
+    "top-p": (0.7, None, 0.9),
+    "top-k-top-p": (0.7, 50, 0.9),
+}
+SAMPLING = [
+    SamplingCase(f"{name}-{B}", B, _LLAMA_VOCABULARY, *_CHOICES[name]) for name in _CHOICES for B in (1, 16, 64)
+]

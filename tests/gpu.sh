@@ -47,7 +47,7 @@ for stem in gated_delta_rule ssd causal_conv1d mla_absorb; do
   step "cold_$stem" "$python" -m bench.cold "$stem" --out "$out/cold_$stem.json" --commit "$commit"
 done
 for stem in gated_rms_norm gated_delta_rule causal_conv1d ssd mamba2 mla_absorb linear_kl mla_prefill mla_attention rms_norm \
-  swiglu l2_norm skinny_linear; do
+  swiglu l2_norm skinny_linear sampling; do
   step "bench_$stem" "$python" -m bench "$stem" --out "$out" --commit "$commit"
 done
 step train_step "$python" -m bench.train_step --case gdn-ce-8k m2-ce-8k --out "$out/train_step.json" --commit "$commit"

@@ -104,6 +104,7 @@ def test_convolution_and_block_have_every_case_of_the_bar():
         "mla_attention",
         "mla_prefill",
         "rms_norm",
+        "sampling",
         "skinny_linear",
         "ssd",
         "swiglu",
