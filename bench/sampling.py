@@ -128,4 +128,4 @@ def run(case: SamplingCase, backends: list[str], chosen_peers: list[str], roofs:
     sides = contest.prepare(case.name, mine, theirs, exact_shares(probabilities, bins), MAX_ERROR)
     sampling = {"temperature": case.temperature, "top_k": case.top_k, "top_p": case.top_p}
     common = {**contest.described(case, "decode"), "sampling": sampling}
-    yield from contest.rows(common, *sides, work(case), roofs, seconds=SECONDS, host=True)
+    yield from contest.rows(common, *sides, work(case), roofs, seconds=SECONDS, host=case.B == 1)

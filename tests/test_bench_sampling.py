@@ -113,7 +113,7 @@ def test_everybody_draws_from_the_same_distribution(on_cpu, monkeypatch, kind, a
     (row,) = rows(case, sampling.PEERS)
     assert (row["backend"], row["pass"], row["shape"]) == ("torch", "decode", {"B": 16, "V": 640})
     assert row["sampling"] == {"temperature": case.temperature, "top_k": case.top_k, "top_p": case.top_p}
-    assert (row["mode"], row["ratio"], row["host_us"]) == ("graph", pytest.approx(1.5), 7.5)
+    assert (row["mode"], row["ratio"]) == ("graph", pytest.approx(1.5))
     assert {name for name, entry in row["peers"].items() if "missing" in entry} == absent
     for entry in (row, *(row["peers"][name] for name in set(sampling.PEERS) - absent)):
         assert entry["errors"]["outside"] == 0
