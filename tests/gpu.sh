@@ -39,9 +39,9 @@ step build "$python" -m pip install --no-build-isolation --no-deps -e .
 step pytest "$python" -m pytest -m gpu -ra -q tests/compat tests/csrc tests/ops tests/test_model_gpu.py \
   tests/test_inference_gpu.py tests/test_memory_gpu.py tests/test_distill_gpu.py tests/test_extension.py
 for tool in memcheck racecheck initcheck; do
-  twice=()
-  [ $tool = racecheck ] && twice=(--meet-twice)
-  step "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -m tests.csrc.sanitizer_run "${twice[@]}"
+  how=()
+  [ $tool = racecheck ] && how=(--racecheck)
+  step "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -m tests.csrc.sanitizer_run "${how[@]}"
 done
 for stem in gated_delta_rule ssd causal_conv1d mla_absorb; do
   step "cold_$stem" "$python" -m bench.cold "$stem" --out "$out/cold_$stem.json" --commit "$commit"

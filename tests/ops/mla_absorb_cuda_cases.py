@@ -185,6 +185,12 @@ EMULATED = [
     Case(512, 64, 16, (330, 65), page=64, spread=(2, 0, 1), fp8=True),
     Case(512, 64, 12, (200, 3), page=8, spread=(1, 0, 1), fp8=True),
     Case(512, 64, 24, (300, 0, 65), page=None, spread=(1, 0, 1), fp8=True),
+    # All tiles to one block, so that its stages are filled again and again.
+    Case(48, 32, 7, (1100, 129), 3, page=16, dtype=FP16, integers=torch.int64, spread=(1, 0, 32)),
+    Case(256, 64, 16, (600,), page=32, HK=8, spread=(1, 0, 16)),
+    Case(512, 64, 128, (400,), spread=(1, 0, 16)),
+    Case(48, 32, 17, (1100, 129), page=128, dtype=FP16, spread=(1, 0, 32), fp8=True),
+    Case(512, 64, 24, (400, 65), page=None, spread=(1, 0, 16), fp8=True),
 ]
 # Of sequences that many blocks merge together where a GPU holds twelve clusters. Of the kernels above.
 GATHERED = [
