@@ -40,7 +40,8 @@ def test_lengths(T, state):
 @pytest.mark.parametrize("K", [16, 48, 64, 128])
 @pytest.mark.parametrize("V", [16, 48, 64])
 def test_widths(K, V):
-    check(make(B=1, T=65, H=1, K=K, V=V))
+    """Of four heads: the error of one head's 65 gates is as much chance as arithmetic, on one CPU 2.1 times eager's."""
+    check(make(T=65, K=K, V=V))
 
 
 @pytest.mark.parametrize(("K", "V"), [(192, 80), (256, 48)])
