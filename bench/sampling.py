@@ -1,7 +1,7 @@
 """Choosing the next token out of logits. `python -m bench sampling`."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -33,7 +33,7 @@ def draw(case: SamplingCase, device: str = "cuda") -> LogitsInputs:
     """What the clocks run on: every sequence has logits of its own."""
     generator = torch.Generator(device=device).manual_seed(0)
     logits = LOGIT * torch.randn(case.B, case.V, generator=generator, device=device)
-    return LogitsInputs(logits=logits.to(case.dtype), temperature=case.temperature, top_k=case.top_k, top_p=case.top_p)
+    return LogitsInputs(logits=logits.to(case.dtype), sampling=Sampling(case.temperature, case.top_k, case.top_p))
 
 
 def check_logits(case: SamplingCase) -> Tensor:
@@ -93,8 +93,7 @@ def _torch(inputs: LogitsInputs) -> Choice:
     """As the engine calls it, but with PyTorch's own generator, which every graph that is captured knows."""
     device = inputs.logits.device
     generator = torch.default_generator if device.type == "cpu" else torch.cuda.default_generators[device.index]
-    sampling = Sampling(inputs.temperature, inputs.top_k, inputs.top_p)
-    return partial(sample, inputs.logits, sampling, generator)
+    return partial(sample, inputs.logits, inputs.sampling, generator)
 
 
 OURS: dict[str, Form] = {"torch": _torch}
@@ -126,6 +125,5 @@ def run(case: SamplingCase, backends: list[str], chosen_peers: list[str], roofs:
 
     mine, theirs = contestants(OURS, backends), contestants(peers.FORMS, chosen_peers)
     sides = contest.prepare(case.name, mine, theirs, exact_shares(probabilities, bins), MAX_ERROR)
-    sampling = {"temperature": case.temperature, "top_k": case.top_k, "top_p": case.top_p}
-    common = {**contest.described(case, "decode"), "sampling": sampling}
+    common = {**contest.described(case, "decode"), "sampling": asdict(inputs.sampling)}
     yield from contest.rows(common, *sides, work(case), roofs, seconds=SECONDS, host=case.B == 1)

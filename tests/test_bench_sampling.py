@@ -153,7 +153,7 @@ def test_a_wrong_sampler_is_refused(on_cpu, monkeypatch, kind, changes, wrong):
     right, case = sampling.OURS["torch"], CASES[kind]
 
     def form(inputs):
-        return right(replace(inputs, **changes))
+        return right(replace(inputs, sampling=replace(inputs.sampling, **changes)))
 
     monkeypatch.setitem(peers.FORMS, "transformers", form)
     (row,) = rows(case, ["transformers"])

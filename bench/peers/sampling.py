@@ -9,22 +9,21 @@ import torch
 from torch import Tensor
 
 from bench.peers import Missing, imported
+from hylo.inference.sampling import Sampling
 
 Choice = Callable[[], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogitsInputs:
-    """What every contestant gets; at temperature 0 the likeliest is chosen."""
+    """What every contestant gets."""
 
     logits: Tensor  # [B, V]
-    temperature: float
-    top_k: int | None
-    top_p: float | None
+    sampling: Sampling
 
     @property
     def cuts(self) -> dict[str, float]:
-        both = {"top_k": self.top_k, "top_p": self.top_p}
+        both = {"top_k": self.sampling.top_k, "top_p": self.sampling.top_p}
         return {name: value for name, value in both.items() if value is not None}
 
 
@@ -35,21 +34,21 @@ _WARPERS = "transformers.generation.logits_process"
 
 def _transformers(inputs: LogitsInputs) -> Choice:
     """As its generate() does it, which widens the logits first."""
-    i = inputs
+    logits, how = inputs.logits, inputs.sampling
     warpers = []
-    if i.temperature > 0:
-        warpers.append(imported(_WARPERS, "TemperatureLogitsWarper")(i.temperature))
-    if i.top_k is not None:
-        warpers.append(imported(_WARPERS, "TopKLogitsWarper")(i.top_k))
-    if i.top_p is not None:
-        warpers.append(imported(_WARPERS, "TopPLogitsWarper")(i.top_p))
-    tokens = torch.empty(len(i.logits), 0, dtype=torch.int64, device=i.logits.device)  # none of the warpers reads them
+    if how.temperature > 0:
+        warpers.append(imported(_WARPERS, "TemperatureLogitsWarper")(how.temperature))
+    if how.top_k is not None:
+        warpers.append(imported(_WARPERS, "TopKLogitsWarper")(how.top_k))
+    if how.top_p is not None:
+        warpers.append(imported(_WARPERS, "TopPLogitsWarper")(how.top_p))
+    tokens = torch.empty(len(logits), 0, dtype=torch.int64, device=logits.device)  # none of the warpers reads them
 
     def call() -> Tensor:
-        scores = i.logits.to(torch.float32, copy=True)
+        scores = logits.to(torch.float32, copy=True)
         for warper in warpers:
             scores = warper(tokens, scores)
-        if i.temperature == 0:
+        if how.temperature == 0:
             return scores.argmax(-1)
         return torch.multinomial(scores.softmax(-1), num_samples=1)[:, 0]
 
@@ -72,32 +71,32 @@ def _random_numbers(device: torch.device) -> Callable[[], dict[str, Tensor]]:
 
 def _flashinfer_probs(inputs: LogitsInputs) -> Choice:
     """Its softmax, and its draws from probabilities."""
-    i = inputs
-    if i.temperature == 0:
+    logits, temperature, cuts = inputs.logits, inputs.sampling.temperature, inputs.cuts
+    if temperature == 0:
         raise Missing("the likeliest is chosen from logits: flashinfer_logits")
     softmax = imported("flashinfer.sampling", "softmax")
-    draw = partial(imported("flashinfer.sampling", "_".join([*i.cuts, "sampling_from_probs"])), **i.cuts)
-    numbers = _random_numbers(i.logits.device)
-    return lambda: draw(softmax(i.logits, temperature=i.temperature), **numbers())
+    draw = partial(imported("flashinfer.sampling", "_".join([*cuts, "sampling_from_probs"])), **cuts)
+    numbers = _random_numbers(logits.device)
+    return lambda: draw(softmax(logits, temperature=temperature), **numbers())
 
 
 def _flashinfer_logits(inputs: LogitsInputs) -> Choice:
     """Its draws from logits, which take no temperature; from the likeliest alone, where there is a top_k."""
-    i = inputs
-    if i.temperature == 0:
+    logits, how = inputs.logits, inputs.sampling
+    if how.temperature == 0:
         top_k = imported("flashinfer.topk", "top_k")
-        return lambda: top_k(i.logits, 1)[1][:, 0]
-    if i.top_k is not None:
+        return lambda: top_k(logits, 1)[1][:, 0]
+    if how.top_k is not None:
         draw = imported("flashinfer.sampling", "top_k_top_p_sampling_from_logits")
-        draw = partial(draw, top_k=i.top_k, top_p=1.0 if i.top_p is None else i.top_p)
-    elif i.top_p is None:
+        draw = partial(draw, top_k=how.top_k, top_p=1.0 if how.top_p is None else how.top_p)
+    elif how.top_p is None:
         draw = imported("flashinfer.sampling", "sampling_from_logits")
     else:
         raise Missing("top_p alone cuts probabilities: flashinfer_probs")
     # Of one dimension, so that the quotient is fp32: widened in the same kernel.
-    temperature = torch.tensor([i.temperature], dtype=torch.float32, device=i.logits.device)
-    numbers = _random_numbers(i.logits.device)
-    return lambda: draw(i.logits / temperature, **numbers())
+    temperature = torch.tensor([how.temperature], dtype=torch.float32, device=logits.device)
+    numbers = _random_numbers(logits.device)
+    return lambda: draw(logits / temperature, **numbers())
 
 
 FORMS: dict[str, Form] = {

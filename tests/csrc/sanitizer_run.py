@@ -207,10 +207,10 @@ def main() -> None:
         "--part", type=int, nargs=2, metavar=("I", "N"), help="mla_absorb's cases I, I + N, I + 2 N, ..."
     )
     chosen = parser.parse_args()
-    names["mla_absorb"] = functools.partial(run_mla_absorb, racecheck=chosen.racecheck)
+    first, step = chosen.part or (0, 1)
+    names["mla_absorb"] = functools.partial(run_mla_absorb, slice(first, None, step), chosen.racecheck)
     if chosen.part is not None:
-        first, step = chosen.part
-        names = {"mla_absorb": functools.partial(names["mla_absorb"], slice(first, None, step))}
+        names = {"mla_absorb": names["mla_absorb"]}
     if unknown := set(chosen.runs) - set(names):
         parser.error(f"no run is named {sorted(unknown)}; there are {', '.join(names)}")
     if chosen.racecheck:
