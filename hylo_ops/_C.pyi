@@ -56,14 +56,14 @@ class MlaAbsorb:
         scale: float,
         causal: bool,
         fixed_split: bool,
-        spread: tuple[int, int, int] | None,
+        spread: tuple[int, int] | None,
         /,
     ) -> tuple[Tensor, Tensor] | str: ...
     @property
     def direct(self) -> Callable[..., Tensor | tuple[Tensor, Tensor] | str]:
         """As `run`: of the tensors one by one, scale, causal, fixed_split and return_lse; without that, o alone."""
 
-    def why_not(self, tensors: tuple[Tensor | None, ...], /) -> str | None: ...
+    def why_not(self, tensors: tuple[Tensor | None, ...], fixed_split: bool, /) -> str | None: ...
 
 class MlaStep:
     """The decode step of a layer of latent attention. What it does not take it answers with the reason.

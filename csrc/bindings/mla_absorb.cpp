@@ -19,12 +19,12 @@ using mla_absorb::Spread;
 
 Spread read_spread(py::handle from) {
   if (from.is_none()) return {};
-  const auto [cluster, alone, least] = from.cast<std::tuple<int, int, int>>();
+  const auto [cluster, least] = from.cast<std::tuple<int, int>>();
   const bool power = cluster > 0 && (cluster & (cluster - 1)) == 0;
-  if (!power || cluster > mla_absorb::kMaxCluster || alone < 0 || least < 1) {
-    throw py::value_error("spread must be a power of two up to 16, and numbers of tiles");
+  if (!power || cluster > mla_absorb::kMaxCluster || least < 0) {
+    throw py::value_error("spread must be a power of two up to 16, and a number of tiles");
   }
-  return {cluster, alone, least};
+  return {cluster, least};
 }
 
 }  // namespace
@@ -55,7 +55,8 @@ py::object MlaAbsorb::direct(PyObject* const* arguments, Py_ssize_t count) {
 
 py::object MlaAbsorb::launch(PyObject* const* tensors, const Call& call) {
   Inputs inputs{};
-  mla_absorb::Options options{0.0f, call.causal, call.fixed_split};
+  inputs.fixed = call.fixed_split;
+  mla_absorb::Options options{0.0f, call.causal};
   const std::string reason = view(tensors, call.direct, inputs);
   if (!reason.empty()) return py::str(reason);
   if (!read_number(call.scale, options.scale)) return py::str("scale is no number");
@@ -72,7 +73,7 @@ py::object MlaAbsorb::launch(PyObject* const* tensors, const Call& call) {
   }
   if (q.shape[0] > 0 && q.shape[1] > 0 && q.shape[2] > 0) {
     void* const stream = torch_.stream(q);
-    const Ready ready = prepare(*found.kernel, inputs, {tensors[0], stream, call.spread, call.fixed_split, 0});
+    const Ready ready = prepare(*found.kernel, inputs, {tensors[0], stream, call.spread, 0});
     if (!seen || !ready.workspace.seen) return py::str(TorchTensors::kNotAllocated);
     mla_absorb::launch(*found.kernel, inputs, options, ready.plan, seen_o.data, seen_lse.data, ready.partial,
                        ready.workspace.tickets, stream);
@@ -80,13 +81,13 @@ py::object MlaAbsorb::launch(PyObject* const* tensors, const Call& call) {
   return call.with_lse ? py::make_tuple(std::move(o), std::move(lse)) : o;
 }
 
-Plan MlaAbsorb::planned(const Kernel& kernel, const Inputs& inputs, Spread spread, bool fixed) {
+Plan MlaAbsorb::planned(const Kernel& kernel, const Inputs& inputs, Spread spread) {
   const Dims dims = kind_of(inputs).dims;
-  if (spread.cluster == 0) spread = spread_of(inputs, fixed);
+  if (spread.cluster == 0) spread = spread_of(inputs);
   int clusters = resident(kernel, dims, spread.cluster);
   // The GPU may have no group of multiprocessors that large.
   for (; clusters == 0 && spread.cluster > 1; clusters = resident(kernel, dims, spread.cluster)) spread.cluster /= 2;
-  return plan_of(inputs, spread, clusters, fixed);
+  return plan_of(inputs, spread, clusters);
 }
 
 bool MlaAbsorb::is_capturing() const {
@@ -97,7 +98,7 @@ bool MlaAbsorb::is_capturing() const {
 
 MlaAbsorb::Ready MlaAbsorb::prepare(const Kernel& kernel, const Inputs& inputs, const Request& request) {
   constexpr long long kUnit = 64;  // numbers of 256 bytes
-  const Plan plan = planned(kernel, inputs, request.spread, request.fixed);
+  const Plan plan = planned(kernel, inputs, request.spread);
   const long long others = (request.others + kUnit - 1) / kUnit * kUnit, numbers = others + plan.numbers;
   if (numbers == 0) return {plan, {}, nullptr};
   Workspace used = workspace(numbers, plan.tickets, inputs, request);
@@ -144,8 +145,9 @@ MlaAbsorb::Workspace MlaAbsorb::allocated(Workspace sizes, const Tensor& near, p
   return sizes;
 }
 
-py::object MlaAbsorb::why_not(const py::tuple& tensors) {
+py::object MlaAbsorb::why_not(const py::tuple& tensors, bool fixed_split) {
   Inputs inputs{};
+  inputs.fixed = fixed_split;
   const std::string reason = view(TorchTensors::items<kTensors>(tensors), false, inputs);
   const Kernel* kernel = nullptr;
   return reason.empty() ? find(inputs, kernel) : py::str(reason);

@@ -33,7 +33,7 @@ class MlaAbsorb {
   pybind11::object direct(PyObject* const* arguments, Py_ssize_t count);
 
   // That reason, or None.
-  pybind11::object why_not(const pybind11::tuple& tensors);
+  pybind11::object why_not(const pybind11::tuple& tensors, bool fixed_split);
 
   // The rest is for other bindings, of tensors that they hold themselves.
 
@@ -43,7 +43,6 @@ class MlaAbsorb {
     pybind11::handle like;
     void* stream;
     mla_absorb::Spread spread;  // of no blocks: what suits the inputs
-    bool fixed;
     long long others;
   };
 
@@ -86,8 +85,7 @@ class MlaAbsorb {
   };
 
   pybind11::object launch(PyObject* const* tensors, const Call& call);
-  mla_absorb::Plan planned(const Kernel& kernel, const mla_absorb::Inputs& inputs, mla_absorb::Spread spread,
-                           bool fixed);
+  mla_absorb::Plan planned(const Kernel& kernel, const mla_absorb::Inputs& inputs, mla_absorb::Spread spread);
   bool is_capturing() const;
   Workspace workspace(long long numbers, long long count, const mla_absorb::Inputs& inputs, const Request& request);
   Workspace& of_stream(int device, void* stream);

@@ -96,7 +96,7 @@ py::object MlaStep::direct(PyObject* const* arguments, Py_ssize_t count) {
 
 py::object MlaStep::launch(PyObject* const* tensors, py::handle scale, py::handle key_scale, bool direct) {
   Inputs x{};
-  mla_absorb::Options options{0.0f, true, false};
+  mla_absorb::Options options{0.0f, true};
   const std::string reason = view(tensors, key_scale, direct, x);
   if (!reason.empty()) return py::str(reason);
   if (!read_number(scale, options.scale)) return py::str("scale is no number");
@@ -111,7 +111,7 @@ py::object MlaStep::launch(PyObject* const* tensors, py::handle scale, py::handl
   void* const stream = torch_.stream(q);
   const Workspace at = workspace_of(x);
   const MlaAbsorb::Ready ready =
-      attention_.prepare(*found.attention, attention.all(), {tensors[0], stream, {}, options.fixed, at.size / 2 + 1});
+      attention_.prepare(*found.attention, attention.all(), {tensors[0], stream, {}, at.size / 2 + 1});
   if (!torch_.view(o, seen_o) || !ready.workspace.seen) return py::str(TorchTensors::kNotAllocated);
   char* const workspace = static_cast<char*>(ready.workspace.start);
   attention.place(at, workspace);

@@ -62,7 +62,7 @@ __device__ __forceinline__ long long integer(const Integers& of, long long i) {
 template <Moment kAt>
 __device__ __forceinline__ Sequence sequence_at(const Params& p, int b) {
   const long long start = p.starts.data == nullptr ? 0 : integer<kAt>(p.starts, b);
-  return sequence_of(integer<kAt>(p.lengths, b), start, p.capacity, p.fixed);
+  return sequence_of(integer<kAt>(p.lengths, b), start, p.capacity, p.cut);
 }
 
 // Inclusive, over a warp.
@@ -94,7 +94,7 @@ __device__ __forceinline__ Count count_of(int total, int most) {
 }
 
 __device__ __forceinline__ Run run_here(const Params& p, const Count& units) {
-  const int share = share_of(units, p.batch, p.clusters, p.alone, p.least, p.fixed);
+  const int share = share_of(units, p.batch, p.clusters, p.least, p.cut);
   return run_of(static_cast<int>(blockIdx.x) >> p.cluster_shift, share, units.total);
 }
 
@@ -125,7 +125,7 @@ struct Shared<kN, true> : SharedByAll {
 
 __device__ __forceinline__ First first_of(const Params& p, const Run& run, const Sequence& sequence) {
   First first{run, {}};
-  if (run.unit < run.last) first.piece = take(first.run, sequence, p.batch, p.cluster_shift, p.fixed);
+  if (run.unit < run.last) first.piece = take(first.run, sequence, p.batch, p.cluster_shift, p.cut);
   return first;
 }
 
@@ -162,7 +162,7 @@ __device__ __forceinline__ First first_of_few(const Params& p, const Ends& ends)
 #pragma unroll
   for (int set = 0; set < Ends::kSets; ++set) {
     const bool exists = 32 * set + lane() < p.batch;
-    units[set] = exists ? sequence_of(ends.end[set], ends.start[set], p.capacity, p.fixed).units : 0;
+    units[set] = exists ? sequence_of(ends.end[set], ends.start[set], p.capacity, p.cut).units : 0;
     total += units[set];
     most = max(most, units[set]);
   }
@@ -176,7 +176,7 @@ __device__ __forceinline__ First first_of_few(const Params& p, const Ends& ends)
     start = __shfl_sync(kAllLanes, ends.start[set], run.b % 32);
     end = __shfl_sync(kAllLanes, ends.end[set], run.b % 32);
   }
-  return first_of(p, run, sequence_of(end, start, p.capacity, p.fixed));
+  return first_of(p, run, sequence_of(end, start, p.capacity, p.cut));
 }
 
 // All warps count, 32 sequences at a time, and one goes through the counts.
@@ -217,7 +217,7 @@ __device__ __forceinline__ void each_piece(const Params& p, First at, const F& f
   for (int i = 0;; ++i) {
     f(at.piece, i);
     if (at.piece.ends) return;
-    at.piece = take(at.run, sequence_at<kFinal>(p, at.run.b), p.batch, p.cluster_shift, p.fixed);
+    at.piece = take(at.run, sequence_at<kFinal>(p, at.run.b), p.batch, p.cluster_shift, p.cut);
   }
 }
 
@@ -231,7 +231,7 @@ __device__ __forceinline__ void each_piece_from(const Params& p, const First& fi
     f(kept.piece);
     if (kept.piece.ends) return;
     First next = kept;
-    next.piece = take(next.run, sequence_at<kFinal>(p, next.run.b), p.batch, p.cluster_shift, p.fixed);
+    next.piece = take(next.run, sequence_at<kFinal>(p, next.run.b), p.batch, p.cluster_shift, p.cut);
     __syncwarp();
     if (lane() == 0) kept = next;
     __syncwarp();

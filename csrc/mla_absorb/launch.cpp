@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <initializer_list>
+#include <iterator>
 #include <numeric>
 
 #include "common/divider.h"
@@ -57,22 +58,76 @@ Dims find_dims(Dims dims, std::int64_t rows) {
   return dims;
 }
 
+// Tiles that a sequence's query rows take, and those that there is room for in the cache.
+std::int64_t row_tiles_of(const Inputs& x, const Dims& dims) { return (rows_of(x) + dims.N - 1) / dims.N; }
+std::int64_t token_tiles_of(const Inputs& x) {
+  return std::max<std::int64_t>((capacity_of(x) + kTokens - 1) / kTokens, 1);
+}
+
+// Measured on an H200 with 128+32, 128+64, 256+32, 256+64 and 512+64, 1 to 64 sequences of 1K to 16K tokens: sequences that
+// are not cut between clusters wait for no memory to be merged, and that pays for multiprocessors left idle, unless blocks
+// get too much to do. The largest clusters of which the GPU holds one for each sequence and tile of rows; of no blocks where
+// that is not worth it. Of three clusters of 16, those of the next launch have room beside them; of more they do not.
+Spread whole_spread(const Inputs& x, const Dims& dims) {
+  struct Held {
+    int cluster, clusters;  // blocks; what the GPU holds at once
+  };
+  constexpr Held kHeld[] = {{16, 6}, {8, 12}, {4, 24}, {2, 64}, {1, 128}};
+  constexpr int kBeside = 3, kFew = 4, kMostOfFew = 12, kMost = 16, kMostBytes = 640 << 10;  // the last three: of a block
+  const auto B = x.q_nope.shape[0], pieces = B * row_tiles_of(x, dims);
+  const auto tiles = token_tiles_of(x);
+  for (const auto& [cluster, clusters] : kHeld) {
+    const int worth = cluster == 1 ? 1 : cluster < kMaxCluster || pieces <= kBeside ? 2 : 4;  // tiles of a block
+    if (pieces > clusters || worth * cluster > tiles) continue;
+    const std::int64_t of_block = (tiles + cluster - 1) / cluster;
+    if (of_block > (B < kFew ? kMostOfFew : kMost) || of_block * stage_size(dims) > kMostBytes) return {};
+    return {cluster, 0};
+  }
+  return {};
+}
+
+// Query rows that one tile has, in two or three where few short sequences leave multiprocessors idle: each of these has
+// less to merge, and what is read again comes from the second cache. More so where what one tile has is merged in rounds.
+Dims split_dims(const Inputs& x, const Dims& one) {
+  constexpr std::int64_t kMostParts = 3, kLeastCluster = 4, kMostTiles = 8, kBlocks = 48, kBlocksForRounds = 96;
+  const auto rows = rows_of(x), tiles = token_tiles_of(x);
+  if (x.fixed || one.fp8 || by_rows(one) || one.N < rows) return one;
+  Dims best = one;
+  for (std::int64_t parts = 2; parts <= kMostParts; ++parts) {
+    Dims dims = one;
+    dims.N = *std::lower_bound(std::begin(kRowsOfTile), std::end(kRowsOfTile), (rows + parts - 1) / parts);
+    const auto cluster = whole_spread(x, dims).cluster;
+    if (dims.N >= best.N || cluster < kLeastCluster || tiles > kMostTiles * cluster) continue;
+    const auto blocks = cluster * x.q_nope.shape[0] * row_tiles_of(x, dims);
+    if (blocks <= (merging_rounds(best) > 1 ? kBlocksForRounds : kBlocks)) best = dims;
+  }
+  return best;
+}
+
 struct Found {
-  std::int64_t R, E, rows;
-  bool scaled, fp8;
+  std::int64_t R, E, rows, batch, capacity;
+  bool scaled, fp8, fixed;
   Dims dims;
   int raw_rows, shared;  // of its room
+
+  bool is_of(const Found& x) const {
+    return R == x.R && E == x.E && rows == x.rows && batch == x.batch && capacity == x.capacity && scaled == x.scaled &&
+           fp8 == x.fp8 && fixed == x.fixed;
+  }
 };
 
 // Calls ask for the same again and again, and some hundred divisions take a microsecond.
 const Found& found_for(const Inputs& x) {
   thread_local Found last{};
-  const std::int64_t R = x.q_nope.shape[3], E = x.q_rope.shape[3], rows = rows_of(x);
-  const bool fp8 = has_fp8(x);
-  if (last.R != R || last.E != E || last.rows != rows || last.scaled != x.scaled || last.fp8 != fp8) {
-    const Dims wanted{static_cast<int>(R), static_cast<int>(E), 0, x.scaled, fp8};
-    const Dims dims = find_dims(wanted, rows);
-    last = {R, E, rows, x.scaled, fp8, dims, room(dims).raw_rows, shared_size(dims)};
+  Found wanted{x.q_nope.shape[3], x.q_rope.shape[3], rows_of(x), x.q_nope.shape[0], capacity_of(x), x.scaled, has_fp8(x),
+               x.fixed};
+  if (!last.is_of(wanted)) {
+    Dims dims{static_cast<int>(wanted.R), static_cast<int>(wanted.E), 0, wanted.scaled, wanted.fp8};
+    dims = find_dims(dims, wanted.rows);
+    wanted.dims = dims.N == 0 ? dims : split_dims(x, dims);
+    wanted.raw_rows = room(wanted.dims).raw_rows;
+    wanted.shared = shared_size(wanted.dims);
+    last = wanted;
   }
   return last;
 }
@@ -206,38 +261,42 @@ Kind kind_of(const Inputs& x) { return {x.q_nope.device, x.q_nope.type, dims_of(
 Spread spread_by_rows(const Inputs& x) {
   constexpr int kMany = 16, kLittle = 1 << 18, kLeast = 2;
   const auto B = x.q_nope.shape[0];
-  return {B > kMany && B * capacity_of(x) <= kLittle ? 2 : 1, 0, kLeast};
+  return {B > kMany && B * capacity_of(x) <= kLittle ? 2 : 1, kLeast};
 }
 
-// Measured on an H100 with 128+32, 128+64 and 256+64, 1 to 128 sequences of 1 to 1024K tokens. Few short sequences are cut
-// between many blocks, which merge fastest within a cluster; of longer ones smaller clusters leave fewer multiprocessors idle,
-// and merge together. Of many each block takes an equal share: few of them are cut then, and clusters would merge even those
-// that are not.
-Spread spread_of(const Inputs& x, bool fixed) {
-  constexpr int kFixedCluster = 4, kFew = 4, kSome = 16, kMany = 32, kShort = 1 << 13, kLittle = 1 << 17;
-  constexpr int kWorth = 4, kLeast = 2, kLongCluster = 4;  // the first two: tiles of a block
-  if (fixed) return {kFixedCluster, 0, 1};
-  if (by_rows(dims_of(x))) return spread_by_rows(x);
+// Longer and more sequences, measured on an H100 with 128+32, 128+64 and 256+64, 1 to 128 sequences of 1 to 1024K tokens. Few
+// are cut between small clusters, which leave few multiprocessors idle, and merge together. Of many each block takes an equal
+// share: few of them are cut then, and clusters would merge even those that are not.
+Spread spread_of(const Inputs& x) {
+  constexpr int kFixedCluster = 4, kFew = 4, kSome = 16, kMany = 32, kLittle = 1 << 17, kLeast = 2, kCluster = 4;
+  if (x.fixed) return {kFixedCluster, 1};
+  const Dims dims = dims_of(x);
+  if (by_rows(dims)) return spread_by_rows(x);
+  if (const Spread whole = whole_spread(x, dims); whole.cluster > 0) return whole;
   const auto B = x.q_nope.shape[0];
-  const auto capacity = capacity_of(x);
-  if (B > kFew) return {B <= kSome || (B <= kMany && B * capacity <= kLittle) ? 2 : 1, 0, kLeast};
-  if (capacity > kShort) return {kLongCluster, 0, kLongCluster};  // what there is room for may be short yet
-  int cluster = kMaxCluster;
-  while (cluster > 1 && kLeast * cluster * kTokens > capacity) cluster /= 2;
-  return {cluster, cluster * kWorth, cluster * kWorth};
+  if (B <= kFew) return {kCluster, kCluster};  // what there is room for may be short yet
+  return {B <= kSome || (B <= kMany && B * capacity_of(x) <= kLittle) ? 2 : 1, kLeast};
 }
 
-Plan plan_of(const Inputs& x, const Spread& spread, int resident, bool fixed) {
+// Clusters that there is work for.
+long long most_clusters(const Inputs& x, const Spread& spread, Cut cut) {
+  const auto B = x.q_nope.shape[0];
+  if (cut == kWhole) return B;
+  if (cut == kByLength) return slots_of(static_cast<int>(B), static_cast<int>(capacity_of(x)), 0, cut);
+  return (B * token_tiles_of(x) + spread.least - 1) / spread.least;
+}
+
+Plan plan_of(const Inputs& x, const Spread& spread, int resident) {
   const Dims dims = dims_of(x);
   const auto B = static_cast<int>(x.q_nope.shape[0]), capacity = static_cast<int>(capacity_of(x));
   Plan plan{};
   plan.spread = spread;
-  plan.row_tiles = static_cast<int>((rows_of(x) + dims.N - 1) / dims.N);
-  const long long tiles = static_cast<long long>(B) * std::max(ceil_div(capacity, kTokens), 1);
-  const long long most = fixed ? slots_of(B, capacity, 0, true) : (tiles + spread.least - 1) / spread.least;
+  plan.row_tiles = static_cast<int>(row_tiles_of(x, dims));
+  plan.cut = x.fixed ? kByLength : spread.least == 0 ? kWhole : kTiles;
+  const long long most = most_clusters(x, spread, plan.cut);
   plan.clusters = static_cast<int>(std::min<long long>(std::max(resident / plan.row_tiles, 1), most));
-  plan.slots = slots_of(B, capacity, plan.clusters, fixed);
-  const bool is_cut = fixed ? plan.slots > B : plan.clusters > 1;
+  plan.slots = slots_of(B, capacity, plan.clusters, plan.cut);
+  const bool is_cut = plan.cut == kTiles ? plan.clusters > 1 : plan.slots > B;
   if (is_cut) {
     plan.tickets = plan.row_tiles * plan.slots * spread.cluster;
     plan.numbers = plan.row_tiles * plan.slots * partial_size(dims, spread.cluster);
@@ -268,10 +327,9 @@ void launch(const Kernel& kernel, const Inputs& x, const Options& options, const
   while ((std::int64_t{1} << params.box_shift) < box_rows(x)) ++params.box_shift;
   params.clusters = plan.clusters;
   while (1 << params.cluster_shift < plan.spread.cluster) ++params.cluster_shift;
-  params.alone = plan.spread.alone;
   params.least = plan.spread.least;
   params.slots = static_cast<int>(plan.slots);
-  params.fixed = options.fixed;
+  params.cut = plan.cut;
   params.causal = options.causal;
   params.scale = static_cast<float>(options.scale * kLog2E);
   params.by_heads = by(H);

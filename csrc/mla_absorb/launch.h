@@ -5,7 +5,7 @@
 
 #include "common/driver.h"
 #include "common/tensor.h"
-#include "mla_absorb/traits.cuh"
+#include "mla_absorb/work.cuh"
 
 namespace hylo::mla_absorb {
 
@@ -16,11 +16,12 @@ struct Inputs {
   Tensor table;           // [B, max pages]
   Tensor scales;          // [B, S, HK] or [pages, page, HK]
   bool has_starts = false, paged = false, scaled = false;
+  bool fixed = false;     // whether a sequence is cut by its own length alone, so that no other batch changes its bits
 };
 
 struct Options {
   float scale;
-  bool causal, fixed;
+  bool causal;
 };
 
 // What a kernel is compiled for.
@@ -39,13 +40,13 @@ struct Kind {
 // through global memory, and only where a sequence is cut between them.
 struct Spread {
   int cluster = 0;  // blocks
-  // Tiles of 64 tokens: up to so many one cluster takes all; and each takes so many at least.
-  int alone = 0, least = 0;
+  int least = 0;    // tiles of 64 tokens that each cluster takes; where it is 0, each takes whole sequences
 };
 
 // The same with what depends on the GPU, and the workspace that it takes.
 struct Plan {
   Spread spread;
+  Cut cut;
   int row_tiles, clusters;
   long long slots;
   long long tickets, numbers;  // int32, fp32; 0 where no sequence can be cut
@@ -58,11 +59,11 @@ std::string why_not(const Inputs& inputs, int device_type);
 // The following are of inputs that why_not lets pass.
 Kind kind_of(const Inputs& inputs);
 
-// One that suits them. With `fixed` it depends on nothing that another batch could change.
-Spread spread_of(const Inputs& inputs, bool fixed);
+// One that suits them.
+Spread spread_of(const Inputs& inputs);
 
 // resident: clusters of that spread that the GPU holds at once.
-Plan plan_of(const Inputs& inputs, const Spread& spread, int resident, bool fixed);
+Plan plan_of(const Inputs& inputs, const Spread& spread, int resident);
 
 // o [B, T, H, R] and lse [B, T, H], or null, are contiguous, of the queries' type and fp32. There is at least one query
 // row.

@@ -4,6 +4,7 @@
 #include "common/divider.h"
 #include "common/scalar.h"
 #include "common/tensor_map.h"
+#include "mla_absorb/work.cuh"
 
 namespace hylo::mla_absorb {
 
@@ -28,9 +29,9 @@ struct Params {
   int box_shift;             // log2 of the rows that one copy brings
   int clusters;              // that share the work of a tile of rows
   int cluster_shift;         // log2 of their blocks
-  int alone, least;          // tiles of tokens that one cluster takes all of; that a cluster takes at least
+  int least;                 // tiles of tokens that a cluster takes at least, where these are units
   int slots;                 // partial results of a tile of rows
-  int fixed;                 // whether a sequence is cut by its own length alone
+  Cut cut;
   int causal;
   float scale;  // of scores in base 2
   Divider by_heads, by_page, by_group;  // by_group: heads that share a key scale

@@ -1,6 +1,6 @@
-// How the work is cut. The unit is a tile of cached tokens or, with a fixed split, a number of them that depends on the
-// sequence alone. All sequences' units stand in a row, and every cluster takes an equal run; where a run holds a part
-// of a sequence, that part is a piece. Blocks of a cluster take turns at its tiles.
+// How the work is cut, into units: tiles of cached tokens, or numbers of them. All sequences' units stand in a row, and every
+// cluster takes an equal run; where a run holds a part of a sequence, that part is a piece. Blocks of a cluster take turns
+// at its tiles.
 #pragma once
 
 #include "mla_absorb/traits.cuh"
@@ -9,6 +9,9 @@ namespace hylo::mla_absorb {
 
 HYLO_HOST_DEVICE constexpr int least_of(long long a, long long b) { return static_cast<int>(a < b ? a : b); }
 
+// What a unit is: a tile; a number of them that depends on the sequence's length alone; all of a sequence.
+enum Cut : int { kTiles, kByLength, kWhole };
+
 struct Sequence {
   int first;       // token that tiles are counted from
   int start, end;  // tokens that count
@@ -16,7 +19,7 @@ struct Sequence {
   int unit, units;  // tiles of a unit. One of no tokens has a unit too, which writes its zeros.
 };
 
-HYLO_HOST_DEVICE inline Sequence sequence_of(long long length, long long start, int capacity, bool fixed) {
+HYLO_HOST_DEVICE inline Sequence sequence_of(long long length, long long start, int capacity, Cut cut) {
   Sequence s{};
   s.end = length < 0 ? 0 : least_of(length, capacity);
   s.start = start < 0 ? 0 : least_of(start, s.end);
@@ -24,7 +27,11 @@ HYLO_HOST_DEVICE inline Sequence sequence_of(long long length, long long start, 
   s.tiles = s.start < s.end ? ceil_div(s.end - s.first, kTokens) : 0;
   s.unit = 1;
   s.units = s.tiles == 0 ? 1 : s.tiles;
-  if (fixed) {
+  if (cut == kWhole) {
+    s.unit = s.units;
+    s.units = 1;
+  }
+  if (cut == kByLength) {
     // Long ones have kFixedUnits: rounding a unit of more than kFixedTiles up takes none of them away.
     static_assert(kFixedTiles >= kFixedUnits, "a unit and one tile more are kFixedUnits to the sequence, too");
     const int by_length = ceil_div(s.tiles, kFixedUnits);
@@ -40,12 +47,11 @@ struct Count {
   int total, most;
 };
 
-// Units of a cluster's run. What one cluster can do `alone` it does: clusters merge slower than its own blocks. Where
-// all sequences are equal, runs end with them, or all after the same part of one, if they are not much longer for it.
-HYLO_HOST_DEVICE inline int share_of(const Count& units, int batch, int clusters, int alone, int least, bool fixed) {
-  if (!fixed && units.total <= alone) return units.total;
-  const int equal = ceil_div(units.total, clusters), share = fixed || equal > least ? equal : least;
-  if (fixed || static_cast<long long>(units.most) * batch != units.total) return share;
+// Units of a cluster's run. Of tiles, `least` at least; and where all sequences are equal, runs end with them, or all after
+// the same part of one, if they are not much longer for it.
+HYLO_HOST_DEVICE inline int share_of(const Count& units, int batch, int clusters, int least, Cut cut) {
+  const int equal = ceil_div(units.total, clusters), share = cut != kTiles || equal > least ? equal : least;
+  if (cut != kTiles || static_cast<long long>(units.most) * batch != units.total) return share;
   const int even = share < units.most ? ceil_div(units.most, units.most / share)
                                       : ceil_div(share, units.most) * units.most;
   return even - share <= share / kUneven ? even : share;
@@ -96,9 +102,9 @@ HYLO_HOST_DEVICE inline int shares_of(int pieces, bool last_ends) {
 
 // The run's next piece, given the sequence that it has come to, of so many. Divides where a sequence is cut only: that is
 // slow.
-HYLO_HOST_DEVICE inline Piece take(Run& run, const Sequence& s, int batch, int cluster_shift, bool fixed) {
+HYLO_HOST_DEVICE inline Piece take(Run& run, const Sequence& s, int batch, int cluster_shift, Cut cut) {
   const int end = run.first_unit + s.units;
-  const int next = fixed ? run.unit + 1 : end < run.last ? end : run.last;
+  const int next = cut != kTiles ? run.unit + 1 : end < run.last ? end : run.last;
   const int stop = least_of(static_cast<long long>(next - run.first_unit) * s.unit, s.tiles);
   Piece piece{};
   piece.b = run.b;
@@ -107,7 +113,7 @@ HYLO_HOST_DEVICE inline Piece take(Run& run, const Sequence& s, int batch, int c
   piece.end = s.end;
   piece.tile = (run.unit - run.first_unit) * s.unit;
   piece.tiles = stop > piece.tile ? stop - piece.tile : 0;
-  if (fixed) {
+  if (cut != kTiles) {
     piece.index = run.unit - run.first_unit;
     piece.pieces = s.units;
     piece.shares = 1;
@@ -141,8 +147,9 @@ HYLO_HOST_DEVICE inline Turns turns_of(const Piece& piece, int rank, int cluster
 }
 
 // Partial results that a launch may have, for each tile of query rows.
-HYLO_HOST_DEVICE inline long long slots_of(int batch, int capacity, int clusters, bool fixed) {
-  if (!fixed) return 2LL * clusters;
+HYLO_HOST_DEVICE inline long long slots_of(int batch, int capacity, int clusters, Cut cut) {
+  if (cut == kWhole) return 0;
+  if (cut == kTiles) return 2LL * clusters;
   const int most = ceil_div(ceil_div(capacity, kTokens), kFixedTiles);
   return static_cast<long long>(batch) * (most < 1 ? 1 : most < kFixedUnits ? most : kFixedUnits);
 }

@@ -32,7 +32,7 @@ def forward(
     causal: bool,
     fixed_split: bool,
     *,
-    spread: tuple[int, int, int] | None = None,
+    spread: tuple[int, int] | None = None,
     cubin_source: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The op's forward: one launch on the current stream, never synchronises.
@@ -41,8 +41,8 @@ def forward(
     CUDA graph cannot capture.
 
     Args:
-        spread: thread blocks of a cluster (a power of two up to 16); tiles of 64 tokens up to which one cluster takes
-            all; and those that each takes at least. What suits the inputs if None.
+        spread: thread blocks of a cluster (a power of two up to 16); and the tiles of 64 tokens that each cluster takes at
+            least, 0 for whole sequences. What suits the inputs if None.
         cubin_source: None | "packaged" | "nvrtc", as `hylo_ops.cubin.device_code` has it.
     Raises:
         NotImplementedError: the inputs are not for this backend; the message says why.
@@ -73,6 +73,7 @@ def why_not(
     cache_starts: Tensor | None,
     block_table: Tensor | None,
     key_scale: Tensor | None,
+    fixed_split: bool = False,
     **_: object,
 ) -> str | None:
     """The reason why `forward` cannot take these inputs, or None."""
@@ -81,7 +82,7 @@ def why_not(
     if (reason := cubin.why_not_native()) is not None:
         return reason
     tensors = (q_nope, q_rope, kv_cache, cache_seqlens, cache_starts, block_table, key_scale)
-    return _native(None).why_not(tensors)
+    return _native(None).why_not(tensors, fixed_split)
 
 
 @functools.cache

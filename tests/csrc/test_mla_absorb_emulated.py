@@ -44,12 +44,12 @@ def why_not(**changes):
     return answer_to(x)
 
 
-def answer_to(x):
+def answer_to(x, load=lambda *_: "any kernel", fixed_split=False):
     def nothing(*_):
         pytest.fail("only asked")
 
-    backend = native().MlaAbsorb(torch, lambda *_: "any kernel", nothing, nothing, device_type=CPU)
-    return backend.why_not(tuple(x[name] for name in NAMES))
+    backend = native().MlaAbsorb(torch, load, nothing, nothing, device_type=CPU)
+    return backend.why_not(tuple(x[name] for name in NAMES), fixed_split)
 
 
 def narrowed(tensor, width):
@@ -81,6 +81,28 @@ def test_rows_in_fp8_are_taken():
 @pytest.mark.parametrize("case", BENCHMARK, ids=lambda case: case.name)
 def test_every_case_of_the_benchmark_is_taken(case):
     assert answer_to(with_one_page(case, "cpu")) == "any kernel"
+
+
+ROWS_OF_A_TILE = {
+    "hylo-1b-1x4k": 16,
+    "hylo-3b-1x4k": 8,
+    "qwen-1x4k": 8,
+    "r256-e32-1x4k": 16,
+    "deepseek-h16-1x4k": 8,
+    "hylo-1b-1x128k": 32,
+    "hylo-1b-32x4k": 32,
+    "hylo-1b-1x4k-fp8": 32,
+    "deepseek-h128-1x4k": 64,
+}
+
+
+@pytest.mark.parametrize("name", ROWS_OF_A_TILE)
+def test_few_short_sequences_have_their_query_rows_in_tiles(name):
+    """But with a fixed split, where no other batch may change the bits."""
+    (case,) = (case for case in BENCHMARK if case.name == name)
+    x = with_one_page(case, "cpu")
+    rows = [answer_to(x, lambda *kind: str(kind[4]), fixed_split) for fixed_split in (False, True)]
+    assert rows == [str(ROWS_OF_A_TILE[name]), str(min(case.H, 64))]
 
 
 REFUSED = {

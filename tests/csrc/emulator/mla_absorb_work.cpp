@@ -14,14 +14,14 @@ using namespace hylo::mla_absorb;
 
 struct Batch {
   std::vector<int> lengths;
-  int clusters, shift, alone, least;
-  bool fixed;
+  int clusters, shift, least;
+  Cut cut;
 };
 
 void require(bool holds, const char* what, const Batch& batch) {
   if (holds) return;
-  std::printf("%s: %d clusters of %d, alone %d, least %d, fixed %d, lengths", what, batch.clusters, 1 << batch.shift,
-              batch.alone, batch.least, batch.fixed);
+  std::printf("%s: %d clusters of %d, least %d, cut %d, lengths", what, batch.clusters, 1 << batch.shift, batch.least,
+              batch.cut);
   for (const int length : batch.lengths) std::printf(" %d", length);
   std::printf("\n");
   std::exit(1);
@@ -35,13 +35,13 @@ int check(const Batch& batch) {
   std::vector<Sequence> sequences;
   Count units{0, 0};
   for (const int length : batch.lengths) {
-    sequences.push_back(sequence_of(length, 0, kCapacity, batch.fixed));
+    sequences.push_back(sequence_of(length, 0, kCapacity, batch.cut));
     units.total += sequences.back().units;
     if (sequences.back().units > units.most) units.most = sequences.back().units;
   }
   const int count = static_cast<int>(sequences.size());
-  const int share = share_of(units, count, batch.clusters, batch.alone, batch.least, batch.fixed);
-  const long long slots = slots_of(count, kCapacity, batch.clusters, batch.fixed);
+  const int share = share_of(units, count, batch.clusters, batch.least, batch.cut);
+  const long long slots = slots_of(count, kCapacity, batch.clusters, batch.cut);
   std::map<std::pair<int, int>, int> tiles;  // how often each is taken
   std::vector<std::set<int>> indices(sequences.size());
   std::vector<int> pieces(sequences.size(), -1), shares(sequences.size(), -1);
@@ -53,7 +53,7 @@ int check(const Batch& batch) {
       run.b = b + 1;
     }
     while (run.unit < run.last) {
-      const Piece piece = take(run, sequences[run.b], count, batch.shift, batch.fixed);
+      const Piece piece = take(run, sequences[run.b], count, batch.shift, batch.cut);
       require(piece.ends == (run.unit >= run.last), "a run's end", batch);
       require(indices[piece.b].insert(piece.index).second, "a piece comes twice", batch);
       require(pieces[piece.b] == -1 || pieces[piece.b] == piece.pieces, "pieces do not agree", batch);
@@ -85,8 +85,9 @@ int check(const Batch& batch) {
     all_tiles += sequences[b].tiles;
     all_pieces += pieces[b];
     require(static_cast<int>(indices[b].size()) == pieces[b], "pieces are missing", batch);
-    const bool together = !batch.fixed && pieces[b] > kFewPieces;
+    const bool together = batch.cut == kTiles && pieces[b] > kFewPieces;
     require(together ? shares[b] >= pieces[b] - 1 : shares[b] == 1, "shares", batch);
+    require(batch.cut != kWhole || pieces[b] == 1, "a whole sequence is cut", batch);
     gathered += together;
   }
   require(static_cast<int>(tiles.size()) == all_tiles, "tiles are missing", batch);
@@ -98,7 +99,8 @@ int main() {
   std::mt19937 random(0);
   const auto below = [&](int number) { return static_cast<int>(random() % number); };
   for (int i = 0; i < 3000; ++i) {
-    Batch batch{{}, 1 + below(20), below(5), below(3) == 0 ? below(60) : 0, 1 + below(20), below(4) == 0};
+    constexpr Cut kCuts[] = {kTiles, kTiles, kTiles, kTiles, kByLength, kWhole};
+    Batch batch{{}, 1 + below(20), below(5), 1 + below(20), kCuts[below(6)]};
     const int count = 1 + below(12), size = 1 << below(14);
     const bool equal = below(3) == 0;
     for (int b = 0; b < count; ++b) batch.lengths.push_back(equal && b > 0 ? batch.lengths[0] : below(size));
@@ -106,11 +108,11 @@ int main() {
   }
   if (gathered < 300) return std::printf("%d sequences are merged together: too few to say anything\n", gathered), 1;
   // Equal sequences are cut alike, or not at all, where runs are hardly longer for it.
-  const Batch whole{std::vector<int>(128, 4096), 132, 0, 0, 2, false};
+  const Batch whole{std::vector<int>(128, 4096), 132, 0, 2, kTiles};
   require(check(whole) == 128, "sequences are cut", whole);
-  const Batch quarters{std::vector<int>(32, 4096), 132, 0, 0, 2, false};
+  const Batch quarters{std::vector<int>(32, 4096), 132, 0, 2, kTiles};
   require(check(quarters) == 4 * 32, "sequences are not cut into quarters", quarters);
-  const Batch by_clusters{std::vector<int>(32, 4096), 33, 2, 0, 2, false};
+  const Batch by_clusters{std::vector<int>(32, 4096), 33, 2, 2, kTiles};
   require(check(by_clusters) == 32, "sequences are cut", by_clusters);
   return 0;
 }

@@ -40,7 +40,7 @@ def specs() -> list[Spec]:
 def spec_of(case: Case) -> Spec:
     x = case.inputs("cpu")
     tensors = tuple(x[name] for name in NAMES)
-    return spec_asked(case.name, lambda find: native(find).why_not(tensors))
+    return spec_asked(case.name, lambda find: native(find).why_not(tensors, case.fixed_split))
 
 
 TICKETS: list[Tensor] = []  # of all launches
