@@ -64,20 +64,20 @@ std::int64_t token_tiles_of(const Inputs& x) {
   return std::max<std::int64_t>((capacity_of(x) + kTokens - 1) / kTokens, 1);
 }
 
-// Measured on an H200 with 128+32, 128+64, 256+32, 256+64 and 512+64, 1 to 64 sequences of 1K to 16K tokens: sequences that
-// are not cut between clusters wait for no memory to be merged, and that pays for multiprocessors left idle, unless blocks
-// get too much to do. The largest clusters of which the GPU holds one for each sequence and tile of rows; of no blocks where
-// that is not worth it. Of three clusters of 16, those of the next launch have room beside them; of more they do not.
+// The largest clusters that the GPU holds one of for each sequence and tile of query rows, to take them whole; of no blocks
+// where that is not worth it. Nothing is merged through memory then, which pays for multiprocessors left idle, unless blocks
+// get too much to do. Measured on an H200 with 128+32, 128+64, 256+32, 256+64 and 512+64, 1 to 64 sequences of 1K to 16K.
 Spread whole_spread(const Inputs& x, const Dims& dims) {
   struct Held {
     int cluster, clusters;  // blocks; what the GPU holds at once
   };
   constexpr Held kHeld[] = {{16, 6}, {8, 12}, {4, 24}, {2, 64}, {1, 128}};
-  constexpr int kBeside = 3, kFew = 4, kMostOfFew = 12, kMost = 16, kMostBytes = 640 << 10;  // the last three: of a block
+  constexpr int kBeside = 3;  // clusters of 16 that leave those of the next launch room beside them
+  constexpr int kFew = 4, kMostOfFew = 12, kMost = 16, kMostBytes = 640 << 10;  // sequences; tiles and bytes of a block
   const auto B = x.q_nope.shape[0], pieces = B * row_tiles_of(x, dims);
   const auto tiles = token_tiles_of(x);
   for (const auto& [cluster, clusters] : kHeld) {
-    const int worth = cluster == 1 ? 1 : cluster < kMaxCluster || pieces <= kBeside ? 2 : 4;  // tiles of a block
+    const int worth = cluster == 1 ? 1 : cluster < kMaxCluster || pieces <= kBeside ? 2 : 4;  // its tiles, of a block
     if (pieces > clusters || worth * cluster > tiles) continue;
     const std::int64_t of_block = (tiles + cluster - 1) / cluster;
     if (of_block > (B < kFew ? kMostOfFew : kMost) || of_block * stage_size(dims) > kMostBytes) return {};
@@ -86,8 +86,8 @@ Spread whole_spread(const Inputs& x, const Dims& dims) {
   return {};
 }
 
-// Query rows that one tile has, in two or three where few short sequences leave multiprocessors idle: each of these has
-// less to merge, and what is read again comes from the second cache. More so where what one tile has is merged in rounds.
+// Query rows that one tile has room for, in two or three, where few short sequences leave multiprocessors idle: each has
+// less to merge, and what is read again comes from the second cache. More so where one tile's are merged in rounds.
 Dims split_dims(const Inputs& x, const Dims& one) {
   constexpr std::int64_t kMostParts = 3, kLeastCluster = 4, kMostTiles = 8, kBlocks = 48, kBlocksForRounds = 96;
   const auto rows = rows_of(x), tiles = token_tiles_of(x);
@@ -119,8 +119,8 @@ struct Found {
 // Calls ask for the same again and again, and some hundred divisions take a microsecond.
 const Found& found_for(const Inputs& x) {
   thread_local Found last{};
-  Found wanted{x.q_nope.shape[3], x.q_rope.shape[3], rows_of(x), x.q_nope.shape[0], capacity_of(x), x.scaled, has_fp8(x),
-               x.fixed};
+  Found wanted{x.q_nope.shape[3], x.q_rope.shape[3], rows_of(x), x.q_nope.shape[0],
+               capacity_of(x),    x.scaled,          has_fp8(x), x.fixed};
   if (!last.is_of(wanted)) {
     Dims dims{static_cast<int>(wanted.R), static_cast<int>(wanted.E), 0, wanted.scaled, wanted.fp8};
     dims = find_dims(dims, wanted.rows);
@@ -264,9 +264,9 @@ Spread spread_by_rows(const Inputs& x) {
   return {B > kMany && B * capacity_of(x) <= kLittle ? 2 : 1, kLeast};
 }
 
-// Longer and more sequences, measured on an H100 with 128+32, 128+64 and 256+64, 1 to 128 sequences of 1 to 1024K tokens. Few
-// are cut between small clusters, which leave few multiprocessors idle, and merge together. Of many each block takes an equal
-// share: few of them are cut then, and clusters would merge even those that are not.
+// Longer and more sequences, measured on an H100 with 128+32, 128+64 and 256+64, 1 to 128 sequences of 1 to 1024K tokens.
+// Few are cut between small clusters, which leave few multiprocessors idle, and merge together. Of many each block takes an
+// equal share: few of them are cut then, and clusters would merge even those that are not.
 Spread spread_of(const Inputs& x) {
   constexpr int kFixedCluster = 4, kFew = 4, kSome = 16, kMany = 32, kLittle = 1 << 17, kLeast = 2, kCluster = 4;
   if (x.fixed) return {kFixedCluster, 1};

@@ -1,6 +1,6 @@
-// How the work is cut, into units: tiles of cached tokens, or numbers of them. All sequences' units stand in a row, and every
-// cluster takes an equal run; where a run holds a part of a sequence, that part is a piece. Blocks of a cluster take turns
-// at its tiles.
+// How the work is cut, into units: tiles of cached tokens, or numbers of them. All sequences' units stand in a row, and
+// every cluster takes an equal run; where a run holds a part of a sequence, that part is a piece. Blocks of a cluster take
+// turns at its tiles.
 #pragma once
 
 #include "mla_absorb/traits.cuh"
@@ -47,8 +47,8 @@ struct Count {
   int total, most;
 };
 
-// Units of a cluster's run. Of tiles, `least` at least; and where all sequences are equal, runs end with them, or all after
-// the same part of one, if they are not much longer for it.
+// Units of a cluster's run. Of tiles, `least` at least; and where all sequences are equal, runs end with them, or all
+// after the same part of one, if they are not much longer for it.
 HYLO_HOST_DEVICE inline int share_of(const Count& units, int batch, int clusters, int least, Cut cut) {
   const int equal = ceil_div(units.total, clusters), share = cut != kTiles || equal > least ? equal : least;
   if (cut != kTiles || static_cast<long long>(units.most) * batch != units.total) return share;

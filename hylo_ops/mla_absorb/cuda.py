@@ -41,7 +41,7 @@ def forward(
     CUDA graph cannot capture.
 
     Args:
-        spread: thread blocks of a cluster (a power of two up to 16); and the tiles of 64 tokens that each cluster takes at
+        spread: thread blocks of a cluster (a power of two up to 16); and tiles of 64 tokens that each cluster takes at
             least, 0 for whole sequences. What suits the inputs if None.
         cubin_source: None | "packaged" | "nvrtc", as `hylo_ops.cubin.device_code` has it.
     Raises:

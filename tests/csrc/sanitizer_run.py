@@ -136,7 +136,7 @@ def run_mla_absorb(part: slice = ALL, racecheck: bool = False) -> int:
     """Sequences cut between blocks, clusters and pieces, and whole; every width, every number of query rows a tile."""
     case = mla_absorb_cuda_cases.Case
     cases = [*mla_absorb_cuda_cases.EMULATED]
-    cases += [case(128, 32, H, (500, 3, 0, 2200)) for H in (8, 16, 24, 32, 48, 64, 128)]
+    cases += [case(128, 32, H, (500, 3, 0, 2200), spread=(4, 2)) for H in (8, 16, 24, 32, 48, 64, 128)]
     of_widths = [case(R, E, FEW, (300, 3, 0, 70), spread=(2, 1)) for R, E in WIDTHS]
     cases = [one for one in (*cases, *of_widths) if not (racecheck and refills_in_a_cluster(one))][part]
     kinds = [mla_absorb.spec("bf16", one.R, one.E, FEW, False) for one in cases if one in of_widths]

@@ -1,5 +1,6 @@
 """Every cubin on CMakeLists.txt's list, and the widest rows, for sm_90a: they compile, fit, and spill nothing."""
 
+import dataclasses
 import itertools
 import re
 import shutil
@@ -18,8 +19,10 @@ from hylo_ops.gated_rms_norm.cuda import BACKWARD_KERNELS, DWEIGHT_KERNEL, KERNE
 from hylo_ops.mla_absorb import cuda as mla_absorb
 from hylo_ops.skinny_linear import cuda as skinny_linear
 from hylo_ops.ssd import cuda_chunk, cuda_mamba2, cuda_plain, cuda_recurrent
+from tests.csrc.emulator.run_mla_absorb import spec_for
 from tests.csrc.emulator.run_ssd_step import spec_of
 from tests.csrc.sanitizer_run import for_racecheck
+from tests.ops.mla_absorb_cuda_cases import BENCHMARK, with_one_page
 from tests.ops.ssd_step_cases import Case, Mamba2Case
 
 NVRTC_REASON = cubin.why_not_nvrtc()
@@ -218,6 +221,14 @@ MLA_ABSORB = [
         (512, 64, 16, False),
         (512, 64, 32, False),
         (512, 64, 64, False),
+        # of few short sequences
+        (128, 32, 16, False),
+        (128, 64, 8, False),
+        (128, 64, 16, False),
+        (256, 32, 16, False),
+        (256, 64, 8, False),
+        (256, 64, 8, True),
+        (512, 64, 8, False),
     )
 ]
 MLA_ABSORB += [
@@ -384,6 +395,20 @@ def test_nvrtc_compiles_mla_absorb(listed, tmp_path):
 def test_the_build_packaged_mla_absorb(tmp_path):
     for spec, code in packaged("mla_absorb-*", MLA_ABSORB):
         check_mla_absorb(spec, code, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["hylo-1b", "hylo-3b", "qwen", "r256-e32", "deepseek-h16", "deepseek-h128"])
+@pytest.mark.parametrize("tokens", [100, 1024, 2048, 4096, 8192, 131072])
+def test_published_widths_ask_for_listed_kernels_of_mla_absorb(name, tokens):
+    """However many query rows a tile has for so many sequences."""
+    (case,) = (case for case in BENCHMARK if case.name == f"{name}-1x4k")
+    for B in (1, 2, 3, 4, 6, 8, 12, 16, 24, 64):
+        x = with_one_page(dataclasses.replace(case, B=B, S=tokens), "cpu")
+        assert spec_for(x, False, name) in MLA_ABSORB
+        if name == "qwen":  # whose rows may end with key scales
+            cache = torch.zeros(*x["kv_cache"].shape[:2], case.R + case.E + case.HK, dtype=case.dtype)
+            scaled = {"kv_cache": cache, "key_scale": cache[..., case.R + case.E :]}
+            assert spec_for(x | scaled, False, name) in MLA_ABSORB
 
 
 def check_mla_step(code: bytes, folder: Path) -> None:

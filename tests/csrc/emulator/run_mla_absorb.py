@@ -34,13 +34,13 @@ MODES = {
 
 def specs() -> list[Spec]:
     """Of the kernels that the cases ask for."""
-    return list(dict.fromkeys(spec_of(case) for case in (*EMULATED, *GATHERED)))
+    cases = (*EMULATED, *GATHERED)
+    return list(dict.fromkeys(spec_for(case.inputs("cpu"), case.fixed_split, case.name) for case in cases))
 
 
-def spec_of(case: Case) -> Spec:
-    x = case.inputs("cpu")
-    tensors = tuple(x[name] for name in NAMES)
-    return spec_asked(case.name, lambda find: native(find).why_not(tensors, case.fixed_split))
+def spec_for(x: dict[str, Any], fixed_split: bool, name: str) -> Spec:
+    tensors = tuple(x[of] for of in NAMES)
+    return spec_asked(name, lambda find: native(find).why_not(tensors, fixed_split))
 
 
 TICKETS: list[Tensor] = []  # of all launches
