@@ -83,10 +83,12 @@ py::object MlaAbsorb::launch(PyObject* const* tensors, const Call& call) {
 
 Plan MlaAbsorb::planned(const Kernel& kernel, const Inputs& inputs, Spread spread) {
   const Dims dims = kind_of(inputs).dims;
-  if (spread.cluster == 0) spread = spread_of(inputs);
+  const bool chosen = spread.cluster == 0;
+  if (chosen) spread = spread_of(inputs);
+  const std::int64_t least = chosen ? clusters_for(inputs, spread) : 1;
   int clusters = resident(kernel, dims, spread.cluster);
-  // The GPU may have no group of multiprocessors that large.
-  for (; clusters == 0 && spread.cluster > 1; clusters = resident(kernel, dims, spread.cluster)) spread.cluster /= 2;
+  // The GPU may have no group of multiprocessors that large, or too few of them.
+  for (; clusters < least && spread.cluster > 1; clusters = resident(kernel, dims, spread.cluster)) spread.cluster /= 2;
   return plan_of(inputs, spread, clusters);
 }
 

@@ -278,6 +278,10 @@ Spread spread_of(const Inputs& x) {
   return {B <= kSome || (B <= kMany && B * capacity_of(x) <= kLittle) ? 2 : 1, kLeast};
 }
 
+std::int64_t clusters_for(const Inputs& x, const Spread& spread) {
+  return spread.least > 0 ? 1 : x.q_nope.shape[0] * row_tiles_of(x, dims_of(x));
+}
+
 // Clusters that there is work for.
 long long most_clusters(const Inputs& x, const Spread& spread, Cut cut) {
   const auto B = x.q_nope.shape[0];

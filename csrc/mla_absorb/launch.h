@@ -62,6 +62,9 @@ Kind kind_of(const Inputs& inputs);
 // One that suits them.
 Spread spread_of(const Inputs& inputs);
 
+// The clusters that it needs at once, where each takes whole sequences.
+std::int64_t clusters_for(const Inputs& inputs, const Spread& spread);
+
 // resident: clusters of that spread that the GPU holds at once.
 Plan plan_of(const Inputs& inputs, const Spread& spread, int resident);
 
