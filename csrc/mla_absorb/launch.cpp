@@ -58,8 +58,10 @@ Dims find_dims(Dims dims, std::int64_t rows) {
   return dims;
 }
 
-// Tiles that a sequence's query rows take, and those that there is room for in the cache.
+// Tiles that a sequence's query rows take; those of all sequences, of which a cluster has one where sequences are taken
+// whole; and tiles of tokens that there is room for.
 std::int64_t row_tiles_of(const Inputs& x, const Dims& dims) { return (rows_of(x) + dims.N - 1) / dims.N; }
+std::int64_t all_row_tiles(const Inputs& x, const Dims& dims) { return x.q_nope.shape[0] * row_tiles_of(x, dims); }
 std::int64_t token_tiles_of(const Inputs& x) {
   return std::max<std::int64_t>((capacity_of(x) + kTokens - 1) / kTokens, 1);
 }
@@ -69,18 +71,16 @@ std::int64_t token_tiles_of(const Inputs& x) {
 // get too much to do. Measured on an H200 with 128+32, 128+64, 256+32, 256+64 and 512+64, 1 to 64 sequences of 1K to 16K.
 Spread whole_spread(const Inputs& x, const Dims& dims) {
   struct Held {
-    int cluster, clusters;  // blocks; what the GPU holds at once
+    int cluster, clusters, worth;  // blocks; what the GPU holds at once; tiles of each block from which on it pays
   };
-  constexpr Held kHeld[] = {{16, 6}, {8, 12}, {4, 24}, {2, 64}, {1, 128}};
-  constexpr int kBeside = 3;  // clusters of 16 that leave those of the next launch room beside them
+  // Three clusters of 16 leave those of the next launch room beside them.
+  constexpr Held kHeld[] = {{16, 3, 2}, {16, 6, 4}, {8, 12, 2}, {4, 24, 2}, {2, 64, 2}, {1, 128, 1}};
   constexpr int kFew = 4, kMostOfFew = 12, kMost = 16, kMostBytes = 640 << 10;  // sequences; tiles and bytes of a block
-  const auto B = x.q_nope.shape[0], pieces = B * row_tiles_of(x, dims);
-  const auto tiles = token_tiles_of(x);
-  for (const auto& [cluster, clusters] : kHeld) {
-    const int worth = cluster == 1 ? 1 : cluster < kMaxCluster || pieces <= kBeside ? 2 : 4;  // its tiles, of a block
-    if (pieces > clusters || worth * cluster > tiles) continue;
+  const auto wanted = all_row_tiles(x, dims), tiles = token_tiles_of(x);
+  for (const auto& [cluster, clusters, worth] : kHeld) {
+    if (wanted > clusters || worth * cluster > tiles) continue;
     const std::int64_t of_block = (tiles + cluster - 1) / cluster;
-    if (of_block > (B < kFew ? kMostOfFew : kMost) || of_block * stage_size(dims) > kMostBytes) return {};
+    if (of_block > (x.q_nope.shape[0] < kFew ? kMostOfFew : kMost) || of_block * stage_size(dims) > kMostBytes) return {};
     return {cluster, 0};
   }
   return {};
@@ -98,7 +98,7 @@ Dims split_dims(const Inputs& x, const Dims& one) {
     dims.N = *std::lower_bound(std::begin(kRowsOfTile), std::end(kRowsOfTile), (rows + parts - 1) / parts);
     const auto cluster = whole_spread(x, dims).cluster;
     if (dims.N >= best.N || cluster < kLeastCluster || tiles > kMostTiles * cluster) continue;
-    const auto blocks = cluster * x.q_nope.shape[0] * row_tiles_of(x, dims);
+    const auto blocks = cluster * all_row_tiles(x, dims);
     if (blocks <= (merging_rounds(best) > 1 ? kBlocksForRounds : kBlocks)) best = dims;
   }
   return best;
@@ -279,7 +279,7 @@ Spread spread_of(const Inputs& x) {
 }
 
 std::int64_t clusters_for(const Inputs& x, const Spread& spread) {
-  return spread.least > 0 ? 1 : x.q_nope.shape[0] * row_tiles_of(x, dims_of(x));
+  return spread.least > 0 ? 1 : all_row_tiles(x, dims_of(x));
 }
 
 // Clusters that there is work for.

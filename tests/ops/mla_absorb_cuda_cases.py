@@ -209,7 +209,7 @@ GATHERED = [
     Case(512, 64, 64, (65, 330), page=None, spread=(2, 1)),
     Case(512, 64, 24, (130, 0, 300), page=None, spread=(1, 1), fp8=True),
 ]
-SPREADS = [(cluster, least) for cluster in (1, 2, 4, 8, 16) for least in (0, 1, cluster, 5)]
+SPREADS = [(cluster, least) for cluster in (1, 2, 4, 8, 16) for least in sorted({0, 1, cluster, 5})]
 CASES = [
     *EMULATED,
     *GATHERED,
