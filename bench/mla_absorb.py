@@ -25,7 +25,9 @@ PASSES = {"attention": "decode", "step": "layer"}
 SECONDS = 0.6  # of the clocks, a row
 # Further from float64 than this is another function: fused kernels leave 2e-3 to 3e-3, eager ones up to 1e-2.
 MAX_ERROR = 5e-2
-COLD_BYTES = 256 << 20  # of copies of the cache, that calls take in turn; an H200's L2 has 50 MB
+# Of copies of the cache, that calls take in turn. An H200's L2 has 50 MB, and may keep some of them until their next turn.
+COLD_BYTES = 2 << 30
+MOST_COPIES = 256
 HOST_TOKENS = 4096  # up to so many cached tokens a call's time on the host is of interest
 
 
@@ -70,7 +72,7 @@ def dequantized(coded: Tensor, case: LatentCase, out_dtype: torch.dtype) -> Tens
 
 def cold_copies(first: Tensor) -> tuple[Tensor, ...]:
     """It and so many more of it that none is in a cache of the GPU when its turn comes."""
-    return (first, *(first.clone() for _ in range(-(-COLD_BYTES // first.nbytes) - 1)))
+    return (first, *(first.clone() for _ in range(min(-(-COLD_BYTES // first.nbytes), MOST_COPIES) - 1)))
 
 
 def seeded(device: str = "cuda") -> torch.Generator:

@@ -76,6 +76,25 @@ __device__ __forceinline__ void copy_box(void* shared, const TensorMap& map, Bar
       : "memory");
 }
 
+// How long the second cache keeps what a copy brings: as anything else, or less than that, for what nobody will read again.
+__device__ __forceinline__ DoubleWord cache_policy(bool read_once) {
+  DoubleWord policy;
+  if (read_once) {
+    asm("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(policy));
+  } else {
+    asm("createpolicy.fractional.L2::evict_normal.b64 %0;" : "=l"(policy));
+  }
+  return policy;
+}
+__device__ __forceinline__ void copy_box(void* shared, const TensorMap& map, Barrier& done, int x, int y, int z, int w,
+                                         DoubleWord policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(shared_address(shared)),
+      "l"(&map), "r"(done.address()), "r"(x), "r"(y), "r"(z), "r"(w), "l"(policy)
+      : "memory");
+}
+
 // Has a box come as far as the second cache; what of it lies outside the tensor stays away.
 __device__ __forceinline__ void prefetch_box(const TensorMap& map, int x, int y, int z, int w) {
   asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global [%0, {%1, %2, %3, %4}];" ::"l"(&map), "r"(x), "r"(y), "r"(z),

@@ -75,12 +75,18 @@ Spread whole_spread(const Inputs& x, const Dims& dims) {
   };
   // Three clusters of 16 leave those of the next launch room beside them.
   constexpr Held kHeld[] = {{16, 3, 2}, {16, 6, 4}, {8, 12, 2}, {4, 24, 2}, {2, 64, 2}, {1, 128, 1}};
-  constexpr int kFew = 4, kMostOfFew = 12, kMost = 16, kMostBytes = 640 << 10;  // sequences; tiles and bytes of a block
+  constexpr int kFew = 4, kMostOfFew = 12, kMost = 16;  // sequences; tiles of a block
+  // Bytes of a block, where most multiprocessors have one, and where half of them are idle, which hurts sooner the longer it
+  // takes a cluster to merge.
+  constexpr int kMostBytes = 640 << 10, kFewBlocks = 80, kMostBytesOfFew = 352 << 10, kMostBytesInRounds = 256 << 10;
   const auto wanted = all_row_tiles(x, dims), tiles = token_tiles_of(x);
   for (const auto& [cluster, clusters, worth] : kHeld) {
     if (wanted > clusters || worth * cluster > tiles) continue;
     const std::int64_t of_block = (tiles + cluster - 1) / cluster;
-    if (of_block > (x.q_nope.shape[0] < kFew ? kMostOfFew : kMost) || of_block * stage_size(dims) > kMostBytes) return {};
+    const int most_bytes = wanted * cluster > kFewBlocks       ? kMostBytes
+                           : merging_rounds(dims) > 1 ? kMostBytesInRounds
+                                                      : kMostBytesOfFew;
+    if (of_block > (x.q_nope.shape[0] < kFew ? kMostOfFew : kMost) || of_block * stage_size(dims) > most_bytes) return {};
     return {cluster, 0};
   }
   return {};
@@ -264,18 +270,17 @@ Spread spread_by_rows(const Inputs& x) {
   return {B > kMany && B * capacity_of(x) <= kLittle ? 2 : 1, kLeast};
 }
 
-// Longer and more sequences, measured on an H100 with 128+32, 128+64 and 256+64, 1 to 128 sequences of 1 to 1024K tokens.
-// Few are cut between small clusters, which leave few multiprocessors idle, and merge together. Of many each block takes an
-// equal share: few of them are cut then, and clusters would merge even those that are not.
+// Longer and more sequences, measured on an H200 with 128+32, 128+64, 256+32, 256+64 and 512+64. Each block takes an equal
+// share, and what is cut is merged by many blocks together. One sequence is cut into too many pieces for that: small clusters
+// make them fewer, and leave few multiprocessors idle.
 Spread spread_of(const Inputs& x) {
-  constexpr int kFixedCluster = 4, kFew = 4, kSome = 16, kMany = 32, kLittle = 1 << 17, kLeast = 2, kCluster = 4;
+  constexpr int kFixedCluster = 4, kLeast = 2, kCluster = 4;
   if (x.fixed) return {kFixedCluster, 1};
   const Dims dims = dims_of(x);
   if (by_rows(dims)) return spread_by_rows(x);
   if (const Spread whole = whole_spread(x, dims); whole.cluster > 0) return whole;
-  const auto B = x.q_nope.shape[0];
-  if (B <= kFew) return {kCluster, kCluster};  // what there is room for may be short yet
-  return {B <= kSome || (B <= kMany && B * capacity_of(x) <= kLittle) ? 2 : 1, kLeast};
+  if (x.q_nope.shape[0] == 1) return {kCluster, kCluster};  // what there is room for may be short yet
+  return {1, kLeast};
 }
 
 std::int64_t clusters_for(const Inputs& x, const Spread& spread) {

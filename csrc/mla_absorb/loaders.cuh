@@ -18,7 +18,12 @@ class CacheLoader {
 
   // places: what copies fill, stages or places for rows in fp8.
   __device__ __forceinline__ CacheLoader(const Params& p, unsigned char* places, SharedByAll& shared)
-      : p_(p), places_(places), shared_(shared), parts_shift_(6 - p.box_shift), tables_(32 >> parts_shift_) {}
+      : p_(p),
+        places_(places),
+        shared_(shared),
+        parts_shift_(6 - p.box_shift),
+        tables_(32 >> parts_shift_),
+        policy_(cache_policy(by_rows(kDims) || gridDim.y == 1)) {}
 
   // What `piece` begins with, into the second cache while the kernel before still runs. It may be what that kernel is
   // writing, the table too: then other rows are fetched, or these again.
@@ -111,7 +116,7 @@ class CacheLoader {
 #pragma unroll
       for (int j = 0; j < tiles_of_part(kDims, i); ++j) {
         const int tile = first_of_part(kDims, i) + j;
-        copy_box(to + tile * kTileSize, p_.cache, filled.full, tile * kTile, row, page, 0);
+        copy_box(to + tile * kTileSize, p_.cache, filled.full, tile * kTile, row, page, 0, policy_);
       }
     }
   }
@@ -133,7 +138,7 @@ class CacheLoader {
       __syncwarp();
       if (!comes) continue;
       unsigned char* const to = places_ + at * raw_size(kDims) + (first_row - first) * raw_row_size(kDims);
-      copy_box(to, p_.cache, filled.full, 0, row, page, 0);
+      copy_box(to, p_.cache, filled.full, 0, row, page, 0, policy_);
     }
   }
 
@@ -142,6 +147,8 @@ class CacheLoader {
   SharedByAll& shared_;
   const int parts_shift_;  // log2 of the parts of a tile
   const int tables_;       // tiles whose pages are looked up at once
+  // Blocks of other tiles of query rows read the same; by rows that has happened by the time that it would be dropped.
+  const DoubleWord policy_;
   unsigned loaded_ = 0;    // tiles, or parts of them in fp8
   int first_pages_ = 0;
 };

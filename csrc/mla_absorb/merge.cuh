@@ -162,15 +162,14 @@ class Merger {
   }
 
   // Four latents of the n-th query row of a round to the block of the cluster that merges them.
-  __device__ __forceinline__ void deliver(const Piece& piece, int round, int n, int latent,
-                                          const float4& numbers) const {
-    if (blocks_ == 1) {
-      const Total total = total_[round * kMerged + n];
-      store(piece, round * kMerged + n, latent, {total, {numbers}}, latent == 0);
-      return;
-    }
+  __device__ __forceinline__ void deliver(int round, int n, int latent, const float4& numbers) const {
     const int four = n * kFours + latent / 4, to = (four << p_.cluster_shift) / kAll;
     shared_.mailbox.send(inbox(round) + rank_ * part_ + four - to * part_, to, numbers);
+  }
+
+  // The same of query row n where there is no cluster: nothing is left to be merged.
+  __device__ __forceinline__ void keep(const Piece& piece, int n, int latent, const float4& numbers) const {
+    store(piece, n, latent, {total_[n], {numbers}}, latent == 0);
   }
 
   // The whole query row n of a round, where a block merges rows as a whole.
@@ -243,7 +242,7 @@ class Merger {
 
   // For the last of the sequence's pieces. first: of the block's, in the query row.
   __device__ __forceinline__ void leave(const Piece& piece, int n, int latent, const Part& all, bool first) const {
-    *reinterpret_cast<float4*>(left_row(piece, n) + latent) = all.numbers[0];
+    store_four(left_row(piece, n) + latent, all.numbers[0]);
     if (first) leave_total(piece, n, all.total);
   }
   __device__ __forceinline__ float* left_row(const Piece& piece, int n) const {
@@ -343,37 +342,38 @@ class Merger {
   }
 
   __device__ __forceinline__ void merge_few(const Piece& piece) const {
-#pragma unroll 1
-    for (int round = 0; round < kRounds; ++round) {
-      if (piece.pieces == 2) {
-        merge_few<2>(piece, round);
-      } else {
-        merge_few<3>(piece, round);
-      }
+    if (piece.pieces == 2) {
+      merge_fours<2, 8>(piece, 2, 0, fours_of_block());
+    } else {
+      merge_fours<3, 4>(piece, 3, 0, fours_of_block());
     }
   }
 
-  // Accumulators' registers are free by now: a multiprocessor reads fastest with some 16 fours of each thread on their
-  // way. Of few pieces these are of several results.
-  template <int kPieces>
-  __device__ __forceinline__ void merge_few(const Piece& piece, int round) const {
-    constexpr int kResults = kPieces == 2 ? 8 : 4;
-    const int here = fours_here(round);
+  // Some of the block's fours, each by one thread. Accumulators' registers are free by now: a multiprocessor reads fastest with
+  // some 16 fours of each thread on their way. Of few pieces these are of several results.
+  template <int kTogether, int kResults>
+  __device__ __forceinline__ void merge_fours(const Piece& piece, int pieces, int begin, int end) const {
 #pragma unroll 1
-    for (int first = thread_; first < here; first += kResults * kAttending) {
+    for (int first = begin + thread_; first < end; first += kResults * kAttending) {
+      int fours[kResults];  // of the tile's
+#pragma unroll
+      for (int j = 0; j < kResults; ++j) {
+        const int mine = first + j * kAttending;
+        fours[j] = mine < end ? of_tile(mine) : kNone;
+      }
       Part all[kResults];
-      merge<kPieces>(all, kPieces, [&](int j, int i) {
-        const int four = first + j * kAttending;
+      merge<kTogether>(all, pieces, [&](int j, int i) {
         Part part{};
-        load(part, piece.slot(i), of_tile(round, four), 0, four < here);
+        load(part, piece.slot(i), fours[j], 0, fours[j] != kNone);
         return part;
       });
 #pragma unroll
       for (int j = 0; j < kResults; ++j) {
-        if (first + j * kAttending < here) send(piece, of_tile(round, first + j * kAttending), all[j]);
+        if (fours[j] != kNone) send(piece, fours[j], all[j]);
       }
     }
   }
+  static constexpr int kNone = -1;
 
   // The block's own share and those of the gone. One who goes just now may find that all are there and merge his as well:
   // both write the same.
@@ -386,15 +386,24 @@ class Merger {
     }
   }
 
-  // A share is of whole units of fours, none of which is of two rows, where rows let it: then a lane takes two fours, for
-  // which it looks at totals once. Where a share has fewer fours than the block has threads for, several lanes merge the same
-  // ones, each every so many-th piece.
+  // A share is of whole units of fours, none of which is of two rows, where rows let it.
   static constexpr int kUnit = kFours % 32 == 0 && kAll % (32 * kMaxCluster) == 0 ? 32 : 1;
   __device__ __forceinline__ void merge_share(const Piece& piece, int share) const {
-    constexpr int kWide = kUnit > 1 ? 2 : 1, kMostShift = 4, kSomeMore = kAttending / 8;
-    constexpr int kSet = (by_rows(kDims) ? 8 : 6) / kWide;  // more would spill
+    constexpr int kSomePieces = 8, kResults = by_rows(kDims) ? 4 : 2;
     const int units = fours_of_block() / kUnit;
     const int begin = units * share / piece.shares * kUnit, end = units * (share + 1) / piece.shares * kUnit;
+    if (piece.pieces <= kSomePieces) {
+      merge_fours<4, kResults>(piece, piece.pieces, begin, end);
+    } else {
+      merge_by_lanes(piece, begin, end);
+    }
+  }
+
+  // A lane takes two fours of one row, for which it looks at totals once. Of fewer fours than the block has threads for, several
+  // lanes merge the same ones, each every so many-th piece.
+  __device__ __forceinline__ void merge_by_lanes(const Piece& piece, int begin, int end) const {
+    constexpr int kWide = kUnit > 1 ? 2 : 1, kMostShift = 4, kSomeMore = kAttending / 8;
+    constexpr int kSet = (by_rows(kDims) ? 8 : 6) / kWide;  // more would spill
     int shift = kWide - 1;
     while (shift < kMostShift && (end - begin) / kWide << (shift + 1) <= kAttending + kSomeMore) ++shift;
     const int wide = 32 >> shift, group = lane() / wide;
@@ -437,10 +446,10 @@ class Merger {
  protected:
   const Params& p_;
   const int thread_, rank_, blocks_;
+  int rows_;  // of this tile
 
  private:
   const int part_;  // fours of a round that a block merges
-  int rows_;        // of this tile
   int received_rounds_ = 0, second_ = 0;
   float4* const received_;  // of this block's part, [blocks_, part_]
   Total (*const neighbours_)[kN];
@@ -454,7 +463,7 @@ class MergerByTokens : Merger<T, kR, kE, kN, kScaled, kFp8> {
  public:
   using Base = Merger<T, kR, kE, kN, kScaled, kFp8>;
   using Attending = Attention<T, kR, kE, kN, kScaled>;
-  using Base::blocks_, Base::kFours, Base::kMerged, Base::kRounds, Base::thread_;
+  using Base::blocks_, Base::kFours, Base::kMerged, Base::kRounds, Base::rows_, Base::thread_;
 
   // results: results_size bytes, which nobody needs until all attending threads have left their totals.
   __device__ __forceinline__ MergerByTokens(const Params& p, int group, unsigned char* results, unsigned char* received,
@@ -472,20 +481,48 @@ class MergerByTokens : Merger<T, kR, kE, kN, kScaled, kFp8> {
 #pragma unroll
     for (int c = 0; c < kN / 4; ++c) weights[c] = exp2_fast(attending.top(c) - top_of_groups(Attending::column_of(c)));
     if (thread_ < kN) shared_.total[thread_] = block_total(thread_);
-#pragma unroll
-    for (int round = 0; round < kRounds; ++round) {
-      put(attending, weights, round);
-      if (blocks_ > 1) this->open(round, is_first && round == 0);
-      pass_on(piece, round);
-      sync_attending();  // the next ones, or weights, take their place
-      if (blocks_ == 1) continue;
-      this->merge_blocks(piece, round);
-      if (round + 1 < kRounds || !piece.ends) cluster_arrive();  // what was received has been read
+    if (blocks_ == 1) {
+      merge_alone(attending, piece, weights);
+    } else {
+      merge_in_cluster(attending, piece, weights, is_first);
     }
     this->finish(piece);
   }
 
  private:
+  // What the block has is all there is. As many query rows at once as there is room for, where a cluster's blocks would send
+  // what they have, too.
+  __device__ __forceinline__ void merge_alone(const Attending& attending, const Piece& piece,
+                                              const float (&weights)[kN / 4]) const {
+    if (kAlone == kN && piece.pieces > 1) {
+      leave_sums(attending, piece, weights);
+      return;
+    }
+#pragma unroll
+    for (int first = 0; first < kN; first += kAlone) {
+      put<kAlone>(attending, weights, first);
+      each_result(least_of(rows_ - first, kAlone), [&](int n, int latent, const float4& numbers) {
+        this->keep(piece, first + n, latent, numbers);
+      });
+      sync_attending();  // the next ones, or weights, take their place
+    }
+  }
+
+  __device__ __forceinline__ void merge_in_cluster(const Attending& attending, const Piece& piece,
+                                                   const float (&weights)[kN / 4], bool is_first) {
+#pragma unroll
+    for (int round = 0; round < kRounds; ++round) {
+      put<kMerged>(attending, weights, round * kMerged);
+      this->open(round, is_first && round == 0);
+      each_result(this->rows_of(round), [&](int n, int latent, const float4& numbers) {
+        this->deliver(round, n, latent, numbers);
+      });
+      sync_attending();  // the next ones, or weights, take their place
+      this->merge_blocks(piece, round);
+      if (round + 1 < kRounds || !piece.ends) cluster_arrive();  // what was received has been read
+    }
+  }
+
   __device__ __forceinline__ float top_of_groups(int n) const {
     return fmaxf(shared_.top[0][n], shared_.top[1][n]);
   }
@@ -501,55 +538,82 @@ class MergerByTokens : Merger<T, kR, kE, kN, kScaled, kFp8> {
     return {top_of_groups(n), __fadd_rn(sums[0], sums[1])};
   }
 
-  // Where the block's result is, of a query row of the round and a latent. Lanes that store meet no bank twice, and four
-  // latents lie side by side.
+  // Where the block's result is, of a query row of those merged at once and a latent. Lanes that store meet no bank twice, and
+  // four latents lie side by side.
   static constexpr int kRow = Attending::kWide * kTile;  // of results
+  static constexpr int kRoom = results_size(Base::kDims, kMerged) + received_size(Base::kDims, kMerged);
+  static constexpr int kAlone = kN * kRow * 4 <= kRoom ? kN : kMerged;
   __device__ __forceinline__ float* result(int n, int latent) const {
     return results_ + n * kRow + (latent ^ (n / 2 % 4 * 8));
   }
 
-  // The warpgroups' sum for a round's query rows: of every other tile of latents each adds what it has to what the other
-  // left. It is the same whichever of them had which tiles of tokens.
-  __device__ __forceinline__ void put(const Attending& attending, const float (&weights)[kN / 4], int round) const {
-    put<false>(attending, weights, round);
-    sync_attending();
-    put<true>(attending, weights, round);
+  // The warpgroups' sum for some query rows: of every other tile of latents each adds what it has to what the other left. It
+  // is the same whichever of them had which tiles of tokens.
+  template <int kRows>
+  __device__ __forceinline__ void put(const Attending& attending, const float (&weights)[kN / 4], int first) const {
+    put_others<kRows>(attending, weights, first);
+    each_part<kRows, true>(attending, weights, first, [](float* at, float number, int, int) {
+      *at = __fadd_rn(number, *at);
+    });
     sync_attending();
   }
-  template <bool kAdds>
-  __device__ __forceinline__ void put(const Attending& attending, const float (&weights)[kN / 4], int round) const {
+  template <int kRows>
+  __device__ __forceinline__ void put_others(const Attending& attending, const float (&weights)[kN / 4],
+                                             int first) const {
+    each_part<kRows, false>(attending, weights, first, [](float* at, float number, int, int) { *at = number; });
+    sync_attending();
+  }
+
+  // The same of all rows, to memory at once: eight lanes store eight latents that lie side by side, which is what the second
+  // cache takes as a whole.
+  __device__ __forceinline__ void leave_sums(const Attending& attending, const Piece& piece,
+                                             const float (&weights)[kN / 4]) const {
+    put_others<kN>(attending, weights, 0);
+    float* const left = this->left_row(piece, Attending::column_of(0)) + attending.latent(0, 0);
+    each_part<kN, true>(attending, weights, 0, [&](const float* at, float number, int row, int latent) {
+      left[row * kR + latent] = __fadd_rn(number, *at);
+    });
+    if (thread_ < rows_) this->leave_total(piece, thread_, shared_.total[thread_]);
+  }
+
+  // Calls f(where the block's result is, the warpgroup's part of it, query row, latent) for what a thread has of some query
+  // rows, in the tiles of latents that its warpgroup adds up, or in the others; row and latent from the thread's first on.
+  template <int kRows, bool kOwn, class F>
+  __device__ __forceinline__ void each_part(const Attending& attending, const float (&weights)[kN / 4], int first,
+                                            const F& f) const {
     // All of a thread's columns have one n / 2 % 4, so that its places differ by what is known at compile time. Where
     // accumulators leave no registers for two of them, each is found anew.
     float* const rows[2] = {result(Attending::column_of(0), attending.latent(0, 0)),
                             result(Attending::column_of(0), attending.latent(0, 1))};
 #pragma unroll
     for (int tile = 0; tile < Attending::kWide; ++tile) {
-      if ((tile % kGroups == group_) != kAdds || !attending.has_latents(tile)) continue;
+      if ((tile % kGroups == group_) != kOwn || !attending.has_latents(tile)) continue;
 #pragma unroll
-      for (int c = 0; c < kMerged / 4; ++c) {
-        const int all = round * (kMerged / 4) + c;
+      for (int c = 0; c < kRows / 4; ++c) {
+        const int all = first / 4 + c, row = c / 2 * 8 + c % 2;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          float* const to = kN <= 32 ? rows[r] + (c / 2 * 8 + c % 2) * kRow + tile * kTile
+          float* const at = kN <= 32 ? rows[r] + row * kRow + tile * kTile
                                      : result(Attending::column_of(c), attending.latent(tile, r));
-          const float number = __fmul_rn(attending.o[tile][Attending::at(all, r)], weights[all]);
-          *to = kAdds ? __fadd_rn(number, *to) : number;
+          f(at, __fmul_rn(attending.o[tile][Attending::at(all, r)], weights[all]), row, tile * kTile + 8 * r);
         }
       }
     }
   }
 
-  __device__ __forceinline__ void pass_on(const Piece& piece, int round) const {
-    const int all = this->rows_of(round) * kFours;
+  // Calls f(query row of those merged at once, latent, four from there on) for what a thread has of so many rows.
+  template <class F>
+  __device__ __forceinline__ void each_result(int rows, const F& f) const {
+    const int all = rows * kFours;
 #pragma unroll 1
     for (int four = thread_; four < all; four += kAttending) {
       const int n = four / kFours, latent = four % kFours * 4;
-      this->deliver(piece, round, n, latent, *reinterpret_cast<const float4*>(result(n, latent)));
+      f(n, latent, *reinterpret_cast<const float4*>(result(n, latent)));
     }
   }
 
   const int group_;
-  float* const results_;  // of a round, [kMerged, latents in whole tiles]
+  float* const results_;  // of rows merged at once, [rows, latents in whole tiles]
   Shared<kN, false>& shared_;
 };
 

@@ -136,6 +136,10 @@ inline void copy_box(void* shared, const TensorMap& map, Barrier& done, int x, i
   };
   emulated_reverse ? done.later(run) : run();
 }
+inline DoubleWord cache_policy(bool read_once) { return read_once; }
+inline void copy_box(void* shared, const TensorMap& map, Barrier& done, int x, int y, int z, int w, DoubleWord) {
+  copy_box(shared, map, done, x, y, z, w);
+}
 
 inline void copy_in(void* shared, const void* global, int bytes, Barrier& done) {
   const auto run = [=, &done] {
