@@ -25,7 +25,7 @@ PASSES = {"attention": "decode", "step": "layer"}
 SECONDS = 0.6  # of the clocks, a row
 # Further from float64 than this is another function: fused kernels leave 2e-3 to 3e-3, eager ones up to 1e-2.
 MAX_ERROR = 5e-2
-# Of copies of the cache, that calls take in turn. An H200's L2 has 50 MB, and may keep some of them until their next turn.
+# Of copies of the cache, that calls take in turn. An H200's L2 has 50 MB, and may keep some of them until their turn.
 COLD_BYTES = 2 << 30
 MOST_COPIES = 256
 HOST_TOKENS = 4096  # up to so many cached tokens a call's time on the host is of interest

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import hylo_ops
 from bench import contest
 from bench.contest import Contestant, Results, Roofs, Work
 from bench.peers import sampling as peers
 from bench.peers.sampling import Choice, Form, LogitsInputs
 from bench.shapes import SAMPLING, SamplingCase
-from hylo.inference.sampling import Sampling, sample
+from hylo.inference.sampling import Sampling
 
 CASES = {case.name: case for case in SAMPLING}
 PEERS = list(peers.FORMS)
@@ -89,15 +90,15 @@ def work(case: SamplingCase) -> Work:
     return Work(bytes=classes * case.dtype.itemsize + case.B * torch.int64.itemsize, flop=flop)
 
 
-def _torch(inputs: LogitsInputs) -> Choice:
+def _ours(backend: str, inputs: LogitsInputs) -> Choice:
     """As the engine calls it, but with PyTorch's own generator, which every graph that is captured knows."""
-    device = inputs.logits.device
-    generator = torch.default_generator if device.type == "cpu" else torch.cuda.default_generators[device.index]
-    return partial(sample, inputs.logits, inputs.sampling, generator)
+    how = inputs.sampling
+    options: dict[str, Any] = {"temperature": how.temperature, "top_k": how.top_k, "top_p": how.top_p}
+    return partial(hylo_ops.sample_tokens, inputs.logits, **options, backend=backend)
 
 
-OURS: dict[str, Form] = {"torch": _torch}
-BACKENDS = list(OURS)
+BACKENDS = ["triton", "reference"]
+OURS: dict[str, Form] = {name: partial(_ours, name) for name in BACKENDS}
 
 
 def contestant(form: Form, inputs: LogitsInputs, checked: LogitsInputs, bins: Tensor) -> Contestant:

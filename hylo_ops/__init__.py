@@ -11,6 +11,7 @@ from hylo_ops.mla_absorb.op import mla_absorb
 from hylo_ops.mla_attention.op import mla_attention
 from hylo_ops.mla_prefill.op import mla_prefill
 from hylo_ops.rms_norm.op import rms_norm, rms_norm_of_stream
+from hylo_ops.sampling.op import sample_tokens
 from hylo_ops.skinny_linear.op import skinny_linear, skinny_linear_add_
 from hylo_ops.ssd.op import chunk_ssd, recurrent_ssd
 from hylo_ops.swiglu.op import swiglu
@@ -36,6 +37,7 @@ __all__ = [
     "recurrent_ssd",
     "rms_norm",
     "rms_norm_of_stream",
+    "sample_tokens",
     "skinny_linear",
     "skinny_linear_add_",
     "swiglu",

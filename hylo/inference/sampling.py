@@ -1,13 +1,12 @@
 """The next token out of logits, on their device."""
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hylo.errors import UserError
-from hylo.mixers.recurrent import widened
+from hylo_ops import sample_tokens
 
 
 @dataclass(frozen=True)
@@ -39,39 +38,8 @@ class Sampling:
 
 GREEDY = Sampling()
 
-_PARTS = 128
-
 
 def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
     """logits [B, vocabulary] -> tokens [B] int64. No synchronisation; a CUDA graph can capture it."""
-    if sampling.temperature == 0:
-        return _likeliest(logits)
-    candidates, tokens = logits, None  # sorted in their own dtype: half as many bits as of scores
-    if sampling.top_k is not None:
-        candidates, tokens = logits.topk(min(sampling.top_k, logits.shape[1]))
-    elif sampling.top_p is not None:
-        candidates, tokens = logits.sort(descending=True)
-    scores = widened(candidates) / sampling.temperature
-    if sampling.top_p is not None:
-        weights = scores.softmax(-1)
-        likelier = weights.cumsum(-1) - weights
-        scores = scores.masked_fill(likelier >= sampling.top_p, -math.inf)
-    drawn = _drawn(scores, generator)
-    return drawn if tokens is None else tokens.gather(-1, drawn[:, None])[:, 0]
-
-
-def _drawn(scores: Tensor, generator: torch.Generator) -> Tensor:
-    """Of clocks that ring after exponential times at rates exp(scores), the first is a draw of softmax(scores).
-
-    That is the largest of score - log(time): no sum, no search.
-    """
-    times = torch.empty_like(scores).exponential_(generator=generator).clamp_(min=torch.finfo(scores.dtype).tiny)
-    return _likeliest(scores - times.log_())
-
-
-def _likeliest(logits: Tensor) -> Tensor:
-    """`logits.argmax(-1)`, of parts of the vocabulary first: PyTorch gives each row of what it reduces to one block."""
-    parts = math.gcd(logits.shape[-1], _PARTS)
-    most, places = logits.unflatten(-1, (parts, -1)).max(-1)
-    part = most.argmax(-1, keepdim=True)
-    return (part * (logits.shape[-1] // parts) + places.gather(-1, part))[:, 0]
+    temperature, top_k, top_p = sampling.temperature, sampling.top_k, sampling.top_p
+    return sample_tokens(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
