@@ -83,9 +83,8 @@ Spread whole_spread(const Inputs& x, const Dims& dims) {
   for (const auto& [cluster, clusters, worth] : kHeld) {
     if (wanted > clusters || worth * cluster > tiles) continue;
     const std::int64_t of_block = (tiles + cluster - 1) / cluster;
-    const int most_bytes = wanted * cluster > kFewBlocks       ? kMostBytes
-                           : merging_rounds(dims) > 1 ? kMostBytesInRounds
-                                                      : kMostBytesOfFew;
+    const int of_few = merging_rounds(dims) > 1 ? kMostBytesInRounds : kMostBytesOfFew;
+    const int most_bytes = wanted * cluster > kFewBlocks ? kMostBytes : of_few;
     if (of_block > (x.q_nope.shape[0] < kFew ? kMostOfFew : kMost) || of_block * stage_size(dims) > most_bytes) return {};
     return {cluster, 0};
   }

@@ -386,7 +386,8 @@ class Merger {
     }
   }
 
-  // A share is of whole units of fours, none of which is of two rows, where rows let it.
+  // A share is of whole units of fours, none of which is of two rows, where rows let it. Of few pieces one thread has all of a
+  // four on their way at once, where lanes that each have some would load in rounds.
   static constexpr int kUnit = kFours % 32 == 0 && kAll % (32 * kMaxCluster) == 0 ? 32 : 1;
   __device__ __forceinline__ void merge_share(const Piece& piece, int share) const {
     constexpr int kSomePieces = 8, kResults = by_rows(kDims) ? 4 : 2;

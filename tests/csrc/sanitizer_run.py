@@ -133,9 +133,10 @@ ALL = slice(None)
 
 
 def run_mla_absorb(part: slice = ALL, racecheck: bool = False) -> int:
-    """Sequences cut between blocks, clusters and pieces, and whole; every width, every number of query rows a tile."""
+    """Sequences in few and many pieces, of blocks and of clusters, and whole; every width, every number of rows."""
     case = mla_absorb_cuda_cases.Case
-    cases = [*mla_absorb_cuda_cases.EMULATED]
+    cases = [*mla_absorb_cuda_cases.EMULATED, *mla_absorb_cuda_cases.GATHERED]
+    cases += [case(512, 64, 16, (330, 65, 400), spread=(1, 1))]
     cases += [case(128, 32, H, (500, 3, 0, 2200), spread=(4, 2)) for H in (8, 16, 24, 32, 48, 64, 128)]
     of_widths = [case(R, E, FEW, (300, 3, 0, 70), spread=(2, 1)) for R, E in WIDTHS]
     cases = [one for one in (*cases, *of_widths) if not (racecheck and refills_in_a_cluster(one))][part]
