@@ -495,7 +495,7 @@ class MergerByTokens : Merger<T, kR, kE, kN, kScaled, kFp8> {
   // what they have, too.
   __device__ __forceinline__ void merge_alone(const Attending& attending, const Piece& piece,
                                               const float (&weights)[kN / 4]) const {
-    if (kAlone == kN && piece.pieces > 1) {
+    if (kLeavesSums && piece.pieces > 1) {
       leave_sums(attending, piece, weights);
       return;
     }
@@ -544,6 +544,8 @@ class MergerByTokens : Merger<T, kR, kE, kN, kScaled, kFp8> {
   static constexpr int kRow = Attending::kWide * kTile;  // of results
   static constexpr int kRoom = results_size(Base::kDims, kMerged) + received_size(Base::kDims, kMerged);
   static constexpr int kAlone = kN * kRow * 4 <= kRoom ? kN : kMerged;
+  // Of many rows over a cache in fp8, threads have no registers left for where each sum goes.
+  static constexpr bool kLeavesSums = kAlone == kN && !(kFp8 && kN > 32);
   __device__ __forceinline__ float* result(int n, int latent) const {
     return results_ + n * kRow + (latent ^ (n / 2 % 4 * 8));
   }
