@@ -70,9 +70,8 @@ def dequantized(coded: Tensor, case: LatentCase, out_dtype: torch.dtype) -> Tens
     return hylo_ops.dequantize_kv_cache(coded, **sizes, out_dtype=out_dtype)
 
 
-def cold_copies(first: Tensor) -> tuple[Tensor, ...]:
-    """It and so many more of it that none is in a cache of the GPU when its turn comes."""
-    return (first, *(first.clone() for _ in range(min(-(-COLD_BYTES // first.nbytes), MOST_COPIES) - 1)))
+def cold_copies(cache: Tensor) -> tuple[Tensor, ...]:
+    return timing.cold_copies(cache, min(COLD_BYTES, MOST_COPIES * cache.nbytes))
 
 
 def seeded(device: str = "cuda") -> torch.Generator:

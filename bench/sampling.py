@@ -92,9 +92,7 @@ def work(case: SamplingCase) -> Work:
 
 def _ours(backend: str, inputs: LogitsInputs) -> Choice:
     """As the engine calls it, but with PyTorch's own generator, which every graph that is captured knows."""
-    how = inputs.sampling
-    options: dict[str, Any] = {"temperature": how.temperature, "top_k": how.top_k, "top_p": how.top_p}
-    return partial(hylo_ops.sample_tokens, inputs.logits, **options, backend=backend)
+    return partial(hylo_ops.sample_tokens, inputs.logits, **asdict(inputs.sampling), backend=backend)
 
 
 BACKENDS = ["triton", "reference"]

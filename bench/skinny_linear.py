@@ -38,7 +38,7 @@ def draw(case: SkinnyCase, device: str = "cuda") -> SkinnyInputs:
     first = normal(case.rows, case.K) * case.K**-0.5
     return SkinnyInputs(
         x=normal(case.B, case.K),
-        weights=(first, *(first.clone() for _ in range(-(-COLD_BYTES // first.nbytes) - 1))),
+        weights=timing.cold_copies(first, COLD_BYTES),
         updated=normal(case.B, case.N) if case.kind == "add" else normal(case.B, D, 4) if D else None,
         swiglu="swiglu" in case.kind,
         norm=normal(case.K) if case.has_norm else None,

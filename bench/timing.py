@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 Call = Callable[[], object]
 
@@ -35,6 +36,11 @@ class Rotation:
 
     def __call__(self) -> object:
         return next(self._next)()
+
+
+def cold_copies(first: Tensor, cold_bytes: int) -> tuple[Tensor, ...]:
+    """It and so many more of it, `cold_bytes` together, that none is in a cache of the GPU when its turn comes."""
+    return (first, *(first.clone() for _ in range(-(-cold_bytes // first.nbytes) - 1)))
 
 
 def device_us(call: Call, calls: int) -> float:

@@ -142,7 +142,8 @@ WRONG = {
     "the likeliest alone": ("temperature", {"temperature": 0.0}, "shares"),
     "another temperature": ("temperature", {"temperature": 0.8}, "shares"),
     "no top_k": ("top-k", {"top_k": None}, "outside"),
-    "no top_p": ("top-p", {"top_p": None}, "(shares|outside)"),
+    "no top_p": ("top-p", {"top_p": None}, "shares"),
+    "too much of top_p": ("top-p", {"top_p": 0.95}, "outside"),
     "too little of top_p": ("both", {"top_p": 0.8}, "shares"),
     "top_p of all": ("both", {"top_k": None}, "outside"),
 }

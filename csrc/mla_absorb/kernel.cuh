@@ -7,6 +7,7 @@
 #include "common/dependent.cuh"
 #include "mla_absorb/convert.cuh"
 #include "mla_absorb/loaders.cuh"
+#include "mla_absorb/merge_by_tokens.cuh"
 #include "mla_absorb/rows.cuh"
 
 #ifndef HYLO_FP8

@@ -100,12 +100,6 @@ __device__ __forceinline__ void load_written(float4& v, const float4* address, b
                : "memory");
 }
 
-// Numbers for blocks of other multiprocessors: plain C++ had become four stores of a word each, which the second cache takes
-// at a quarter of the speed.
-__device__ __forceinline__ void store_four(float* address, const float4& v) {
-  asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w));
-}
-
 // Adds to a ticket and gives what it was. Who finds what another has added sees all that the other wrote before. One
 // thread adds, after a barrier of all threads whose writes others are to see, and before one of those that are to see
 // the others' writes.

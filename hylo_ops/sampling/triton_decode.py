@@ -226,6 +226,14 @@ def part_of(begin, end, parts):
 
 
 @triton.jit
+def ranks_of_tops(tops, V, LANES: tl.constexpr, SPARE: tl.constexpr):
+    """Ranks of lanes' greatest numbers, the least of them, and the first above all."""
+    ranks = rank_of(tops, SPARE)
+    end = tl.max(ranks, axis=0) + 1
+    return ranks, tl.min(tl.where(tl.arange(0, LANES) < V, ranks, end), axis=0), end
+
+
+@triton.jit
 def greatest(ranks, k, begin, end):
     """The greatest rank below `end` that k of these are no less than, as k are no less than `begin`."""
     while begin + 1 < end:
@@ -254,11 +262,9 @@ def likeliest(p_row, V, k, tops, LANES: tl.constexpr, UNROLL: tl.constexpr, SPAR
     something no less than.
     """
     lanes = tl.arange(0, LANES)
-    ranks = rank_of(tops, SPARE)
-    end = tl.max(ranks, axis=0) + 1
-    begin = rank_of(tl.full([], -float("inf"), tl.float32), SPARE)
-    if k <= tl.minimum(V, LANES):
-        begin = tl.min(tl.where(lanes < V, ranks, end), axis=0)
+    _, begin, end = ranks_of_tops(tops, V, LANES, SPARE)
+    if k > tl.minimum(V, LANES):
+        begin = rank_of(tl.full([], -float("inf"), tl.float32), SPARE)
     at_begin, at_end = V, 0  # how many are no less than `begin`, and than `end`; the first once it is counted
     counted = False
     while (begin + 1 < end or not counted) and at_begin != k:
@@ -325,8 +331,7 @@ def sampling_kernel_token(
         if HELD:
             # Of lanes' greatest numbers the k-th is no greater than the k-th of all: what is no less stands in these
             # lanes. Where equals make them too many, what is greater stands in less than k of them.
-            ranks, end = rank_of(tops, SPARE), rank_of(top, SPARE) + 1
-            begin = tl.min(tl.where(tl.arange(0, LANES) < V, ranks, end), axis=0)
+            ranks, begin, end = ranks_of_tops(tops, V, LANES, SPARE)
             edge = greatest(ranks, top_k, begin, end)
             first = tl.where(count(ranks >= edge) <= HELD, edge, edge + 1)
             x, lanes = hold(p_row, p_held + row * HELD, ranks >= first, V, HELD, LANES, OF_LANE)

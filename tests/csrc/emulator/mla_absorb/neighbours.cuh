@@ -61,8 +61,6 @@ void load_written(T& v, const T* address, bool exists) {
   if (exists) v = *address;
 }
 
-inline void store_four(float* address, const float4& v) { *reinterpret_cast<float4*>(address) = v; }
-
 inline int add_to(int* ticket, int number) {
   emulated_let_others_go_ahead();
   const int before = *ticket;
